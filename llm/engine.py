@@ -1,0 +1,285 @@
+"""The loop: admit, prefill, decode, hand out. Knows requests and rows; nothing of text, nothing of Cog.
+
+It is a thread of its own. Requests come from any thread, and each gets its tokens in the thread that asked.
+"""
+
+import threading
+import time
+import traceback
+from asyncio import CancelledError
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import Literal
+
+import torch
+
+from llm.errors import UserError
+from llm.model import Model
+from llm.runner import Ids, Runner, cuda_capture
+from llm.sampling import Sampling
+
+PIECE = {"cpu": 256, "cuda": 4096}
+"""Tokens of prompts that one pass reads, and so how long a running stream can pause."""
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to generate from: the ids of a prompt, the most new tokens, and how to choose them."""
+
+    prompt: list[int]
+    max_tokens: int
+    sampling: Sampling
+
+
+class Generation:
+    """One request on its way: iterate over it for its tokens, each as soon as a step has made it.
+
+    The iteration raises UserError if the engine fails, and CancelledError once `cancel` is called.
+    """
+
+    def __init__(self, request: Request, budget: int):
+        self.request = request
+        self.budget = budget
+        """The most new tokens: fewer than asked for where the context ends first."""
+        self.row: int | None = None
+        self.read = 0
+        """Tokens of the prompt that are in the cache."""
+        self.asked = 0
+        """Tokens asked of the device: those handed out, and those on their way."""
+        self.count = 0
+        """Tokens handed out."""
+        self.cancelled = False
+        self.finish_reason: FinishReason | None = None
+        self.created = time.perf_counter()
+        self.admitted: float | None = None
+        self.first: float | None = None
+        self.last: float | None = None
+        """When it was asked for, got a row, and handed out its first and its last token, in seconds."""
+        self.inbox: SimpleQueue[int | BaseException | None] = SimpleQueue()
+
+    @property
+    def reading(self) -> bool:
+        return self.read < len(self.request.prompt)
+
+    def __iter__(self) -> Iterator[int]:
+        while (item := self.inbox.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+
+    def metrics(self) -> dict[str, int | float | str | None]:
+        """What a user wants to know of it once it has ended. Times in seconds, from when it was asked for."""
+        end = self.last or time.perf_counter()
+        return {
+            "input_token_count": len(self.request.prompt),
+            "output_token_count": self.count,
+            "queue_time": (self.admitted or end) - self.created,
+            "time_to_first_token": (self.first or end) - self.created,
+            "tokens_per_second": self.count / (end - self.created),
+            "finish_reason": self.finish_reason,
+        }
+
+    def cancel(self) -> None:
+        """End it, from any thread. Its row is free at the next step."""
+        self.cancelled = True
+        self.inbox.put(CancelledError())
+
+
+class Engine:
+    """Serves every request at once, in rows of one cache."""
+
+    def __init__(self, model: Model, most_rows: int):
+        self.context = model.context
+        self.stop_ids = model.stop_ids
+        self.lost: str | None = None
+        """Why no more predictions can be served, once that is so."""
+        self._model = model
+        self._piece = PIECE.get(model.device.type, PIECE["cpu"])
+        # A GPU is given step n+1 before the tokens of step n are read: it never waits for Python
+        self._ahead = 1 if model.device.type == "cuda" else 0
+        self._runner = Runner(
+            model, model.rows(most_rows), cuda_capture() if model.device.type == "cuda" and not model.spread else None
+        )
+        self.context = model.context
+        self._rows: list[Generation | None] = [None] * self._runner.slots.rows
+        self._waiting: deque[Generation] = deque()
+        self._reading: deque[Generation] = deque()
+        self._in_flight: deque[tuple[list[tuple[int, Generation]], Ids]] = deque()
+        self._wake = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._started: Future[None] = Future()
+
+    def start(self) -> None:
+        """Start the loop, and warm up. Says how many rows there are, and what that took."""
+        self._thread.start()
+        self._started.result()
+
+    def generate(self, request: Request) -> Generation:
+        """Queue a request. Raises UserError if the device is lost."""
+        if self.lost:
+            raise UserError(self.lost)
+        generation = Generation(request, min(request.max_tokens, self.context - len(request.prompt)))
+        with self._wake:
+            self._waiting.append(generation)
+            self._wake.notify()
+        return generation
+
+    def _run(self) -> None:
+        with torch.inference_mode():
+            try:
+                self._warm_up()
+            except Exception as error:  # setup raises it
+                self._started.set_exception(error)
+                return
+            self._started.set_result(None)
+            while not self.lost:
+                with self._wake:
+                    self._wake.wait_for(lambda: self._waiting or self._in_flight or any(self._rows))
+                try:
+                    self._step()
+                except Exception as error:  # every request of the step gets it
+                    self._fail(error)
+
+    def _step(self) -> None:
+        self._drop_cancelled()
+        self._admit()
+        self._prefill()
+        self._decode()
+        self._hand_out()
+
+    def _drop_cancelled(self) -> None:
+        for generation in self._rows:
+            if generation and generation.cancelled:
+                self._release(generation)
+        self._reading = deque(g for g in self._reading if not g.cancelled)
+
+    def _admit(self) -> None:
+        while self._waiting and None in self._rows:
+            generation = self._waiting.popleft()
+            if generation.cancelled:
+                continue
+            generation.row = self._rows.index(None)
+            generation.admitted = time.perf_counter()
+            self._rows[generation.row] = generation
+            self._runner.put(generation.row, generation.request.prompt, generation.request.sampling)
+            self._reading.append(generation)
+
+    def _prefill(self) -> None:
+        """Read one piece: the next of the longest-waiting prompt, and of those that stand where it stands."""
+        if not self._reading:
+            return
+        start, left = self._reading[0].read, self._piece
+        together: list[tuple[Generation, int]] = []
+        for generation in list(self._reading):
+            count = min(len(generation.request.prompt) - generation.read, self._piece)
+            if generation.read == start and count <= left:
+                left -= count
+                together.append((generation, count))
+                self._reading.remove(generation)
+        for generation, count in together:
+            generation.read += count
+            if generation.reading:
+                # behind those that have come meanwhile: a long prompt does not keep the short ones waiting
+                self._reading.append(generation)
+            else:
+                generation.asked = 1
+        ids = self._runner.prefill({g.row: count for g, count in together})
+        self._await_ids([(i, g) for i, (g, _) in enumerate(together) if not g.reading], ids)
+
+    def _decode(self) -> None:
+        """Take every row whose prompt is read one token further."""
+        self._close_ranks()
+        running = [g for g in self._rows if g and not g.reading]
+        if not running:
+            return
+        ids = self._runner.decode()
+        for generation in running:
+            generation.asked += 1
+        self._await_ids([(g.row, g) for g in running], ids)
+
+    def _close_ranks(self) -> None:
+        """Move the last rows into the holes that others left: a step computes all rows up to the last in use."""
+        used = [row for row, g in enumerate(self._rows) if g]
+        for hole in range(len(used)):
+            if self._rows[hole] is None:
+                last = used.pop()
+                self._runner.move(last, hole)
+                self._rows[hole], self._rows[last] = self._rows[last], None
+                self._rows[hole].row = hole
+
+    def _await_ids(self, expected: list[tuple[int, Generation]], ids: Ids) -> None:
+        """Note which generation each id of a step belongs to; one that has asked for all it may leaves its row."""
+        self._in_flight.append((expected, ids))
+        for _, generation in expected:
+            if generation.asked == generation.budget:
+                self._release(generation)
+
+    def _hand_out(self) -> None:
+        """Give the tokens of the steps that are done to those who wait for them."""
+        ahead = self._ahead if any(self._rows) else 0
+        while len(self._in_flight) > ahead:
+            expected, ids = self._in_flight.popleft()
+            chosen = ids.read()
+            for index, generation in expected:
+                if not (generation.finish_reason or generation.cancelled):
+                    self._hand_to(generation, chosen[index])
+
+    def _hand_to(self, generation: Generation, id: int) -> None:
+        generation.last = time.perf_counter()
+        generation.first = generation.first or generation.last
+        if id in self.stop_ids:
+            generation.finish_reason = "stop"
+        else:
+            generation.count += 1
+            generation.inbox.put(id)
+            if generation.count == generation.budget:
+                generation.finish_reason = "length"
+        if generation.finish_reason:
+            self._release(generation)
+            generation.inbox.put(None)
+
+    def _release(self, generation: Generation) -> None:
+        if generation.row is not None:
+            self._runner.release(generation.row)
+            self._rows[generation.row] = None
+            generation.row = None
+
+    def _fail(self, error: Exception) -> None:
+        """End what was running with one clear line, give its rows back, and go on if the device still can."""
+        traceback.print_exception(error)
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        failed = {g for g in self._rows if g} | {g for expected, _ in self._in_flight for _, g in expected}
+        line = f"La predicción falló mientras se generaba ({reason}): vuelva a intentarlo"
+        if isinstance(error, torch.OutOfMemoryError):
+            line = "La GPU se quedó sin memoria: vuelva a intentarlo con una pregunta más corta"
+        try:
+            for generation in failed:
+                self._release(generation)
+            self._runner.synchronize()
+        except RuntimeError:
+            self.lost = line = f"Se perdió el dispositivo ({reason}): hay que reiniciar el servidor"
+            failed |= set(self._waiting)
+        self._reading.clear()
+        self._in_flight.clear()
+        for generation in failed:
+            generation.inbox.put(UserError(line))
+
+    def _warm_up(self) -> None:
+        start = time.perf_counter()
+        self._runner.put(0, [0, 0], Sampling(temperature=1, top_k=50))
+        self._runner.prefill({0: 2}).read()
+        for _ in range(3):
+            self._runner.decode().read()
+        self._runner.release(0)
+        rows = len(self._rows)
+        size = rows * self.context * sum(self._model.token_bytes.values())
+        print(f"Caché: {rows} peticiones a la vez de {self.context} tokens, {size / 1e9:.1f} GB cuando está llena")
+        print(f"Primeros tokens de prueba en {time.perf_counter() - start:.1f} s")
+        start = time.perf_counter()
+        if graphs := self._runner.capture_graphs():
+            print(f"{graphs} grafos CUDA capturados en {time.perf_counter() - start:.1f} s")

@@ -1,0 +1,160 @@
+"""A folder of weights to a model on its devices, fit for the processor, and what the engine has to know of it."""
+
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from llm import processor, weights
+from llm.errors import UserError
+from llm.settings import Settings
+from llm.slots import rows_that_fit
+
+CPU_SHARE = 0.5
+"""Of the free RAM, for the cache: the rest is the laptop owner's."""
+GPU_MARGIN = 1 << 30
+"""Bytes of each GPU that the cache leaves to a step's own tensors, beside a twentieth of what is free."""
+
+
+@dataclass
+class Model:
+    """A causal language model and its tokenizer."""
+
+    network: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    device: torch.device
+    """Where ids go in and logits come out."""
+    spread: bool
+    """Over several devices, or partly offloaded."""
+    context: int
+    """Tokens of prompt and answer together."""
+    vocabulary: int
+    """Ids from here on are no token of the tokenizer's, though the model has logits for them."""
+    stop_ids: frozenset[int]
+    layers: int
+    token_bytes: Counter[torch.device]
+    """What one token of one row takes in the key/value cache, in bytes, on each device."""
+    padding: processor.Padding = field(default_factory=processor.Padding)
+    own_attention: torch.library.Library | None = None
+
+    @property
+    def packed(self) -> bool:
+        return self.own_attention is not None
+
+    @classmethod
+    def load(cls, settings: Settings) -> "Model":
+        """Bring the weights if they are missing, load them, and say so. Raises UserError."""
+        found = weights.ensure(settings)
+        threads = processor.use_physical_cores()
+        dtype = getattr(torch, settings.dtype) if settings.dtype else processor.best_dtype()
+        start = time.perf_counter()
+        model = cls._read(found.folder, dtype)
+        where = ", ".join(sorted({str(device) for device in model.token_bytes}))
+        cores = f" con {threads} hilos" if model.device.type == "cpu" else ""
+        print(f"Modelo: {found.origin}, {_parameters(model.network)} en {str(dtype).removeprefix('torch.')}")
+        if not found.verified:
+            print(f"Sin verificar: {found.folder} no tiene manifest.json")
+        print(f"Cargado en {where}{cores} en {time.perf_counter() - start:.1f} s")
+        if model.spread:
+            print("El modelo está repartido entre varios dispositivos: cada paso va sin grafos CUDA, más despacio")
+        elif model.device.type == "cpu" and dtype == torch.bfloat16:
+            start = time.perf_counter()
+            processor.pack(model.network, model.padding)
+            model.own_attention = processor.use_own_attention()
+            print(f"Pesos ordenados para el procesador en {time.perf_counter() - start:.1f} s")
+        return model
+
+    @classmethod
+    def _read(cls, folder: Path, dtype: torch.dtype) -> "Model":
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+            network = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, device_map="auto", trust_remote_code=False, local_files_only=True
+            ).eval()
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise UserError(f"{folder} no se puede cargar como modelo de lenguaje: {reason}") from error
+        devices = {torch.device(d if d != "disk" else "cpu") for d in getattr(network, "hf_device_map", {}).values()}
+        gpus = sorted((d for d in devices if d.type != "cpu"), key=str)
+        cache = _probe(network)
+        return cls(
+            network=network,
+            tokenizer=tokenizer,
+            device=gpus[0] if gpus else torch.device(network.device),
+            spread=len(devices) > 1,
+            context=_context(network, tokenizer, cache),
+            vocabulary=min(max(tokenizer.get_vocab().values()) + 1, network.get_output_embeddings().weight.shape[0]),
+            stop_ids=_stop_ids(network, tokenizer),
+            layers=len(cache.layers),
+            token_bytes=_token_bytes(cache),
+        )
+
+    def rows(self, most: int) -> int:
+        """How many contexts the key/value cache can hold, `most` at the most, given the memory that is free now.
+
+        Where not one fits, the context is shortened to what does. Raises UserError where that is next to nothing.
+        """
+        free = {device: _free(device) for device in self.token_bytes}
+        if rows := rows_that_fit(self.token_bytes, free, self.context, most):
+            return rows
+        fits = min(free[device] // size for device, size in self.token_bytes.items()) // 256 * 256
+        if not fits:
+            raise UserError("No queda memoria para el contexto: cierre otros programas o use un modelo más pequeño")
+        print(f"La memoria libre no alcanza para un contexto de {self.context} tokens: se usan {fits}")
+        self.context = fits
+        return 1
+
+
+def _parameters(network: PreTrainedModel) -> str:
+    return f"{sum(p.numel() for p in network.parameters()) / 1e6:,.0f} millones de parámetros".replace(",", ".")
+
+
+def _probe(network: PreTrainedModel) -> DynamicCache:
+    """What the model caches of one token: the surest way to learn it, whatever the architecture."""
+    with torch.inference_mode():
+        ids = torch.zeros(1, 1, dtype=torch.long, device=network.device)
+        cache = network(input_ids=ids, use_cache=True).past_key_values
+    layers = getattr(cache, "layers", [])
+    if not layers or any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers):
+        name = type(network).__name__
+        raise UserError(f"{name} no guarda claves y valores de cada token: use un modelo de atención (Falcon, Llama, ...)")
+    return cache
+
+
+def _token_bytes(cache: DynamicCache) -> Counter[torch.device]:
+    size: Counter[torch.device] = Counter()
+    for layer in cache.layers:
+        size[layer.keys.device] += layer.keys.nbytes + layer.values.nbytes
+    return size
+
+
+def _context(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cache: DynamicCache) -> int:
+    config = network.config.get_text_config()
+    # not the tokenizer's model_max_length where the model says: falcon-rw-1b's says half of what the model reads
+    context = getattr(config, "max_position_embeddings", None) or min(tokenizer.model_max_length, 2048)
+    # within the window, attention to a sliding window is full attention
+    windows = [layer.sliding_window for layer in cache.layers if isinstance(layer, DynamicSlidingWindowLayer)]
+    return min([context, *windows])
+
+
+def _stop_ids(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """The ids that end a text: those of the tokenizer and the generation config that are control tokens at all.
+
+    falcon-rw-1b's configs say 2, which in its tokenizer is "#".
+    """
+    configured = network.generation_config.eos_token_id if network.generation_config else None
+    named = configured if isinstance(configured, list) else [configured]
+    control = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    return frozenset(id for id in [tokenizer.eos_token_id, *named] if id in control)
+
+
+def _free(device: torch.device) -> int:
+    """Bytes of a device that the key/value cache may take."""
+    if device.type == "cuda":
+        return max(0, int(torch.cuda.mem_get_info(device)[0] * 0.95) - GPU_MARGIN)
+    return int(psutil.virtual_memory().available * CPU_SHARE)

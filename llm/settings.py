@@ -1,0 +1,87 @@
+"""What the user sets: the environment and .env, read once. Nothing else in llm/ reads the environment."""
+
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dotenv import dotenv_values
+
+from llm.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+FALCON = "tiiuae/falcon-rw-1b"
+# Pinned: an unpinned download changes under the user.
+FALCON_COMMIT = "e4b9872bb803165eb22f0a867d4e6a64d34fce19"
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+_MODEL_ID = re.compile(r"(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*", re.ASCII)
+_TOKEN = re.compile(r"[!-~]+")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Which model, from where, and how it is loaded."""
+
+    model_id: str
+    revision: str | None
+    """A commit, branch or tag; None is the id's main."""
+    weights_dir: Path
+    token: str | None = field(repr=False)
+    """Hugging Face's. Passed to the hub's client, never printed."""
+    dtype: str | None
+    """One of DTYPES; None leaves the choice to the processor."""
+
+    @property
+    def folder(self) -> Path:
+        """weights/NAME: the last part of the id, in lower case."""
+        return self.weights_dir / self.model_id.split("/")[-1].lower()
+
+    @classmethod
+    def read(cls, root: Path = ROOT) -> "Settings":
+        """The settings of the process's environment, and of root/.env where the environment is silent.
+
+        An empty value counts as unset: in the environment it also unsets .env's. Raises UserError for a value that
+        cannot be.
+        """
+        written = {**_dotenv(root / ".env"), **os.environ}
+        values = {name: value.strip() for name, value in written.items() if value and value.strip()}
+
+        model_id = values.get("MODEL_ID", FALCON)
+        # The id becomes a folder's name: no "..", no absolute path.
+        if not _MODEL_ID.fullmatch(model_id):
+            raise UserError(
+                f"MODEL_ID={model_id} no es un nombre de Hugging Face: se escribe como {FALCON}; "
+                "para un modelo suyo, ponga su carpeta en weights/NOMBRE y MODEL_ID=NOMBRE"
+            )
+
+        token_name = "HUGGINGFACE_HUB_TOKEN" if "HUGGINGFACE_HUB_TOKEN" in values else "HF_TOKEN"
+        token = values.get(token_name)
+        # A token that cannot stand in an HTTP header would be quoted, whole, in the error of the HTTP library.
+        if token is not None and not _TOKEN.fullmatch(token):
+            raise UserError(
+                f"{token_name} lleva espacios o letras que un token no tiene: cópielo de nuevo de "
+                "https://huggingface.co/settings/tokens"
+            )
+
+        dtype = values.get("DTYPE")
+        if dtype is not None and dtype not in DTYPES:
+            raise UserError(f"DTYPE={dtype} no vale: use {', '.join(DTYPES)}, o déjelo vacío")
+
+        return cls(
+            model_id=model_id,
+            revision=values.get("MODEL_REVISION", FALCON_COMMIT if model_id == FALCON else None),
+            weights_dir=root / Path(values.get("WEIGHTS_DIR", "weights")).expanduser(),
+            token=token,
+            dtype=dtype,
+        )
+
+
+def _dotenv(path: Path) -> dict[str, str | None]:
+    try:
+        # utf-8-sig: Windows' Notepad may put a byte order mark before the first name.
+        return dotenv_values(path, interpolate=False, encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path.name} no está en UTF-8: guárdelo con esa codificación") from error

@@ -1,0 +1,130 @@
+"""The key/value cache: one row for each running request. Knows rows and positions, nothing of requests."""
+
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin
+
+CPU_STEP = 64
+"""On a CPU the rows grow by so many positions: copying them costs a step or two, every 64."""
+
+
+@dataclass
+class Window:
+    """What one pass of the model writes and reads, the same in every layer.
+
+    A decode pass has `positions`: it writes one token in each of the first rows, at that row's own position, and
+    reads their first `length` positions. A prefill pass has `chosen`: it writes positions `start` to `length` of
+    those rows and reads all before.
+    """
+
+    length: int
+    start: int
+    positions: Tensor | None = None  # (rows,) int64
+    chosen: Tensor | None = None  # (rows,) int64
+
+
+class SlotLayer(CacheLayerMixin):
+    """The keys and values of one layer, (rows, heads, capacity, head size) each, on that layer's own device."""
+
+    is_compileable = True  # masks of a decode pass have a fixed shape, and making them reads nothing back
+    is_sliding = False
+
+    keys: Tensor
+    values: Tensor
+
+    def __init__(self, slots: "Slots"):
+        super().__init__()
+        self.slots = slots
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        # zeros: a masked position is multiplied by 0, which memory never written could turn into NaN
+        rows, capacity = self.slots.rows, self.slots.capacity
+        self.keys = key_states.new_zeros(rows, key_states.shape[1], capacity, key_states.shape[3])
+        self.values = value_states.new_zeros(rows, value_states.shape[1], capacity, value_states.shape[3])
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+        """Write this pass's keys and values, (rows, heads, tokens, head size), and return all that it reads."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        window = self.slots.window
+        length = window.length
+        if window.positions is not None:
+            rows = key_states.shape[0]
+            row = self.slots.row_numbers[:rows].to(key_states.device)
+            positions = window.positions.to(key_states.device)
+            self.keys[row, :, positions] = key_states[:, :, 0]
+            self.values[row, :, positions] = value_states[:, :, 0]
+            return self.keys[:rows, :, :length], self.values[:rows, :, :length]
+        assert window.chosen is not None
+        chosen = window.chosen.to(key_states.device)
+        self.keys[chosen, :, window.start : length] = key_states
+        self.values[chosen, :, window.start : length] = value_states
+        if window.start == 0:
+            return key_states, value_states
+        return self.keys[chosen, :, :length], self.values[chosen, :, :length]
+
+    def resize(self, capacity: int, rows: int) -> None:
+        """Change the capacity, keeping what the first `rows` rows hold."""
+        kept = min(capacity, self.keys.shape[2])
+        for name in ("keys", "values"):
+            old = getattr(self, name)
+            new = old.new_zeros(old.shape[0], old.shape[1], capacity, old.shape[3])
+            new[:rows, :, :kept] = old[:rows, :, :kept]
+            setattr(self, name, new)
+
+    def get_seq_length(self) -> int:
+        return self.slots.window.start
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.slots.window.length, 0
+
+    def get_max_length(self) -> int:
+        return self.slots.context
+
+
+class Slots(Cache):
+    """`rows` contexts of `context` tokens each. It is transformers' Cache, so that any causal model writes to it.
+
+    With `grows`, for a CPU, the rows are only as long as the longest needs: what is read then lies together in
+    memory, which a CPU's matrix products need to be fast. Without, for CUDA graphs, nothing ever moves.
+    """
+
+    def __init__(self, layers: int, rows: int, context: int, device: torch.device, grows: bool):
+        super().__init__(layers=[SlotLayer(self) for _ in range(layers)])
+        self.rows = rows
+        self.context = context
+        self.grows = grows
+        self.capacity = min(CPU_STEP, context) if grows else context
+        self.row_numbers = torch.arange(rows, device=device)
+        self.window = Window(length=0, start=0)
+
+    def reach(self, needed: int, rows: int) -> int:
+        """Make room for `needed` positions in each of the first `rows` rows. Returns how many a step reads."""
+        if not self.grows:
+            return min(self.context, max(256, 1 << (needed - 1).bit_length()))
+        capacity = min(self.context, -(-needed // CPU_STEP) * CPU_STEP)
+        if capacity > self.capacity or capacity <= self.capacity // 2:
+            self.capacity = capacity
+            for layer in self.layers:
+                if layer.is_initialized:
+                    layer.resize(capacity, rows)
+        return self.capacity
+
+    def move(self, source: int, target: int) -> None:
+        """Copy one row over another."""
+        for layer in self.layers:
+            layer.keys[target] = layer.keys[source]
+            layer.values[target] = layer.values[source]
+
+
+def rows_that_fit(token_bytes: Counter[torch.device], free: dict[torch.device, int], context: int, most: int) -> int:
+    """How many contexts fit on every device, `most` at the most.
+
+    token_bytes: what one token of one row takes on each device; free: what the cache may take there, both in bytes.
+    """
+    return min(most, *(free[device] // (size * context) for device, size in token_bytes.items()))

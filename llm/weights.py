@@ -1,0 +1,461 @@
+"""Hub -> weights/NAME: fetch, convert, verify. The only file in llm/ that opens a connection.
+
+A model's folder holds what transformers loads, and manifest.json: the id, the commit, each file's size and sha256.
+It grows under another name and is renamed when whole. A folder without a manifest is the user's own: it is loaded
+as it stands.
+"""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import time
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from llm.errors import UserError
+from llm.settings import ROOT, Settings
+
+# torch and huggingface_hub are imported where they are used: a command that finds its folder whole needs neither.
+if TYPE_CHECKING:
+    import torch
+    from huggingface_hub.hf_api import RepoSibling
+
+MANIFEST = "manifest.json"
+
+_SECONDS_TO_ANSWER = 10
+_LARGEST_FILE = "3GB"
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+# What transformers reads beside the weights. Never code: trust_remote_code is false everywhere.
+_TEXT_FILES = re.compile(
+    r"(generation_)?config\.json|chat_template\.(jinja|json)|additional_chat_templates/[\w-]+\.jinja"
+    r"|tokenizer(_config)?\.json|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt|[\w.]+\.model"
+)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A model's folder, ready to load."""
+
+    folder: Path
+    commit: str | None
+    """What it was made of; None for a user's own folder."""
+    origin: str
+    """Where it comes from, for the log."""
+    verified: bool
+    """Every file is the one that the manifest names. False for a user's own folder, which has none."""
+
+
+@dataclass(frozen=True)
+class _File:
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class _Manifest:
+    id: str
+    commit: str
+    files: dict[str, _File]
+
+
+def ensure(settings: Settings, *, thorough: bool = False) -> Weights:
+    """The settings' model in its folder: verified where it is there, fetched first where it is not.
+
+    `thorough` hashes every file; otherwise only those that were touched since the manifest was written.
+    Prints, in Spanish, what it does. Raises UserError; a folder that is there is never changed.
+    """
+    there = os.path.lexists(settings.folder)
+    if not there:
+        _fetch(settings)
+    return _verify(settings, thorough and there)
+
+
+def _verify(settings: Settings, thorough: bool) -> Weights:
+    folder, name = settings.folder, shown(settings.folder)
+    manifest = _read_manifest(folder)
+    if manifest is None:
+        has_weights = any(folder.glob("*.safetensors")) or any(folder.glob("pytorch_model*.bin"))
+        if not (folder / "config.json").is_file() or not has_weights:
+            raise UserError(
+                f"{name} no es un modelo, le falta config.json o los pesos (.safetensors): "
+                f"mueva o borre esa carpeta y se traerá {settings.model_id}, o cambie MODEL_ID"
+            )
+        return Weights(folder, None, f"{name} (carpeta propia)", verified=False)
+
+    if manifest.id != settings.model_id:
+        raise UserError(f"{name} contiene {manifest.id} y MODEL_ID pide {settings.model_id}: mueva o borre esa carpeta")
+    # A branch's or a tag's commit is the hub's to say: what is here is accepted as it.
+    if _COMMIT.fullmatch(settings.revision or "") and manifest.commit != settings.revision:
+        raise UserError(
+            f"{name} es la revisión {manifest.commit} y MODEL_REVISION pide {settings.revision}: "
+            "mueva o borre esa carpeta"
+        )
+
+    way_out = f"borre {name} y se traerá de nuevo (si el cambio es suyo, borre solo {name}/{MANIFEST})"
+    stamp = (folder / MANIFEST).stat().st_mtime_ns
+    for file, expected in manifest.files.items():
+        path = folder / file
+        if not path.is_file():
+            raise UserError(f"Falta {name}/{file}: {way_out}")
+        stat = path.stat()
+        if stat.st_size != expected.size:
+            sizes = f"mide {_exactly(stat.st_size)} bytes en vez de {_exactly(expected.size)}"
+            raise UserError(f"{name}/{file} está cortado o cambiado, {sizes}: {way_out}")
+        # Hashing reads about 1 GB a second, too long for every boot of the server. publish() gives all files the
+        # manifest's time, and whoever writes to one changes it; a copy that keeps no times is only hashed in vain.
+        if (thorough or stat.st_mtime_ns != stamp) and _sha256(path) != expected.sha256:
+            raise UserError(f"{name}/{file} está alterado, su sha256 no es el de {MANIFEST}: {way_out}")
+    commit = manifest.commit[:7] if _COMMIT.fullmatch(manifest.commit) else manifest.commit
+    return Weights(folder, manifest.commit, f"{name} ({manifest.id}, {commit})", verified=True)
+
+
+def _read_manifest(folder: Path) -> _Manifest | None:
+    path = folder / MANIFEST
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text())
+        files = {name: _File(file["size"], file["sha256"]) for name, file in content["files"].items()}
+        return _Manifest(content["id"], content["commit"], files)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{shown(path)} no se entiende: borre {shown(folder)} y se traerá de nuevo, o solo {MANIFEST} si los "
+            "archivos son suyos"
+        ) from error
+
+
+def _fetch(settings: Settings) -> None:
+    start = time.monotonic()
+    with _in_spanish(settings):
+        commit, files = _listing(settings)
+        with workspace(settings.folder) as work:
+            missing = _missing(files, work)
+            with room(work, _bytes_left(missing, work) + _converted_bytes(files)):
+                _download(settings, commit, files, missing, work)
+                bins = sorted(work.glob("*.bin"))
+                if bins:
+                    _say(f"Convirtiendo {settings.model_id} a safetensors en bfloat16")
+                    _convert(settings, bins, work)
+                publish(work, settings.folder, settings.model_id, commit)
+    size = sum(path.stat().st_size for path in settings.folder.rglob("*"))
+    _say(f"{settings.model_id} está en {shown(settings.folder)}: {_about(size)}, en {time.monotonic() - start:.0f} s")
+
+
+def _listing(settings: Settings) -> tuple[str, list["RepoSibling"]]:
+    """The commit that the revision names, and those of its files that are needed."""
+    from huggingface_hub import HfApi
+
+    # token=False: without one of ours the client would look for another in the user's home.
+    info = HfApi(token=settings.token or False).model_info(
+        settings.model_id, revision=settings.revision, files_metadata=True, timeout=_SECONDS_TO_ANSWER
+    )
+    siblings = {sibling.rfilename: sibling for sibling in info.siblings or []}
+    weights = _weights_files(siblings)
+    if "config.json" not in siblings or not weights or info.sha is None:
+        raise UserError(
+            f"{settings.model_id} no tiene pesos que se puedan usar, config.json con model.safetensors o "
+            "pytorch_model.bin: elija otro MODEL_ID"
+        )
+    texts = sorted(name for name in siblings if _TEXT_FILES.fullmatch(name))
+    return info.sha, [siblings[name] for name in texts + weights]
+
+
+def _weights_files(names: Mapping[str, Any]) -> list[str]:
+    """Safetensors before .bin, one file before shards, as transformers prefers them."""
+    for single, shard, index in (
+        ("model.safetensors", r"model-\d+-of-\d+\.safetensors", ["model.safetensors.index.json"]),
+        ("pytorch_model.bin", r"pytorch_model-\d+-of-\d+\.bin", []),
+    ):
+        if single in names:
+            return [single]
+        shards = sorted(name for name in names if re.fullmatch(shard, name))
+        if shards and all(name in names for name in index):
+            return index + shards
+    return []
+
+
+def _part(file: "RepoSibling", work: Path) -> Path:
+    # The hash in its name ties a part to its content: another revision's part is never continued.
+    return work / f"{file.rfilename}.{_digest(file)[:16]}.part"
+
+
+def _missing(files: list["RepoSibling"], work: Path) -> list["RepoSibling"]:
+    """The files that an earlier run did not finish. What lies in `work` and is none of them goes."""
+    wanted = {path for file in files for path in (work / file.rfilename, _part(file, work))}
+    for path in work.rglob("*"):
+        if path not in wanted and not path.is_dir():
+            path.unlink()
+    return [file for file in files if not _is_whole(work / file.rfilename, file)]
+
+
+def _bytes_left(missing: list["RepoSibling"], work: Path) -> int:
+    parts = [_part(file, work) for file in missing]
+    return sum(file.size or 0 for file in missing) - sum(part.stat().st_size for part in parts if part.exists())
+
+
+def _converted_bytes(files: list["RepoSibling"]) -> int:
+    """The most that the safetensors take which stand for a while beside the .bin they are made from."""
+    return sum(file.size or 0 for file in files if file.rfilename.endswith(".bin"))
+
+
+def _download(
+    settings: Settings, commit: str, files: list["RepoSibling"], missing: list["RepoSibling"], work: Path
+) -> None:
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import build_hf_headers, tqdm  # type: ignore[attr-defined]
+
+    total, left = sum(file.size or 0 for file in files), _bytes_left(missing, work)
+    rest = f", de los que faltan {_about(left)}" if left < total else ""
+    _say(f"Trayendo {settings.model_id} ({commit[:7]}) de {_hub()}: {_about(total)}{rest}")
+
+    headers = build_hf_headers(token=settings.token or False, headers={"Accept-Encoding": "identity"})
+    with tqdm(  # type: ignore[no-untyped-call]
+        total=total, initial=total - left, desc=settings.folder.name, unit="B", unit_scale=True, disable=None
+    ) as bar:
+        for file in missing:
+            part = _part(file, work)
+            part.parent.mkdir(exist_ok=True)
+            with part.open("ab") as stream:
+                if stream.tell() != file.size:
+                    # hf_hub_download throws away what an interrupted run brought; http_get, below it, continues.
+                    http_get(
+                        hf_hub_url(settings.model_id, file.rfilename, revision=commit),
+                        stream,
+                        resume_size=stream.tell(),
+                        headers=headers,
+                        tqdm_class=lambda **_: nullcontext(bar),  # type: ignore[arg-type]  # one bar for all files
+                    )
+            if not _is_whole(part, file):
+                part.unlink()
+                raise UserError(f"{file.rfilename} llegó cambiado de {_hub()}: ejecute script/weights otra vez")
+            part.rename(work / file.rfilename)
+
+
+def _digest(file: "RepoSibling") -> str:
+    """What the hub says of a file's content: sha256 of a large one, git's hash of a small one."""
+    return file.lfs.sha256 if file.lfs else file.blob_id or ""
+
+
+def _is_whole(path: Path, file: "RepoSibling") -> bool:
+    from huggingface_hub.utils.sha import git_hash
+
+    if not path.is_file() or path.stat().st_size != file.size:
+        return False
+    return _digest(file) == (_sha256(path) if file.lfs else git_hash(path.read_bytes()))
+
+
+def _convert(settings: Settings, bins: list[Path], work: Path) -> None:
+    """Replace the .bin files by bfloat16 safetensors of the same tensors."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    state: dict[str, torch.Tensor] = {}
+    for path in bins:
+        try:
+            # mmap: a tensor stays in the file until it is written. The format before torch 1.6 knows no such way.
+            state |= torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            if not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+                raise TypeError("a state dict holds tensors")
+        except (UnpicklingError, RuntimeError, TypeError, EOFError) as error:
+            shutil.rmtree(work)
+            raise UserError(
+                f"{path.name} de {settings.model_id} no lleva solo pesos: puede llevar código, así que no se abre y se "
+                "ha borrado; elija un modelo con safetensors"
+            ) from error
+
+    try:
+        config = AutoConfig.from_pretrained(work, trust_remote_code=False)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)  # type: ignore[no-untyped-call]
+    except ValueError as error:
+        raise UserError(f"{settings.model_id} no es un modelo causal que transformers conozca: elija otro") from error
+    for copy, original in model.all_tied_weights_keys.items():
+        if copy in state and original in state and torch.equal(state[copy], state[original]):
+            del state[copy]
+
+    write_safetensors(state, work)
+    for path in bins:
+        path.unlink()
+
+
+def write_safetensors(state: dict[str, "torch.Tensor"], folder: Path) -> None:
+    """Write a model's tensors, each once, as bfloat16 safetensors that transformers loads.
+
+    In files of 3 GB at most, with an index where there are several: no more than one file's tensors are in memory.
+    """
+    import torch
+    from huggingface_hub import split_torch_state_dict_into_shards
+    from safetensors.torch import save_file
+
+    def dtype(tensor: torch.Tensor) -> torch.dtype:
+        return torch.bfloat16 if tensor.is_floating_point() else tensor.dtype
+
+    names: dict[tuple[object, ...], str] = {}
+    for name, tensor in state.items():
+        names.setdefault((tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype), name)
+    plan = split_torch_state_dict_into_shards(
+        {name: torch.empty(state[name].shape, dtype=dtype(state[name]), device="meta") for name in names.values()},
+        max_shard_size=_LARGEST_FILE,
+    )
+    for file, shard in plan.filename_to_tensors.items():
+        tensors = {name: state[name].to(dtype(state[name])).contiguous() for name in shard}
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+@contextmanager
+def workspace(folder: Path) -> Iterator[Path]:
+    """A folder beside `folder` to make it in, alone; publish() renames it. What a cut run left there is kept."""
+    work = folder.with_name(f".{folder.name}.partial")
+    work.mkdir(parents=True, exist_ok=True)
+    lock = os.open(work, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"Otro proceso está trayendo {shown(folder)}: espere a que acabe") from error
+        yield work
+    finally:
+        os.close(lock)
+
+
+@contextmanager
+def room(work: Path, needed: int) -> Iterator[None]:
+    """Raises UserError if the disk has not `needed` bytes for what is written within, or proves to be full."""
+    from safetensors import SafetensorError
+
+    def no_room() -> UserError:
+        free = shutil.disk_usage(work).free
+        return UserError(
+            f"No hay sitio en {shown(work.parent)}: hacen falta {_about(needed)} y quedan {_about(free)} libres; "
+            "libere espacio o cambie WEIGHTS_DIR, y repita: sigue donde quedó"
+        )
+
+    if needed > shutil.disk_usage(work).free:
+        raise no_room()
+    try:
+        yield
+    except SafetensorError as error:
+        # Its writer has no errno, only words.
+        if f"os error {errno.ENOSPC}" not in str(error):
+            raise
+        raise no_room() from error
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise no_room() from error
+
+
+def publish(work: Path, folder: Path, model_id: str, commit: str) -> None:
+    """Turn a workspace into the model's folder: write the manifest, then rename."""
+    paths = sorted(path for path in work.rglob("*") if path.is_file())
+    files = {path.relative_to(work).as_posix(): _File(path.stat().st_size, _sha256(path)) for path in paths}
+    manifest = work / MANIFEST
+    manifest.write_text(json.dumps(asdict(_Manifest(model_id, commit, files)), indent=2) + "\n")
+    # Whole seconds: an image's layers keep no more. The safetensors library makes files that only their owner reads.
+    now, mode = int(time.time()), manifest.stat().st_mode
+    for path in (manifest, *paths):
+        path.chmod(mode)
+        os.utime(path, (now, now))
+    work.rename(folder)
+
+
+@contextmanager
+def _in_spanish(settings: Settings) -> Iterator[None]:
+    """Each way in which the hub or the folder refuses, as the line that a user can act on."""
+    import httpx2
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+    from huggingface_hub.utils import logging
+
+    # The client speaks English about each retry; the bar shows it.
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    model, hub = settings.model_id, _hub()
+    no_access = f"Su token no da acceso a {model}: pídalo en https://{hub}/{model} con la cuenta del token"
+    demo = "o pruebe el modelo de muestra con script/predict --demo"
+    try:
+        yield
+    except GatedRepoError as error:
+        if settings.token:
+            raise UserError(no_access) from error
+        raise UserError(
+            f"{model} pide permiso: acéptelo en https://{hub}/{model}, cree un token en "
+            f"https://{hub}/settings/tokens y póngalo en .env como HUGGINGFACE_HUB_TOKEN"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise UserError(f"{model} no tiene la revisión {settings.revision}: corrija MODEL_REVISION") from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise UserError(
+            f"{hub} no tiene ningún modelo {model}: corrija MODEL_ID o, si es privado, ponga en .env el "
+            "HUGGINGFACE_HUB_TOKEN de quien pueda verlo"
+        ) from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        if settings.token and status == 401:
+            raise UserError(
+                f"{hub} no reconoce su token: cópielo de nuevo de https://{hub}/settings/tokens, o quite "
+                "HUGGINGFACE_HUB_TOKEN si el modelo es público"
+            ) from error
+        if settings.token and status == 403:
+            raise UserError(no_access) from error
+        raise UserError(f"{hub} responde con el error {status}: pruebe más tarde, {demo}") from error
+    except OfflineModeIsEnabled as error:
+        raise UserError(f"Sin conexión con {hub} porque HF_HUB_OFFLINE lo pide: quite esa variable, {demo}") from error
+    except (httpx2.RequestError, json.JSONDecodeError) as error:
+        raise UserError(f"Sin conexión con {hub}: compruebe la red y repita, que sigue donde quedó, {demo}") from error
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR):
+            raise
+        raise UserError(f"No se puede escribir en {shown(settings.weights_dir)}: cambie WEIGHTS_DIR") from error
+
+
+def _hub() -> str:
+    from huggingface_hub import constants
+
+    # The name alone: an address of a mirror may carry a password.
+    return urlsplit(constants.ENDPOINT).hostname or constants.ENDPOINT
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def shown(path: Path) -> str:
+    """A path as the user would type it in the project's folder."""
+    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
+
+
+def _about(size: int) -> str:
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= scale:
+            return f"{size / scale:.1f} {unit}".replace(".", ",")
+    return f"{size} bytes"
+
+
+def _exactly(size: int) -> str:
+    return f"{size:,}".replace(",", ".")
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)

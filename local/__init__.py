@@ -1,0 +1,1 @@
+"""This package on this computer, without Docker: the Python behind the commands in script/."""

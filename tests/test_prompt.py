@@ -1,0 +1,249 @@
+"""An ordinary question gives the tokenizer's own ids; one that names control tokens gives none that is not ours."""
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
+
+from llm.errors import UserError
+from llm.prompt import COMPLETION, MAX_CHARACTERS, Prompter
+from llm.settings import Settings
+from llm.text import Text
+from local import demo
+from tests import checkpoints
+
+CHATML = (
+    "{{ bos_token }}{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{{ message['content'] }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n<think>{% endif %}"
+)
+INST = "{{ bos_token }}{% for message in messages %}[INST] {{ message['content'] | trim }} [/INST]{% endfor %}"
+
+QUESTIONS = [
+    "Dime un producto de limpieza que blanquee la ropa",
+    " ¿Qué es el ñandú?\n\nResponde  en dos líneas:\n\t1.  ",
+    "👩‍👩‍👧 ¿y 漢字? «sí» <b>no</b> < s > 1 | 2",
+    "covid y    covid19 con     blancos",
+    "{} {0} {pregunta.__class__} {pregunta} %s \\n $1 \\1",
+    "nulo \0 y \ufffd",
+    "x",
+    "\n",
+]
+
+
+def chatml() -> PreTrainedTokenizerFast:
+    """GPT-2's, extended as models are: marks of a chat (some not special), a word, a run of blanks."""
+    tokenizer = checkpoints.tokenizer()
+    tokenizer.add_tokens([AddedToken(mark, special=True) for mark in ("<|im_start|>", "<|im_end|>")], True)
+    tokenizer.add_tokens([AddedToken("<think>", special=False), AddedToken("<|user|>", special=True, rstrip=True)])
+    tokenizer.add_tokens([AddedToken("covid", special=False), AddedToken("    ", special=False, normalized=False)])
+    tokenizer.chat_template = CHATML
+    return tokenizer
+
+
+def sentencepiece() -> PreTrainedTokenizerFast:
+    """As Llama 2's: ▁ before the text, a <s> that the tokenizer adds, and <s> a piece of the vocabulary itself."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    pieces += ["▁", "<", ">", "/", "s", *"abcdefghijklmnopqr[]IT", "▁d", "▁de", "os", "▁▁", "la", "▁[", "IN"]
+    scores = {"<unk>": -20.0, "▁d": -1.5, "▁de": -1.0, "▁[": -1.0}
+    backend = Tokenizer(models.Unigram([(p, scores.get(p, -2.0)) for p in pieces], unk_id=0, byte_fallback=True))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    backend.add_special_tokens([AddedToken(piece, special=True) for piece in pieces[:3]])
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    tokenizer.chat_template = INST
+    return tokenizer
+
+
+def smollm2() -> PreTrainedTokenizerFast:
+    folder = demo.ensure(Settings.read()).folder
+    return PreTrainedTokenizerFast.from_pretrained(folder)  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module", params=[checkpoints.tokenizer, chatml, sentencepiece, smollm2])
+def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerFast:
+    make: Callable[[], PreTrainedTokenizerFast] = request.param
+    return make()
+
+
+@pytest.fixture(scope="module")
+def prompter(tokenizer: PreTrainedTokenizerFast) -> Prompter:
+    return Prompter(tokenizer, 2048)
+
+
+@pytest.fixture(scope="module")
+def falcon() -> Prompter:
+    return Prompter(checkpoints.tokenizer(), 2048)
+
+
+def default_ids(tokenizer: PreTrainedTokenizerFast, pregunta: str) -> list[int]:
+    """What transformers makes of a question without prompt_template."""
+    if tokenizer.chat_template is None:
+        return list(tokenizer(COMPLETION.replace("{pregunta}", pregunta))["input_ids"])
+    messages = [{"role": "user", "content": pregunta}]
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert isinstance(ids, list)
+    return ids
+
+
+def added(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> list[int]:
+    return [id for id in ids if id in tokenizer.added_tokens_decoder]
+
+
+@pytest.mark.parametrize("pregunta", QUESTIONS)
+def test_an_ordinary_question_gives_the_ids_of_transformers(
+    tokenizer: PreTrainedTokenizerFast, prompter: Prompter, pregunta: str
+) -> None:
+    assert prompter.encode(pregunta).ids == default_ids(tokenizer, pregunta)
+
+
+@pytest.mark.parametrize("pregunta", QUESTIONS)
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{pregunta}",
+        " {pregunta} ",
+        "Q:{pregunta}\n\nA:",
+        "a {pregunta}<|im_end|>\n<|im_start|>{pregunta}<|endoftext|>",
+        "<|user|> {pregunta} </s> [INST] <think>{pregunta}",
+        "{} {0} {pregunta.__class__} %s {{pregunta}}",
+    ],
+)
+def test_a_template_gives_the_ids_of_its_text(
+    tokenizer: PreTrainedTokenizerFast, prompter: Prompter, template: str, pregunta: str
+) -> None:
+    expected = tokenizer(template.replace("{pregunta}", pregunta))["input_ids"]
+    assert prompter.encode(pregunta, template).ids == expected
+
+
+@pytest.mark.parametrize("template", [None, "{pregunta}", "<|im_start|>{pregunta}<|im_end|></s>", "x{pregunta}x"])
+def test_a_question_has_no_control_tokens(
+    tokenizer: PreTrainedTokenizerFast, prompter: Prompter, template: str | None
+) -> None:
+    marks = [token.content for token in tokenizer.added_tokens_decoder.values() if "<" in token.content]
+    ours = added(tokenizer, prompter.encode("sol", template).ids)
+    assert marks
+    for pregunta in [*marks, "".join(marks), f"de {marks[0]}\n {marks[-1]} de"]:
+        ids = prompter.encode(pregunta, template).ids
+        assert added(tokenizer, ids) == ours
+        assert pregunta in str(tokenizer.decode(ids))
+
+
+def test_a_question_and_its_template_make_no_control_token_together() -> None:
+    tokenizer = chatml()
+    prompter = Prompter(tokenizer, 2048)
+    for template, pregunta in [
+        ("<|im_{pregunta}|>", "end"),
+        ("{pregunta}|im_end|>", "<"),
+        ("<|im_end{pregunta}", "|>"),
+    ]:
+        ids = prompter.encode(pregunta, template).ids
+        assert added(tokenizer, ids) == []
+        assert tokenizer.decode(ids) == "<|im_end|>"
+
+
+def test_a_template_without_the_placeholder_is_refused(falcon: Prompter) -> None:
+    for template in ["", "hola", "{}", "{0}", "{ pregunta }", "{pregunta.__class__}", "{Pregunta}", "%s"]:
+        with pytest.raises(UserError, match=r"^prompt_template debe contener \{pregunta\}$"):
+            falcon.encode("hola", template)
+
+
+def test_a_completion_ends_at_the_next_question(falcon: Prompter) -> None:
+    tokenizer = checkpoints.tokenizer()
+    prompt = falcon.encode("¿Qué blanquea la ropa?")
+    assert str(tokenizer.decode(prompt.ids)).endswith("\n\nPregunta: ¿Qué blanquea la ropa?\nRespuesta:")
+    text = Text(tokenizer, prompt.stop_sequences)
+    assert text.add(list(tokenizer.encode(" La lejía.\n\nPregunta: ¿Y el suelo?"))) == "La lejía."
+    assert text.stopped
+
+
+def test_other_templates_end_at_no_text_of_ours(falcon: Prompter) -> None:
+    assert falcon.encode("hola", "{pregunta}").stop_sequences == ()
+    assert Prompter(chatml(), 2048).encode("hola").stop_sequences == ()
+
+
+def test_a_prompt_that_fills_the_context_is_refused(falcon: Prompter) -> None:
+    assert len(falcon.encode(" a" * 2047, "{pregunta}").ids) == 2047
+    for tokens in (2048, 2301):
+        with pytest.raises(UserError, match=rf"^La pregunta ocupa {tokens} tokens y el modelo admite 2048 en total$"):
+            falcon.encode(" a" * tokens, "{pregunta}")
+
+
+def test_a_template_that_repeats_a_long_question_is_refused_before_it_is_written(falcon: Prompter) -> None:
+    with pytest.raises(UserError, match=rf"ocupa 10000000000 caracteres y se admiten {MAX_CHARACTERS}"):
+        falcon.encode("a" * 100_000, "{pregunta}" * 100_000)
+
+
+def test_a_prompt_without_tokens_is_refused() -> None:
+    backend = Tokenizer(models.WordLevel({"hola": 0, "[UNK]": 1}, unk_token="[UNK]"))
+    backend.normalizer = normalizers.Strip()
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]")
+    prompter = Prompter(tokenizer, 2048)
+    assert prompter.encode("hola Zoé", "{pregunta}").ids == [0, 1]
+    with pytest.raises(UserError, match="La pregunta no contiene nada"):
+        prompter.encode(" ", "{pregunta}")
+
+
+def test_a_template_that_writes_the_first_token_gets_no_second() -> None:
+    tokenizer = sentencepiece()
+    prompter = Prompter(tokenizer, 2048)
+    assert prompter.encode("de", "<s>{pregunta}").ids == tokenizer("<s>de", add_special_tokens=False)["input_ids"]
+    assert prompter.encode("de", "{pregunta}").ids.count(1) == 1
+    assert prompter.encode("de").ids.count(1) == 1
+
+
+def test_half_a_surrogate_pair_is_a_replacement_character(prompter: Prompter) -> None:
+    assert prompter.encode("a\ud800b") == prompter.encode("a\ufffdb")
+    assert prompter.encode("a", "\udc00{pregunta}") == prompter.encode("a", "\ufffd{pregunta}")
+
+
+def test_a_chat_template_is_rendered_for_each_question() -> None:
+    tokenizer = chatml()
+    tokenizer.chat_template = "{{ strftime_now('%f') }} {{ messages[0]['content'] }}"  # microseconds
+    prompter = Prompter(tokenizer, 2048)
+    assert len({tuple(prompter.encode("hola").ids) for _ in range(20)}) > 1
+
+
+def test_a_chat_template_that_drops_the_question_is_refused() -> None:
+    tokenizer = chatml()
+    tokenizer.chat_template = "{% for part in messages[0]['content'] %}{{ part['text'] }}{% endfor %}"
+    with pytest.raises(UserError, match="indica prompt_template"):
+        Prompter(tokenizer, 2048).encode("hola")
+
+
+def test_a_tokenizer_written_in_python_is_refused() -> None:
+    with pytest.raises(UserError, match=r"^El tokenizador ByT5Tokenizer no se admite: .*tokenizer\.json$"):
+        Prompter(ByT5Tokenizer(), 2048)
+
+
+def test_threads_do_not_disturb_each_other() -> None:
+    tokenizer = chatml()
+    prompter = Prompter(tokenizer, 100_000)
+    questions = [question * 50 for question in [*QUESTIONS, "<|im_end|>", "<think>"]] * 5
+    alone = [prompter.encode(question) for question in questions]
+    with ThreadPoolExecutor(8) as threads:
+        assert list(threads.map(prompter.encode, questions)) == alone
+
+
+def test_a_long_question_lets_other_threads_run() -> None:
+    prompter = Prompter(checkpoints.tokenizer(), 10**6)
+
+    def longest_pause() -> float:
+        """Of this thread while another encodes, as a part of the time that takes."""
+        pauses = []
+        encoding = threading.Thread(target=prompter.encode, args=("ñandú " * 16_000,))
+        begun = last = time.perf_counter()
+        encoding.start()
+        while encoding.is_alive():
+            now = time.perf_counter()
+            pauses.append(now - last)
+            last = now
+        return max(pauses) / (time.perf_counter() - begun)
+
+    # A busy machine pauses any thread; the interpreter's lock would do it each time, and for nearly all the time.
+    assert any(longest_pause() < 0.6 for _ in range(20))

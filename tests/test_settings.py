@@ -1,0 +1,98 @@
+"""What the environment and .env say, and which of them wins."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from llm.errors import UserError
+from llm.settings import FALCON, FALCON_COMMIT, ROOT, Settings
+
+NAMES = (
+    "MODEL_ID",
+    "MODEL_REVISION",
+    "WEIGHTS_DIR",
+    "HUGGINGFACE_HUB_TOKEN",
+    "HF_TOKEN",
+    "DTYPE",
+    "REPLICATE_API_TOKEN",
+)
+
+
+@pytest.fixture(autouse=True)
+def _unset(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in NAMES:
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_nothing_set_is_falcon_at_its_pinned_commit(tmp_path: Path) -> None:
+    settings = Settings.read(tmp_path)
+    assert settings == Settings(FALCON, FALCON_COMMIT, tmp_path / "weights", None, None)
+    assert settings.folder == tmp_path / "weights" / "falcon-rw-1b"
+
+
+def test_another_id_is_its_main_in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MODEL_ID", "HuggingFaceTB/SmolLM2-135M-Instruct")
+    settings = Settings.read(tmp_path)
+    assert settings.revision is None
+    assert settings.folder.name == "smollm2-135m-instruct"
+
+
+def test_env_file_is_read_and_the_environment_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / ".env").write_text(
+        "MODEL_ID=org/uno\nMODEL_REVISION='v1'\nWEIGHTS_DIR=otra/carpeta\nHF_TOKEN=hf_a${b}\nDTYPE=float32\n"
+    )
+    assert Settings.read(tmp_path) == Settings("org/uno", "v1", tmp_path / "otra/carpeta", "hf_a${b}", "float32")
+
+    monkeypatch.setenv("MODEL_ID", "org/dos")
+    monkeypatch.setenv("MODEL_REVISION", "")
+    monkeypatch.setenv("WEIGHTS_DIR", "/datos")
+    monkeypatch.setenv("HUGGINGFACE_HUB_TOKEN", "hf_c")
+    assert Settings.read(tmp_path) == Settings("org/dos", None, Path("/datos"), "hf_c", "float32")
+
+
+def test_env_file_saved_by_windows(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_bytes("MODEL_ID=org/uno\r\n".encode("utf-8-sig"))
+    assert Settings.read(tmp_path).model_id == "org/uno"
+
+    (tmp_path / ".env").write_bytes("MODEL_ID=org/uno\r\n".encode("utf-16"))
+    with pytest.raises(UserError, match="UTF-8"):
+        Settings.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("MODEL_ID", "../../etc", "MODEL_ID=../../etc no es un nombre"),
+        ("MODEL_ID", "org/..", "MODEL_ID=org/.. no es un nombre"),
+        ("MODEL_ID", "/datos/modelo", "weights/NOMBRE"),
+        ("MODEL_ID", "a/b/c", "MODEL_ID=a/b/c no es un nombre"),
+        ("DTYPE", "fp16", "bfloat16, float16, float32"),
+        ("HF_TOKEN", "hf_uno dos", "HF_TOKEN lleva espacios"),
+        ("HUGGINGFACE_HUB_TOKEN", "hf_ñ", "HUGGINGFACE_HUB_TOKEN lleva espacios"),
+    ],
+)
+def test_a_value_that_cannot_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str, says: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=re.escape(says)) as error:
+        Settings.read(tmp_path)
+    assert "\n" not in str(error.value)
+    if "TOKEN" in name:
+        assert value not in str(error.value)
+
+
+def test_a_token_is_not_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secreto")
+    settings = Settings.read(tmp_path)
+    assert settings.token == "hf_secreto"
+    assert "secreto" not in repr(settings)
+
+
+def test_copying_the_example_changes_nothing(tmp_path: Path) -> None:
+    before = Settings.read(tmp_path)
+    example = (ROOT / ".env.example").read_text()
+    (tmp_path / ".env").write_text(example)
+    assert Settings.read(tmp_path) == before
+    assert all(re.search(rf"^#?\s?{name}=", example, re.MULTILINE) for name in NAMES if name != "HF_TOKEN")

@@ -1,0 +1,231 @@
+"""Every text is compared with the obvious way: decode all tokens at once, strip, cut."""
+
+import random
+from collections.abc import Sequence
+from functools import lru_cache
+
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from llm.settings import Settings
+from llm.text import CONTEXT, Text, split_stop_sequences
+from local import demo
+from tests import checkpoints
+
+BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+
+
+def sentencepiece(decoder: decoders.Decoder) -> PreTrainedTokenizerFast:
+    """A small vocabulary as SentencePiece makes them: ▁ for blanks, bytes for what it lacks."""
+    pieces = ["<unk>", "<s>", "</s>", *BYTES, "▁", "▁Hola", "▁casa", "ñ", "o", "a", ",", "\ufffd", "▁▁", "▁a", "漢"]
+    unigram = models.Unigram([(piece, -1.0) for piece in pieces], unk_id=0, byte_fallback=True)
+    backend = Tokenizer(unigram)
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoder
+    backend.add_special_tokens([AddedToken(piece, special=True) for piece in pieces[:3]])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+@pytest.fixture(scope="module", params=["falcon", "smollm2", "llama", "metaspace"])
+def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerFast:
+    if request.param == "falcon":
+        return checkpoints.tokenizer()
+    if request.param == "smollm2":
+        folder = demo.ensure(Settings.read()).folder
+        return PreTrainedTokenizerFast.from_pretrained(folder)  # type: ignore[no-any-return]
+    if request.param == "llama":
+        blanks = decoders.Replace("▁", " ")
+        return sentencepiece(
+            decoders.Sequence([blanks, decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+        )
+    return sentencepiece(decoders.Metaspace())
+
+
+@pytest.fixture(scope="module")
+def falcon() -> PreTrainedTokenizerFast:
+    return checkpoints.tokenizer()
+
+
+def all_at_once(tokenizer: PreTrainedTokenizerFast, tokens: Sequence[int], stops: Sequence[str] = ()) -> str:
+    text = str(tokenizer.decode(list(tokens), skip_special_tokens=True)).lstrip()
+    return text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))]
+
+
+def as_it_grows(
+    tokenizer: PreTrainedTokenizerFast, tokens: Sequence[int], stops: Sequence[str] = (), most: int = 1
+) -> list[str]:
+    """The chunks of `Text`, for up to `most` tokens a call."""
+    text = Text(tokenizer, stops)
+    deal = random.Random(0)
+    chunks = []
+    at = 0
+    while at < len(tokens):
+        step = deal.randint(1, most)
+        chunks.append(text.add(tokens[at : at + step]))
+        at += step
+    return [*chunks, text.end()]
+
+
+def plain(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+    return list(tokenizer.encode(text, add_special_tokens=False))
+
+
+def named(tokenizer: PreTrainedTokenizerFast, *names: str) -> list[int]:
+    return [id for name in names if (id := tokenizer.backend_tokenizer.token_to_id(name)) is not None]
+
+
+@lru_cache
+def parts_of_characters(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """The tokens that alone are no text: some of the bytes of a character."""
+    bytes_of_sentencepiece = named(tokenizer, *BYTES[0x80:])
+    return [id for id in range(len(tokenizer)) if id in bytes_of_sentencepiece or "\ufffd" in tokenizer.decode([id])]
+
+
+def some_tokens(tokenizer: PreTrainedTokenizerFast, draw: random.Random) -> list[int]:
+    """Any tokens; or few different ones, over and over; or mostly bytes of characters, in the wrong order."""
+    anything = range(len(tokenizer))
+    parts = parts_of_characters(tokenizer)
+    few = [*draw.choices(anything, k=draw.randint(0, 2)), *draw.choices(parts, k=draw.randint(1, 4))]
+    return draw.choices(draw.choice([anything, few, [*parts, *few * 20]]), k=draw.randint(1, 150))
+
+
+def test_any_tokens_come_out_as_one_decode_gives_them(tokenizer: PreTrainedTokenizerFast) -> None:
+    draw = random.Random(1)
+    for _ in range(1000):
+        tokens = some_tokens(tokenizer, draw)
+        assert "".join(as_it_grows(tokenizer, tokens, most=draw.choice([1, 1, 4]))) == all_at_once(tokenizer, tokens)
+
+
+def test_stop_sequences_cut_any_tokens_where_they_cut_the_one_decode(tokenizer: PreTrainedTokenizerFast) -> None:
+    draw = random.Random(2)
+    stopped = 0
+    for _ in range(1000):
+        tokens = some_tokens(tokenizer, draw)
+        whole = all_at_once(tokenizer, tokens)
+        stops = []
+        for _ in range(draw.randint(1, 3)):
+            at = draw.randrange(len(whole) + 1)
+            stops.append(whole[at : at + draw.randint(1, 6)] + draw.choice(["", "", "x"]) or "x")
+        expected = all_at_once(tokenizer, tokens, stops)
+        stopped += expected != whole
+        assert "".join(as_it_grows(tokenizer, tokens, stops, most=draw.choice([1, 1, 4]))) == expected
+    assert 100 < stopped < 1000
+
+
+def test_no_chunk_has_half_a_character(falcon: PreTrainedTokenizerFast) -> None:
+    answer = "El niño 😀 dijo «漢字» ñ👩‍👩‍👧."
+    tokens = plain(falcon, answer)
+    assert any("\ufffd" in falcon.decode([token]) for token in tokens)
+    chunks = as_it_grows(falcon, tokens)
+    assert "".join(chunks) == answer
+    assert not any("\ufffd" in chunk for chunk in chunks)
+    assert chunks[-1] == ""  # each character is shown as soon as it is whole
+
+
+def test_half_a_character_at_the_end_is_what_the_one_decode_makes_of_it(falcon: PreTrainedTokenizerFast) -> None:
+    half = plain(falcon, "Hola 😀")[:-1]
+    assert as_it_grows(falcon, half)[-1] == "\ufffd"
+    assert "".join(as_it_grows(falcon, half)) == falcon.decode(half)
+
+
+def test_wrong_bytes_hold_nothing_back(falcon: PreTrainedTokenizerFast) -> None:
+    (first_byte,) = named(falcon, "Ã")  # 0xC3, as ByteLevel writes it
+    assert as_it_grows(falcon, [first_byte] * 4) == ["", "\ufffd", "\ufffd", "\ufffd", "\ufffd"]
+    text = Text(falcon)
+    assert text.add([first_byte]) == ""
+    assert text.add(plain(falcon, "Hola")) == "\ufffdHola"
+
+
+def test_bytes_of_sentencepiece_are_shown_when_their_run_is_over() -> None:
+    blanks = decoders.Replace("▁", " ")
+    tokenizer = sentencepiece(decoders.Sequence([blanks, decoders.ByteFallback(), decoders.Fuse()]))
+    hola, *smile = named(tokenizer, "▁Hola", *(f"<0x{byte:02X}>" for byte in "😀".encode()))
+    assert as_it_grows(tokenizer, [hola, *smile, hola]) == ["Hola", "", "", "", "", "😀 Hola", ""]
+    assert as_it_grows(tokenizer, [*smile, smile[0]]) == ["", "", "", "", "", "\ufffd" * 5]
+
+
+@pytest.mark.parametrize("answer", [" Madrid", "\n\n Madrid", "   \t\n", ""])
+def test_no_blank_leads(falcon: PreTrainedTokenizerFast, answer: str) -> None:
+    chunks = as_it_grows(falcon, plain(falcon, answer))
+    assert "".join(chunks) == answer.lstrip()
+    assert "".join(as_it_grows(falcon, plain(falcon, answer + "a \n"))) == (answer + "a \n").lstrip()
+
+
+def test_special_tokens_are_not_shown(falcon: PreTrainedTokenizerFast) -> None:
+    end = falcon.eos_token_id
+    assert "".join(as_it_grows(falcon, [end, *plain(falcon, " sí"), end, *plain(falcon, " no"), end])) == "sí no"
+
+
+@pytest.mark.parametrize(
+    ("answer", "stops", "shown"),
+    [
+        ("uno dos tres", ["dos"], "uno "),
+        ("uno dos tres", ["tres", "dos"], "uno "),  # the first in the text, not in the list
+        ("uno dos tres", ["os", "dos tres"], "uno "),  # the one that began first, though another is complete before
+        ("uno dos otra", ["os", "dos tres"], "uno d"),  # ... and if it does not complete, the other
+        ("uno dos", ["os", "dos tres"], "uno d"),  # ... nor at the end
+        ("uno dos tres", ["dos", "dos tres"], "uno "),
+        ("uno dos tres", ["cuatro"], "uno dos tres"),
+        ("uno dos tres", ["tres cuatro"], "uno dos tres"),
+        ("aaab", ["aab"], "a"),
+        ("\n\nuno\ndos", ["\n"], "uno"),  # what leads is no part of the text
+        ("uno 😀 dos", ["😀"], "uno "),
+        ("uno", ["uno"], ""),
+        ("París.\n\nPregunta: ¿Y", ["\n\nPregunta:", "\nPregunta:", "Pregunta:"], "París."),
+    ],
+)
+def test_the_text_ends_before_the_first_stop_sequence(
+    falcon: PreTrainedTokenizerFast, answer: str, stops: list[str], shown: str
+) -> None:
+    for tokens in (plain(falcon, answer), [token for character in answer for token in plain(falcon, character)]):
+        for most in (1, 2, 100):
+            assert "".join(as_it_grows(falcon, tokens, stops, most)) == shown
+
+
+def test_the_beginning_of_a_stop_sequence_waits_until_it_is_another_text(falcon: PreTrainedTokenizerFast) -> None:
+    text = Text(falcon, ["\n\nFin"])
+    assert text.add(plain(falcon, "Uno.\n")) == "Uno."
+    assert text.add(plain(falcon, "\n")) == ""
+    assert text.add(plain(falcon, "Dos.\n\nF")) == "\n\nDos."
+    assert text.end() == "\n\nF"
+    assert not text.stopped
+
+
+def test_nothing_comes_after_a_stop_sequence(falcon: PreTrainedTokenizerFast) -> None:
+    text = Text(falcon, ["dos"])
+    assert text.add(plain(falcon, "uno dos tres")) == "uno "
+    assert text.stopped
+    assert text.add(plain(falcon, "cuatro")) == ""
+    assert text.end() == ""
+
+
+def test_a_stop_sequence_that_only_the_end_decides_counts(falcon: PreTrainedTokenizerFast) -> None:
+    text = Text(falcon, ["os", "dos tres"])
+    assert text.add(plain(falcon, "uno dos")) == "uno "
+    assert not text.stopped
+    assert text.end() == "d"
+    assert text.stopped
+
+
+@pytest.mark.parametrize("answer", ["La casa del niño. ", "😀", "漢", "\ufffd", "    "])
+def test_what_is_decoded_again_for_a_token_does_not_grow(falcon: PreTrainedTokenizerFast, answer: str) -> None:
+    text = Text(falcon)
+    for token in plain(falcon, answer * 300):
+        text.add([token])
+        assert len(text._characters._window) <= 2 * CONTEXT
+
+
+@pytest.mark.parametrize(
+    ("value", "sequences"),
+    [
+        (None, ()),
+        ("", ()),
+        (",", ()),
+        ("a", ("a",)),
+        ("a,b", ("a", "b")),
+        ("\n, b ,,c", ("\n", " b ", "c")),
+    ],
+)
+def test_stop_sequences_are_split_at_commas(value: str | None, sequences: tuple[str, ...]) -> None:
+    assert split_stop_sequences(value) == sequences

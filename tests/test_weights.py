@@ -1,0 +1,534 @@
+"""Models come into weights/NAME/ as a user brings them: script/weights, the real client, a hub on this machine."""
+
+import json
+import os
+import pickle
+import pty
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from llm import weights
+from llm.errors import UserError
+from llm.settings import ROOT, Settings
+from tests import checkpoints
+from tests.hub import COMMIT, Hub, Repository, files_of
+
+MODEL = "prueba/Falcon-Mini"
+NAME = "falcon-mini"
+GOOD, NO_ACCESS, WRONG = "hf_buenoXYZ", "hf_ajenoXYZ", "hf_malXYZ"
+
+CHUNK = 10 * 1024 * 1024
+"""What the client collects before it writes to the disk."""
+
+JUNK = {
+    "README.md": b"---",
+    "modeling_falcon.py": b"raise SystemExit",
+    "model.onnx": b"o",
+    "model.gguf": b"g",
+    "tf_model.h5": b"h",
+    "flax_model.msgpack": b"m",
+    "original/consolidated.00.pth": b"p",
+    "consolidated.safetensors": b"c",
+}
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    with Hub() as hub:
+        hub.tokens = {GOOD: True, NO_ACCESS: False}
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def safetensors(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    return files_of(checkpoints.falcon(tmp_path_factory.mktemp("hub") / "safetensors"))
+
+
+@pytest.fixture(scope="module")
+def bin(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    folder = tmp_path_factory.mktemp("hub") / "bin"
+    return files_of(checkpoints.falcon(folder, format="bin", dtype=torch.float32, tied_twice=True))
+
+
+def environment(hub: Hub | str, directory: Path, **variables: str) -> dict[str, str]:
+    """The user's, less what a developer's own settings would change."""
+    return {
+        **os.environ,
+        **dict.fromkeys(("MODEL_REVISION", "DTYPE", "HUGGINGFACE_HUB_TOKEN", "HF_TOKEN", "HF_HUB_OFFLINE"), ""),
+        "HF_ENDPOINT": hub if isinstance(hub, str) else hub.endpoint,
+        "NO_PROXY": "127.0.0.1",
+        "WEIGHTS_DIR": str(directory),
+        "MODEL_ID": MODEL,
+        **variables,
+    }
+
+
+COMMAND = [sys.executable, "-m", "local.fetch"]
+
+
+def start(hub: Hub | str, directory: Path, **variables: str) -> subprocess.Popen[str]:
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        COMMAND, cwd=ROOT, env=environment(hub, directory, **variables), stdout=pipe, stderr=pipe, text=True
+    )
+
+
+def fetch(hub: Hub | str, directory: Path, **variables: str) -> str:
+    """script/weights; its output when it succeeds."""
+    run = start(hub, directory, **variables)
+    output, error = run.communicate()
+    assert_no_token(output + error)
+    assert (run.returncode, error) == (0, "")
+    return output
+
+
+def refused(hub: Hub | str, directory: Path, **variables: str) -> str:
+    """script/weights; the one line of its error when it fails."""
+    run = start(hub, directory, **variables)
+    output, error = run.communicate()
+    assert_no_token(output + error)
+    assert run.returncode == 1, error
+    (line,) = error.splitlines()
+    return line
+
+
+def assert_no_token(output: str) -> None:
+    assert not any(token in output for token in (GOOD, NO_ACCESS, WRONG))
+
+
+def contents(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+
+
+def settings(directory: Path, model_id: str = MODEL, revision: str | None = None) -> Settings:
+    return Settings(model_id, revision, directory, None, None)
+
+
+# What comes, and how it lies in the folder
+
+
+def test_a_bin_becomes_safetensors(hub: Hub, bin: dict[str, bytes], tmp_path: Path) -> None:
+    hub.add(MODEL, {**bin, **JUNK})
+    out = fetch(hub, tmp_path)
+
+    folder = tmp_path / NAME
+    assert contents(tmp_path) == {NAME, *(f"{NAME}/{name}" for name in contents(folder))}
+    assert contents(folder) == {*bin, "model.safetensors", "manifest.json"} - {"pytorch_model.bin"}
+    assert sorted(hub.fetched) == sorted(bin)
+    assert f"{MODEL} (0123456) de 127.0.0.1" in out and "bfloat16" in out
+
+    (tmp_path / "source.bin").write_bytes(bin["pytorch_model.bin"])
+    source = torch.load(tmp_path / "source.bin", weights_only=True)
+    ours = load_file(folder / "model.safetensors")
+    assert set(ours) == set(source) - {"lm_head.weight"}
+    assert all(torch.equal(ours[name], source[name].to(torch.bfloat16)) for name in ours)
+
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert (manifest["id"], manifest["commit"]) == (MODEL, COMMIT)
+    assert set(manifest["files"]) == contents(folder) - {"manifest.json"}
+    for name, file in manifest["files"].items():
+        sha256 = subprocess.run(["sha256sum", folder / name], capture_output=True, text=True, check=True).stdout
+        assert file == {"size": (folder / name).stat().st_size, "sha256": sha256.split()[0]}
+
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+    assert torch.equal(loaded["lm_head.weight"], ours["transformer.word_embeddings.weight"].float())
+
+
+def test_shards_old_and_new_with_tensors_that_are_no_floats(hub: Hub, bin: dict[str, bytes], tmp_path: Path) -> None:
+    (tmp_path / "source.bin").write_bytes(bin["pytorch_model.bin"])
+    state = torch.load(tmp_path / "source.bin", weights_only=True)
+    # Equal to the embeddings, in a storage of its own: tied all the same.
+    state["lm_head.weight"] = state["lm_head.weight"].clone()
+    state["mask"] = torch.ones(3, dtype=torch.bool)
+    names = list(state)
+    shards = {}
+    for number, (part, new) in enumerate(((names[:5], True), (names[5:], False)), start=1):
+        path = tmp_path / "shard"
+        torch.save({name: state[name] for name in part}, path, _use_new_zipfile_serialization=new)
+        shards[f"pytorch_model-0000{number}-of-00002.bin"] = path.read_bytes()
+    texts = {name: content for name, content in bin.items() if name != "pytorch_model.bin"}
+    hub.add(MODEL, {**texts, **shards, "pytorch_model.bin.index.json": b"{}"})
+
+    fetch(hub, tmp_path)
+    assert contents(tmp_path / NAME) == {*texts, "model.safetensors", "manifest.json"}
+    ours = load_file(tmp_path / NAME / "model.safetensors")
+    assert set(ours) == set(state) - {"lm_head.weight"}
+    assert ours["mask"].dtype == torch.bool
+
+
+def test_safetensors_come_as_they_are(
+    hub: Hub, safetensors: dict[str, bytes], bin: dict[str, bytes], tmp_path: Path
+) -> None:
+    hub.add(MODEL, {**bin, **JUNK, **safetensors})
+    fetch(hub, tmp_path)
+    assert sorted(hub.fetched) == sorted(safetensors)
+    assert (tmp_path / NAME / "model.safetensors").read_bytes() == safetensors["model.safetensors"]
+    assert all(oct(path.stat().st_mode & 0o444) == "0o444" for path in (tmp_path / NAME).iterdir())
+
+
+def test_sharded_safetensors_come_with_their_index(hub: Hub, tmp_path: Path) -> None:
+    files = {
+        "config.json": b"{}",
+        "chat_template.jinja": b"t",
+        "additional_chat_templates/tool.jinja": b"t",
+        "model.safetensors.index.json": b"{}",
+        "model-00001-of-00002.safetensors": b"1" * 1000,
+        "model-00002-of-00002.safetensors": b"2" * 1000,
+        "generation_config.json": b"",
+    }
+    hub.add(MODEL, {**files, **JUNK})
+    fetch(hub, tmp_path)
+    assert {name: (tmp_path / NAME / name).read_bytes() for name in files} == files
+    assert sorted(hub.fetched) == sorted(set(files) - {"generation_config.json"})
+
+
+def test_large_models_are_written_in_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "_LARGEST_FILE", "10KB")
+    state = {name: torch.randn(64, 64) for name in "abc"}
+    weights.write_safetensors({**state, "tied": state["a"], "slice": torch.randn(99, 9)[3:5]}, tmp_path)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"]) == {"a", "b", "c", "slice"}
+    assert index["metadata"]["total_size"] == 3 * 64 * 64 * 2 + 2 * 9 * 2
+    for name, file in index["weight_map"].items():
+        assert load_file(tmp_path / file)[name].dtype == torch.bfloat16
+
+
+def test_the_bar_shows_the_rate(hub: Hub, safetensors: dict[str, bytes], tmp_path: Path) -> None:
+    hub.add(MODEL, safetensors)
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 80))
+    run = subprocess.Popen(COMMAND, cwd=ROOT, env=environment(hub, tmp_path), stdout=subprocess.DEVNULL, stderr=theirs)
+    os.close(theirs)
+    terminal = b""
+    try:
+        while chunk := os.read(ours, 65536):
+            terminal += chunk
+    except OSError:
+        pass  # a terminal ends in an error, not in an end of file
+    os.close(ours)
+    assert run.wait() == 0
+    assert re.search(rf"{NAME}: 100%.* [\d.]+[kM]B/s\]", terminal.decode())
+
+
+# Run again
+
+
+def test_the_second_run_verifies_and_has_nothing_to_do(hub: Hub, safetensors: dict[str, bytes], tmp_path: Path) -> None:
+    hub.add(MODEL, safetensors)
+    fetch(hub, tmp_path)
+    hub.requests.clear()
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / NAME).iterdir()}
+    out = fetch(hub, tmp_path)
+    assert out == f"{tmp_path}/{NAME} ({MODEL}, 0123456): comprobado; no hay nada que hacer\n"
+    assert hub.requests == []
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / NAME).iterdir()}
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_run_is_continued(hub: Hub, tmp_path: Path, stop: signal.Signals) -> None:
+    files = {"config.json": b"{}", "model.safetensors": os.urandom(CHUNK + 3_500_000)}
+    repository = hub.add(MODEL, files)
+    repository.stall_after["model.safetensors"] = CHUNK + 1000
+    run = start(hub, tmp_path)
+    hub.stalled.wait(60)
+    deadline = time.monotonic() + 60
+    while sum(part.stat().st_size for part in tmp_path.rglob("model.safetensors.*")) < CHUNK:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    run.send_signal(stop)
+    _, error = run.communicate()
+    if stop is signal.SIGINT:
+        assert (run.returncode, error.strip()) == (130, "Interrumpido: repita script/weights para terminar")
+    assert not (tmp_path / NAME).exists()
+
+    hub.requests.clear()
+    assert "14,0 MB, de los que faltan 3,5 MB" in fetch(hub, tmp_path)
+    assert {request.range for request in hub.requests if request.path.startswith("/storage/")} == {f"bytes={CHUNK}-"}
+    assert hub.fetched == ["model.safetensors"]
+    assert contents(tmp_path) == {NAME, *(f"{NAME}/{name}" for name in (*files, "manifest.json"))}
+    assert (tmp_path / NAME / "model.safetensors").read_bytes() == files["model.safetensors"]
+
+
+def test_a_part_of_another_revision_is_not_continued(hub: Hub, safetensors: dict[str, bytes], tmp_path: Path) -> None:
+    hub.add(MODEL, safetensors)
+    with weights.workspace(tmp_path / NAME) as work:
+        (work / "model.safetensors.00000000000000ff.part").write_bytes(b"x" * 1000)
+        (work / "config.json").write_bytes(b"x" * len(safetensors["config.json"]))
+        (work / "pytorch_model.bin").write_bytes(b"x")
+    fetch(hub, tmp_path)
+    assert contents(tmp_path / NAME) == {*safetensors, "manifest.json"}
+    assert (tmp_path / NAME / "config.json").read_bytes() == safetensors["config.json"]
+
+
+def test_a_connection_that_is_cut_is_taken_up_again(hub: Hub, bin: dict[str, bytes], tmp_path: Path) -> None:
+    files = {"config.json": b"{}", "model.safetensors": bin["pytorch_model.bin"]}
+    repository = hub.add(MODEL, files)
+    repository.cut_after["model.safetensors"] = CHUNK + 1000
+    fetch(hub, tmp_path)
+    assert (tmp_path / NAME / "model.safetensors").read_bytes() == files["model.safetensors"]
+    assert f"bytes={CHUNK}-" in {request.range for request in hub.requests}
+
+
+def test_what_arrives_altered_is_not_kept(hub: Hub, safetensors: dict[str, bytes], tmp_path: Path) -> None:
+    repository = hub.add(MODEL, safetensors)
+    true = safetensors["model.safetensors"]
+    repository.delivered["model.safetensors"] = true[:-1] + bytes([true[-1] ^ 1])
+    assert "model.safetensors llegó cambiado" in refused(hub, tmp_path)
+    assert not (tmp_path / NAME).exists()
+
+    repository.delivered.clear()
+    fetch(hub, tmp_path)
+    assert (tmp_path / NAME / "model.safetensors").read_bytes() == true
+
+
+def test_two_runs_do_not_mix(hub: Hub, safetensors: dict[str, bytes], tmp_path: Path) -> None:
+    hub.add(MODEL, safetensors)
+    with weights.workspace(tmp_path / NAME):
+        assert "Otro proceso está trayendo" in refused(hub, tmp_path)
+
+
+# A folder that is there
+
+
+@pytest.fixture
+def fetched(hub: Hub, tmp_path: Path) -> Path:
+    hub.add(MODEL, {"config.json": b"{}", "model.safetensors": b"0123456789" * 1000})
+    fetch(hub, tmp_path)
+    hub.requests.clear()
+    return tmp_path / NAME
+
+
+def test_a_cut_file_is_named(hub: Hub, fetched: Path) -> None:
+    os.truncate(fetched / "model.safetensors", 1234)
+    line = refused(hub, fetched.parent)
+    assert f"{fetched}/model.safetensors" in line
+    assert "1.234 bytes en vez de 10.000" in line and f"borre {fetched}" in line
+    with pytest.raises(UserError, match=r"1\.234 bytes"):
+        weights.ensure(settings(fetched.parent))
+    assert (fetched / "model.safetensors").stat().st_size == 1234
+    assert hub.requests == []
+
+
+def test_an_altered_file_is_named(hub: Hub, fetched: Path) -> None:
+    path = fetched / "model.safetensors"
+    with path.open("r+b") as stream:
+        stream.write(b"x")
+    assert f"{path} está alterado" in refused(hub, fetched.parent)
+    with pytest.raises(UserError, match="está alterado"):
+        weights.ensure(settings(fetched.parent))
+
+    # With the time of the manifest it passes for untouched at a boot; script/weights hashes it.
+    manifest = (fetched / "manifest.json").stat()
+    os.utime(path, ns=(manifest.st_mtime_ns, manifest.st_mtime_ns))
+    assert weights.ensure(settings(fetched.parent)).verified
+    assert f"{path} está alterado" in refused(hub, fetched.parent)
+
+
+def test_a_missing_file_is_named(hub: Hub, fetched: Path) -> None:
+    (fetched / "config.json").unlink()
+    assert f"Falta {fetched}/config.json" in refused(hub, fetched.parent)
+
+
+def test_a_copy_that_kept_no_times_is_whole(fetched: Path, tmp_path: Path) -> None:
+    shutil.copytree(fetched, tmp_path / "copia" / NAME, copy_function=shutil.copyfile)
+    assert weights.ensure(settings(tmp_path / "copia")).verified
+
+
+def test_a_broken_manifest_is_named(hub: Hub, fetched: Path) -> None:
+    (fetched / "manifest.json").write_text('{"id": "x"')
+    assert f"{fetched}/manifest.json no se entiende" in refused(hub, fetched.parent)
+    (fetched / "manifest.json").write_text('{"id": "x", "files": []}')
+    assert f"{fetched}/manifest.json no se entiende" in refused(hub, fetched.parent)
+
+
+def test_another_model_or_revision_of_the_same_name_is_not_taken(hub: Hub, fetched: Path) -> None:
+    line = refused(hub, fetched.parent, MODEL_ID="otro/falcon-mini")
+    assert MODEL in line and "otro/falcon-mini" in line
+    other = COMMIT[::-1]
+    assert other in refused(hub, fetched.parent, MODEL_REVISION=other)
+    assert weights.ensure(settings(fetched.parent, revision=COMMIT)).commit == COMMIT
+    assert weights.ensure(settings(fetched.parent, revision="main")).commit == COMMIT
+
+
+@pytest.mark.parametrize("names", [(), ("config.json",), ("model.safetensors",), ("config.json", "notas.txt")])
+def test_a_folder_that_is_no_model(hub: Hub, tmp_path: Path, names: tuple[str, ...]) -> None:
+    folder = tmp_path / NAME
+    folder.mkdir()
+    for name in names:
+        (folder / name).write_text("{}")
+    line = refused(hub, tmp_path)
+    assert line.startswith(f"{folder} no es un modelo, le falta config.json o los pesos")
+    assert contents(folder) == set(names)
+    assert hub.requests == []
+
+
+def test_a_folder_of_the_users_own_is_taken_unverified(hub: Hub, tmp_path: Path) -> None:
+    folder = checkpoints.falcon(tmp_path / NAME)
+    model = weights.ensure(settings(tmp_path))
+    assert (model.folder, model.commit, model.verified) == (folder, None, False)
+    out = fetch(hub, tmp_path)
+    assert out == f"{folder} (carpeta propia): no se comprueba, porque no tiene manifest.json; no hay nada que hacer\n"
+    assert hub.requests == []
+
+
+# What the hub refuses
+
+
+def test_no_network(tmp_path: Path) -> None:
+    with Hub() as gone:
+        endpoint = gone.endpoint
+    line = refused(endpoint, tmp_path)
+    assert line.startswith("Sin conexión con 127.0.0.1") and "script/predict --demo" in line
+    assert contents(tmp_path) == set()
+
+
+def test_offline_by_choice(hub: Hub, tmp_path: Path) -> None:
+    line = refused(hub, tmp_path, HF_HUB_OFFLINE="1")
+    assert line.startswith("Sin conexión") and "HF_HUB_OFFLINE" in line and "script/predict --demo" in line
+    assert hub.requests == []
+
+
+@pytest.fixture
+def small(hub: Hub) -> Repository:
+    return hub.add(MODEL, {"config.json": b"{}", "model.safetensors": b"123"})
+
+
+@pytest.mark.parametrize("token", ["", GOOD])
+def test_unknown_model(hub: Hub, tmp_path: Path, token: str) -> None:
+    line = refused(hub, tmp_path, MODEL_ID="nadie/nada", HF_TOKEN=token)
+    assert "no tiene ningún modelo nadie/nada" in line and "MODEL_ID" in line
+    assert contents(tmp_path) == set()
+
+
+def test_unknown_revision(hub: Hub, small: Repository, tmp_path: Path) -> None:
+    assert f"{MODEL} no tiene la revisión v9" in refused(hub, tmp_path, MODEL_REVISION="v9")
+
+
+def test_a_revision_is_resolved_to_its_commit(hub: Hub, small: Repository, tmp_path: Path) -> None:
+    fetch(hub, tmp_path, MODEL_REVISION="main")
+    assert weights.ensure(settings(tmp_path)).commit == COMMIT
+
+
+@pytest.mark.parametrize(
+    ("token", "says"),
+    [
+        ("", f"{MODEL} pide permiso: acéptelo en https://127.0.0.1/{MODEL}, cree un token"),
+        (NO_ACCESS, f"Su token no da acceso a {MODEL}"),
+        (WRONG, "127.0.0.1 no reconoce su token"),
+    ],
+)
+def test_a_gated_model_is_refused(hub: Hub, small: Repository, tmp_path: Path, token: str, says: str) -> None:
+    small.gated = True
+    assert says in refused(hub, tmp_path, HUGGINGFACE_HUB_TOKEN=token)
+    assert not (tmp_path / NAME).exists()
+
+
+def test_a_gated_model_comes_with_a_token(hub: Hub, small: Repository, tmp_path: Path) -> None:
+    small.gated = True
+    fetch(hub, tmp_path, HUGGINGFACE_HUB_TOKEN=GOOD)
+    assert {request.token for request in hub.requests if request.file} == {GOOD}
+    assert (tmp_path / NAME / "model.safetensors").read_bytes() == b"123"
+
+
+@pytest.mark.parametrize("files", [{"config.json": b"{}", **JUNK}, {"model.safetensors": b"123"}, {}])
+def test_a_repository_without_usable_weights(hub: Hub, tmp_path: Path, files: dict[str, bytes]) -> None:
+    hub.add(MODEL, files)
+    assert f"{MODEL} no tiene pesos que se puedan usar" in refused(hub, tmp_path)
+    assert hub.fetched == []
+
+
+class Trap:
+    """Pickled, a command that runs when the pickle is loaded."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (os.system, (f"touch {self.mark}",))
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_bin_that_carries_code_is_not_opened(hub: Hub, tmp_path: Path, zipped: bool) -> None:
+    mark, path = tmp_path / "mark", tmp_path / "trap.bin"
+    torch.save({"a": torch.zeros(2), "b": Trap(mark)}, path, _use_new_zipfile_serialization=zipped)
+    hub.add(MODEL, {"config.json": b"{}", "pytorch_model.bin": path.read_bytes()})
+    assert f"pytorch_model.bin de {MODEL} no lleva solo pesos" in refused(hub, tmp_path)
+    assert contents(tmp_path) == {"trap.bin"}
+
+
+def test_a_bin_that_holds_no_tensors(hub: Hub, tmp_path: Path) -> None:
+    hub.add(MODEL, {"config.json": b"{}", "pytorch_model.bin": pickle.dumps({"a": 1}, protocol=2)})
+    assert f"pytorch_model.bin de {MODEL} no lleva solo pesos" in refused(hub, tmp_path)
+
+
+def test_an_architecture_that_needs_code_of_the_hub(hub: Hub, bin: dict[str, bytes], tmp_path: Path) -> None:
+    config = {**json.loads(bin["config.json"]), "model_type": "desconocido"}
+    hub.add(MODEL, {**bin, "config.json": json.dumps(config).encode(), "configuration_falcon.py": b"raise SystemExit"})
+    assert f"{MODEL} no es un modelo causal que transformers conozca" in refused(hub, tmp_path)
+    assert "configuration_falcon.py" not in hub.fetched
+
+
+# What the disk refuses
+
+
+def test_a_model_that_does_not_fit(hub: Hub, small: Repository, tmp_path: Path) -> None:
+    small.announced["model.safetensors"] = 10**18
+    line = refused(hub, tmp_path)
+    assert line.startswith(f"No hay sitio en {tmp_path}: hacen falta 1000000000,0 GB y quedan ")
+    assert hub.fetched == []
+
+
+def test_the_disk_fills_up_on_the_way(hub: Hub, safetensors: dict[str, bytes], tmp_path: Path) -> None:
+    repository = hub.add(MODEL, safetensors)
+    repository.stall_after["model.safetensors"] = 1000
+    run = start(hub, tmp_path)
+    hub.stalled.wait(60)
+    run.kill()
+    run.communicate()
+    # A device on which every write fails as on a full disk.
+    (part,) = tmp_path.rglob("model.safetensors.*")
+    part.unlink()
+    part.symlink_to("/dev/full")
+    line = refused(hub, tmp_path)
+    assert line.startswith(f"No hay sitio en {tmp_path}: hacen falta 13,7 MB y quedan ")
+    assert not (tmp_path / NAME).exists()
+
+
+@pytest.mark.skipif(
+    subprocess.run(["unshare", "--user", "--map-root-user", "--mount", "true"], capture_output=True).returncode != 0,
+    reason="needs a mount of its own",
+)
+def test_the_disk_fills_up_while_converting(tmp_path: Path) -> None:
+    code = f"""
+import torch
+from pathlib import Path
+from llm import weights
+with weights.workspace(Path("{tmp_path}/disk/{NAME}")) as work, weights.room(work, 5):
+    weights.write_safetensors({{"a": torch.zeros(2_000_000)}}, work)
+"""
+    (tmp_path / "disk").mkdir()
+    mount = f"mount -t tmpfs -o size=1m tmpfs {tmp_path}/disk && exec {sys.executable} -c '{code}'"
+    run = subprocess.run(
+        ["unshare", "--user", "--map-root-user", "--mount", "bash", "-c", mount],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert f"UserError: No hay sitio en {tmp_path}/disk: hacen falta 5 bytes y quedan 1,0 MB libres" in run.stderr
+
+
+def test_a_place_that_cannot_be_written(hub: Hub, small: Repository, tmp_path: Path) -> None:
+    (tmp_path / "archivo").write_text("")
+    assert refused(hub, tmp_path / "archivo") == f"No se puede escribir en {tmp_path}/archivo: cambie WEIGHTS_DIR"
