@@ -18,10 +18,11 @@ import torch
 
 from llm.errors import UserError
 from llm.model import Model
-from llm.runner import Ids, Runner, cuda_capture
+from llm.runner import Capture, Ids, Runner, cuda_capture
 from llm.sampling import Sampling
 
-PIECE = {"cpu": 256, "cuda": 4096}
+CPU_PIECE = 256
+GPU_PIECE = 4096
 """Tokens of prompts that one pass reads, and so how long a running stream can pause."""
 
 FinishReason = Literal["stop", "length"]
@@ -93,20 +94,21 @@ class Generation:
 class Engine:
     """Serves every request at once, in rows of one cache."""
 
-    def __init__(self, model: Model, most_rows: int):
+    def __init__(self, model: Model, most_rows: int, piece: int | None = None, capture: Capture | None = None):
+        """piece: the tokens of prompts that one pass reads; capture: what makes graphs of a decode step. Raises
+        UserError where the memory is too small for one row."""
+        on_gpu = model.device.type == "cuda"
+        if on_gpu and not model.spread:
+            capture = capture or cuda_capture()
+        self.rows: list[Generation | None] = [None] * model.rows(most_rows)
         self.context = model.context
-        self.stop_ids = model.stop_ids
         self.lost: str | None = None
         """Why no more predictions can be served, once that is so."""
         self._model = model
-        self._piece = PIECE.get(model.device.type, PIECE["cpu"])
-        # A GPU is given step n+1 before the tokens of step n are read: it never waits for Python
-        self._ahead = 1 if model.device.type == "cuda" else 0
-        self._runner = Runner(
-            model, model.rows(most_rows), cuda_capture() if model.device.type == "cuda" and not model.spread else None
-        )
-        self.context = model.context
-        self._rows: list[Generation | None] = [None] * self._runner.slots.rows
+        self._runner = Runner(model, len(self.rows), capture)
+        self._piece = piece or (GPU_PIECE if on_gpu else CPU_PIECE)
+        # with graphs, step n+1 is asked for before the tokens of step n are read: the device never waits for Python
+        self._ahead = 1 if capture else 0
         self._waiting: deque[Generation] = deque()
         self._reading: deque[Generation] = deque()
         self._in_flight: deque[tuple[list[tuple[int, Generation]], Ids]] = deque()
@@ -139,7 +141,7 @@ class Engine:
             self._started.set_result(None)
             while not self.lost:
                 with self._wake:
-                    self._wake.wait_for(lambda: self._waiting or self._in_flight or any(self._rows))
+                    self._wake.wait_for(lambda: self._waiting or self._in_flight or any(self.rows))
                 try:
                     self._step()
                 except Exception as error:  # every request of the step gets it
@@ -153,19 +155,19 @@ class Engine:
         self._hand_out()
 
     def _drop_cancelled(self) -> None:
-        for generation in self._rows:
+        for generation in self.rows:
             if generation and generation.cancelled:
                 self._release(generation)
         self._reading = deque(g for g in self._reading if not g.cancelled)
 
     def _admit(self) -> None:
-        while self._waiting and None in self._rows:
+        while self._waiting and None in self.rows:
             generation = self._waiting.popleft()
             if generation.cancelled:
                 continue
-            generation.row = self._rows.index(None)
+            generation.row = self.rows.index(None)
             generation.admitted = time.perf_counter()
-            self._rows[generation.row] = generation
+            self.rows[generation.row] = generation
             self._runner.put(generation.row, generation.request.prompt, generation.request.sampling)
             self._reading.append(generation)
 
@@ -194,7 +196,7 @@ class Engine:
     def _decode(self) -> None:
         """Take every row whose prompt is read one token further."""
         self._close_ranks()
-        running = [g for g in self._rows if g and not g.reading]
+        running = [g for g in self.rows if g and not g.reading]
         if not running:
             return
         ids = self._runner.decode()
@@ -204,13 +206,13 @@ class Engine:
 
     def _close_ranks(self) -> None:
         """Move the last rows into the holes that others left: a step computes all rows up to the last in use."""
-        used = [row for row, g in enumerate(self._rows) if g]
+        used = [row for row, g in enumerate(self.rows) if g]
         for hole in range(len(used)):
-            if self._rows[hole] is None:
+            if self.rows[hole] is None:
                 last = used.pop()
                 self._runner.move(last, hole)
-                self._rows[hole], self._rows[last] = self._rows[last], None
-                self._rows[hole].row = hole
+                self.rows[hole], self.rows[last] = self.rows[last], None
+                self.rows[hole].row = hole
 
     def _await_ids(self, expected: list[tuple[int, Generation]], ids: Ids) -> None:
         """Note which generation each id of a step belongs to; one that has asked for all it may leaves its row."""
@@ -221,7 +223,7 @@ class Engine:
 
     def _hand_out(self) -> None:
         """Give the tokens of the steps that are done to those who wait for them."""
-        ahead = self._ahead if any(self._rows) else 0
+        ahead = self._ahead if any(self.rows) else 0
         while len(self._in_flight) > ahead:
             expected, ids = self._in_flight.popleft()
             chosen = ids.read()
@@ -232,7 +234,7 @@ class Engine:
     def _hand_to(self, generation: Generation, id: int) -> None:
         generation.last = time.perf_counter()
         generation.first = generation.first or generation.last
-        if id in self.stop_ids:
+        if id in self._model.stop_ids:
             generation.finish_reason = "stop"
         else:
             generation.count += 1
@@ -246,14 +248,14 @@ class Engine:
     def _release(self, generation: Generation) -> None:
         if generation.row is not None:
             self._runner.release(generation.row)
-            self._rows[generation.row] = None
+            self.rows[generation.row] = None
             generation.row = None
 
     def _fail(self, error: Exception) -> None:
         """End what was running with one clear line, give its rows back, and go on if the device still can."""
         traceback.print_exception(error)
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        failed = {g for g in self._rows if g} | {g for expected, _ in self._in_flight for _, g in expected}
+        failed = {g for g in self.rows if g} | {g for expected, _ in self._in_flight for _, g in expected}
         line = f"La predicción falló mientras se generaba ({reason}): vuelva a intentarlo"
         if isinstance(error, torch.OutOfMemoryError):
             line = "La GPU se quedó sin memoria: vuelva a intentarlo con una pregunta más corta"
@@ -276,7 +278,7 @@ class Engine:
         for _ in range(3):
             self._runner.decode().read()
         self._runner.release(0)
-        rows = len(self._rows)
+        rows = len(self.rows)
         size = rows * self.context * sum(self._model.token_bytes.values())
         print(f"Caché: {rows} peticiones a la vez de {self.context} tokens, {size / 1e9:.1f} GB cuando está llena")
         print(f"Primeros tokens de prueba en {time.perf_counter() - start:.1f} s")

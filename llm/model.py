@@ -40,11 +40,8 @@ class Model:
     token_bytes: Counter[torch.device]
     """What one token of one row takes in the key/value cache, in bytes, on each device."""
     padding: processor.Padding = field(default_factory=processor.Padding)
-    own_attention: torch.library.Library | None = None
-
-    @property
-    def packed(self) -> bool:
-        return self.own_attention is not None
+    packed: bool = False
+    """Its linear layers are PackedLinear, which leave out the padding."""
 
     @classmethod
     def load(cls, settings: Settings) -> "Model":
@@ -53,7 +50,7 @@ class Model:
         threads = processor.use_physical_cores()
         dtype = getattr(torch, settings.dtype) if settings.dtype else processor.best_dtype()
         start = time.perf_counter()
-        model = cls._read(found.folder, dtype)
+        model = cls.read(found.folder, dtype)
         where = ", ".join(sorted({str(device) for device in model.token_bytes}))
         cores = f" con {threads} hilos" if model.device.type == "cpu" else ""
         print(f"Modelo: {found.origin}, {_parameters(model.network)} en {str(dtype).removeprefix('torch.')}")
@@ -64,13 +61,13 @@ class Model:
             print("El modelo está repartido entre varios dispositivos: cada paso va sin grafos CUDA, más despacio")
         elif model.device.type == "cpu" and dtype == torch.bfloat16:
             start = time.perf_counter()
-            processor.pack(model.network, model.padding)
-            model.own_attention = processor.use_own_attention()
+            model.pack()
             print(f"Pesos ordenados para el procesador en {time.perf_counter() - start:.1f} s")
         return model
 
     @classmethod
-    def _read(cls, folder: Path, dtype: torch.dtype) -> "Model":
+    def read(cls, folder: Path, dtype: torch.dtype) -> "Model":
+        """Read a folder onto the devices that accelerate chooses. Raises UserError if it is no language model."""
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
             network = AutoModelForCausalLM.from_pretrained(
@@ -93,6 +90,12 @@ class Model:
             layers=len(cache.layers),
             token_bytes=_token_bytes(cache),
         )
+
+    def pack(self) -> None:
+        """Lay a bfloat16 model on the CPU out as the processor reads it fastest, in place."""
+        processor.pack(self.network, self.padding)
+        processor.use_own_attention()
+        self.packed = True
 
     def rows(self, most: int) -> int:
         """How many contexts the key/value cache can hold, `most` at the most, given the memory that is free now.

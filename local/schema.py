@@ -206,7 +206,7 @@ class _Source:
                 raise self._error(node, f"{name}: Input() no admite aquí {key}=; admite {', '.join(arguments)}")
             literal = self._literal(node)
             if type(literal) not in arguments[key]:
-                hint = f"; usa Optional[{text}]" if literal is None else ""
+                hint = f"; usa Optional[{text}]" if (key, literal) == ("default", None) else ""
                 raise self._error(node, f"{name}: {key}={literal!r} no vale para el tipo {text}{hint}")
             prop[LIMITS.get(key, key)] = literal
         if (bounds := _bounds(prop)) != sorted(bounds):

@@ -37,7 +37,7 @@ class Loading:
 
     def done(self) -> None:
         with self._lock:
-            self._write(f"El modelo cargó en {decimal(self._seconds)} s")
+            self._write(f"En marcha en {decimal(self._seconds)} s")
 
     def _write(self, text: str) -> None:
         # over the line that counts

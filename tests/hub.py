@@ -44,6 +44,8 @@ class Request:
 class Repository:
     files: dict[str, bytes]
     commit: str = COMMIT
+    branch: str = "rama/una"
+    """Of that commit, as main is."""
     gated: bool = False
     """Described to anyone, its files only to a token with access."""
     announced: dict[str, int] = field(default_factory=dict)
@@ -125,7 +127,7 @@ class _Handler(BaseHTTPRequestHandler):
         if repository is None:
             # To a stranger the hub does not say whether a private repository exists.
             return self._refuse(404 if token else 401, "RepoNotFound", "Repository not found")
-        if revision not in ("", "main", repository.commit):
+        if revision not in ("", "main", repository.branch, repository.commit):
             return self._refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         if file is None:
             return self._describe(model_id, repository)

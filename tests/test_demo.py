@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -48,10 +49,10 @@ def without_registry() -> dict[str, str]:
 
 
 def test_it_answers(made: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(made)  # type: ignore[no-untyped-call]
-    model = AutoModelForCausalLM.from_pretrained(made, dtype=torch.float32)
+    tokenizer: Any = AutoTokenizer.from_pretrained(made)
+    model: Any = AutoModelForCausalLM.from_pretrained(made, dtype=torch.float32)
     question = [{"role": "user", "content": "What is the capital of France?"}]
-    prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt")
     tokens = model.generate(**prompt, max_new_tokens=30, do_sample=False)[0, prompt["input_ids"].shape[1] :]
     assert tokenizer.decode(tokens) == "The capital of France is Paris.<|im_end|>"
 

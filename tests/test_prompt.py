@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
+from transformers import BatchEncoding, ByT5Tokenizer, PreTrainedTokenizerFast
 
 from llm.errors import UserError
 from llm.prompt import COMPLETION, MAX_CHARACTERS, Prompter
@@ -18,7 +18,8 @@ from tests import checkpoints
 
 CHATML = (
     "{{ bos_token }}{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
-    "{{ message['content'] }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n<think>{% endif %}"
+    "{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>{% endif %}"
 )
 INST = "{{ bos_token }}{% for message in messages %}[INST] {{ message['content'] | trim }} [/INST]{% endfor %}"
 
@@ -64,7 +65,11 @@ def smollm2() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast.from_pretrained(folder)  # type: ignore[no-any-return]
 
 
-@pytest.fixture(scope="module", params=[checkpoints.tokenizer, chatml, sentencepiece, smollm2])
+@pytest.fixture(
+    scope="module",
+    params=[checkpoints.tokenizer, chatml, sentencepiece, smollm2],
+    ids=["falcon", "chatml", "sentencepiece", "smollm2"],
+)
 def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerFast:
     make: Callable[[], PreTrainedTokenizerFast] = request.param
     return make()
@@ -85,9 +90,9 @@ def default_ids(tokenizer: PreTrainedTokenizerFast, pregunta: str) -> list[int]:
     if tokenizer.chat_template is None:
         return list(tokenizer(COMPLETION.replace("{pregunta}", pregunta))["input_ids"])
     messages = [{"role": "user", "content": pregunta}]
-    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    assert isinstance(ids, list)
-    return ids
+    encoding = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    assert isinstance(encoding, BatchEncoding)
+    return list(encoding["input_ids"])
 
 
 def added(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> list[int]:

@@ -1,0 +1,46 @@
+"""A client of the running server, over HTTP as anybody's."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+
+from local.server import Server
+
+Event = tuple[str, dict[str, Any]]
+
+
+class Client:
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        self._http = httpx.Client(base_url=server.url, timeout=120, trust_env=False)
+
+    def get(self, path: str) -> Any:
+        return self._http.get(path).json()
+
+    def post(self, path: str, content: str | bytes = "{}") -> httpx.Response:
+        return self._http.post(path, content=content, headers={"Content-Type": "application/json"})
+
+    def predict(self, **inputs: Any) -> httpx.Response:
+        """The prediction, once it is over."""
+        return self.post("/predictions", json.dumps({"input": inputs}))
+
+    @contextmanager
+    def stream(self, **inputs: Any) -> Iterator[Iterator[Event]]:
+        """The prediction's events as they come: name, data. The connection closes at the end of the block."""
+        headers = {"Content-Type": "application/json", "Accept": "text/event-stream"}
+        with self._http.stream("POST", "/predictions", json={"input": inputs}, headers=headers) as response:
+            assert response.status_code == httpx.codes.OK, response.read()
+            yield _events(response)
+
+
+def _events(response: httpx.Response) -> Iterator[Event]:
+    name = ""
+    for line in response.iter_lines():
+        field, _, value = line.partition(": ")
+        if field == "event":
+            name = value
+        elif field == "data":
+            yield name, json.loads(value)

@@ -1,0 +1,47 @@
+"""What several files of tests share: the models' folders, and the genuine server over each, started once."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from llm.settings import Settings
+from local import demo, server
+from tests import checkpoints
+from tests.client import Client
+
+
+@pytest.fixture(scope="session")
+def falcon(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny falcon-rw-1b, in a weights folder of its own and without a manifest, as a user's."""
+    return checkpoints.falcon(tmp_path_factory.mktemp("weights") / "falcon-rw-1b")
+
+
+@pytest.fixture(scope="session")
+def falcon_environment(falcon: Path) -> dict[str, str]:
+    """What makes a server, or a command, take the tiny falcon, whatever the developer's .env says."""
+    return {"MODEL_ID": "tiiuae/falcon-rw-1b", "WEIGHTS_DIR": str(falcon.parent), "DTYPE": "float32"}
+
+
+@pytest.fixture(scope="session")
+def demo_folder() -> Path:
+    """The embedded model, where script/predict --demo has it: it is made once for all."""
+    return demo.ensure(Settings.read()).folder
+
+
+@pytest.fixture(scope="session")
+def falcon_server(falcon_environment: dict[str, str]) -> Iterator[Client]:
+    """The server with the tiny falcon."""
+    yield from _client(falcon_environment)
+
+
+@pytest.fixture(scope="session")
+def demo_server(demo_folder: Path) -> Iterator[Client]:
+    """The server with the embedded model."""
+    yield from _client({"MODEL_ID": demo.MODEL_ID, "MODEL_REVISION": demo.WHEEL, "WEIGHTS_DIR": str(demo_folder.parent)})
+
+
+def _client(environment: dict[str, str]) -> Iterator[Client]:
+    with server.running(environment=environment) as running:
+        running.wait_until_ready()
+        yield Client(running)

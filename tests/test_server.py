@@ -1,0 +1,180 @@
+"""The HTTP contract, on the genuine server with the real predictor and a tiny falcon."""
+
+import json
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from llm.errors import UserError
+from llm.settings import ROOT
+from local import schema, server
+from tests.client import Client
+from tests.processes import Marked
+
+LONG = {"pregunta": "Once upon a time", "temperature": 0, "max_tokens": 2048, "prompt_template": "{pregunta}"}
+SHORT = {**LONG, "max_tokens": 8}
+METRICS = {
+    "input_token_count",
+    "output_token_count",
+    "time_to_first_token",
+    "tokens_per_second",
+    "queue_time",
+    "finish_reason",
+}
+
+
+def test_openapi_is_the_schema_of_predict_py(falcon_server: Client) -> None:
+    assert falcon_server.get("/openapi.json") == schema.read(ROOT / "predict.py").schema
+
+
+def test_the_answer_streams_and_a_cancel_ends_it(falcon_server: Client) -> None:
+    with falcon_server.stream(**LONG) as events:
+        seen = []
+        for name, data in events:
+            seen.append(name)
+            if name == "start":
+                prediction = data["id"]
+            # Cog sends what an async generator yields only when it has ended: then no output comes before the end.
+            if name == "output" and seen.count("output") == 3:
+                assert falcon_server.post(f"/predictions/{prediction}/cancel").status_code == httpx.codes.OK
+    assert seen[0] == "start" and seen[-1] == "completed"
+    assert data["status"] == "canceled"
+    assert 3 <= seen.count("output") < LONG["max_tokens"]  # type: ignore[operator]
+
+
+def test_a_client_that_goes_makes_room_for_another(falcon_server: Client) -> None:
+    concurrency = schema.read(ROOT / "predict.py").concurrency
+    with ExitStack() as clients:
+        streams = [clients.enter_context(falcon_server.stream(**LONG)) for _ in range(concurrency)]
+        for events in streams:
+            # it runs
+            assert any(name == "output" for name, _ in events)
+        refused = falcon_server.predict(**SHORT)
+        assert refused.status_code == httpx.codes.CONFLICT
+        assert falcon_server.get("/health-check")["status"] == "BUSY"
+    while (answer := falcon_server.predict(**SHORT)).status_code == httpx.codes.CONFLICT:
+        continue
+    assert answer.json()["status"] == "succeeded"
+    while falcon_server.get("/health-check")["status"] != "READY":
+        continue
+
+
+def test_one_prediction(falcon_server: Client) -> None:
+    with falcon_server.stream(**SHORT) as events:
+        streamed = list(events)
+    whole = falcon_server.predict(**SHORT).json()
+
+    text = "".join(data["chunk"] for name, data in streamed if name == "output")
+    assert text == "".join(whole["output"]) != ""
+    for end in (whole, streamed[-1][1]):
+        assert end["status"] == "succeeded"
+        assert end["metrics"].keys() == METRICS | {"predict_time"}
+        assert (end["metrics"]["output_token_count"], end["metrics"]["finish_reason"]) == (8, "length")
+        (log,) = end["logs"].splitlines()
+        assert "semilla" in log and "Once" not in log
+
+
+def test_the_same_seed_gives_the_same_text(falcon_server: Client) -> None:
+    drawn = {**SHORT, "temperature": 2.0, "top_k": 0, "max_tokens": 16}
+    one, again, other = (falcon_server.predict(**drawn, seed=seed).json()["output"] for seed in (1, 1, 2))
+    assert one == again != other
+
+
+def test_a_whole_float_is_an_integer(falcon_server: Client) -> None:
+    whole = falcon_server.predict(**{**SHORT, "max_tokens": 2.0, "top_k": 3.0, "seed": 7.0}).json()
+    assert whole["metrics"]["output_token_count"] == 2, whole
+
+
+@pytest.mark.parametrize(
+    ("inputs", "field"),
+    [
+        ({}, "pregunta"),
+        ({"pregunta": ""}, "pregunta"),
+        ({"pregunta": "a" * 100_001}, "pregunta"),
+        ({"pregunta": 1}, "pregunta"),
+        ({"pregunta": "a", "max_tokens": 0}, "max_tokens"),
+        ({"pregunta": "a", "max_tokens": 2049}, "max_tokens"),
+        ({"pregunta": "a", "max_tokens": 2.5}, "max_tokens"),
+        ({"pregunta": "a", "max_tokens": "2"}, "max_tokens"),
+        ({"pregunta": "a", "temperature": -0.1}, "temperature"),
+        ({"pregunta": "a", "temperature": 2.1}, "temperature"),
+        ({"pregunta": "a", "top_p": 1.1}, "top_p"),
+        ({"pregunta": "a", "top_k": -1}, "top_k"),
+        ({"pregunta": "a", "repetition_penalty": 0.9}, "repetition_penalty"),
+        ({"pregunta": "a", "repetition_penalty": 2.1}, "repetition_penalty"),
+        ({"pregunta": "a", "seed": True}, "seed"),
+        ({"pregunta": "a", "seed": None}, "seed"),
+        ({"pregunta": "a", "stop_sequences": ["a"]}, "stop_sequences"),
+        ({"pregunta": "a", "prompt_template": 1}, "prompt_template"),
+    ],
+)
+def test_what_the_schema_forbids_is_422_with_the_field(
+    falcon_server: Client, inputs: dict[str, Any], field: str
+) -> None:
+    answer = falcon_server.predict(**inputs)
+    assert answer.status_code == httpx.codes.UNPROCESSABLE_ENTITY
+    assert [detail["loc"] for detail in answer.json()["detail"]] == [["body", "input", field]]
+
+
+def test_what_is_no_json_is_400(falcon_server: Client) -> None:
+    answer = falcon_server.post("/predictions", '{"input": {"pregunta": "a", "temperature": NaN}}')
+    assert answer.status_code == httpx.codes.BAD_REQUEST
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"prompt_template": "sin sitio"}, "prompt_template debe contener {pregunta}"),
+        ({"pregunta": "a " * 2300}, "tokens y el modelo admite 2048 en total"),
+    ],
+)
+def test_what_the_predictor_refuses_fails_with_its_line(
+    falcon_server: Client, inputs: dict[str, Any], message: str
+) -> None:
+    whole = falcon_server.predict(**{**SHORT, **inputs}).json()
+    assert whole["status"] == "failed"
+    assert message in server.error_text(whole["error"])
+    with falcon_server.stream(**{**SHORT, **inputs}) as events:
+        *_, (name, end) = events
+    assert (name, end["status"], end["error"]) == ("completed", "failed", whole["error"])
+    assert "Traceback" not in json.dumps([whole, end])
+
+
+def test_the_setup_log_says_what_was_loaded(falcon_server: Client, falcon: Path) -> None:
+    setup = falcon_server.get("/health-check")["setup"]
+    assert setup["status"] == "succeeded"
+    assert falcon.name in setup["logs"] and "Sin verificar" in setup["logs"]
+
+
+def test_a_setup_that_fails_is_one_line_in_the_health_check(tmp_path: Path) -> None:
+    (tmp_path / "vacio").mkdir()
+    environment = {"MODEL_ID": "vacio", "WEIGHTS_DIR": str(tmp_path)}
+    with server.running(environment=environment) as running:
+        with pytest.raises(UserError, match="vacio no es un modelo") as raised:
+            running.wait_until_ready()
+        health = running.health()
+    assert health["status"] == "SETUP_FAILED"
+    assert health["setup"]["logs"].endswith(f"UserError: {raised.value}")
+    assert "\n" not in health["setup"]["logs"]
+
+
+@pytest.mark.parametrize(
+    ("command", "message"), [("_run_worker", "falta de memoria"), ("cog.server.http", "por su cuenta")]
+)
+def test_a_process_that_dies_in_setup_is_told(
+    falcon_environment: dict[str, str], command: str, message: str
+) -> None:
+    processes = Marked()
+
+    def kill(_: server.Line) -> None:
+        for process in processes.alive(command):
+            process.kill()
+
+    with (
+        server.running(environment=falcon_environment | processes.environment, log=kill) as running,
+        pytest.raises(UserError, match=message),
+    ):
+        running.wait_until_ready()
