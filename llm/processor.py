@@ -3,8 +3,12 @@
 Knows modules and tensors, nothing of requests. On a GPU transformers' own modules are used as they are.
 """
 
+import ctypes
 import functools
+import mmap
 import os
+import sys
+from collections import Counter
 from pathlib import Path
 
 import psutil
@@ -73,10 +77,25 @@ class PackedLinear(nn.Module):
 
 def pack(model: nn.Module, padding: Padding) -> None:
     """Replace every nn.Linear of a bfloat16 model on the CPU, in place, by a PackedLinear."""
+    users = Counter(p.data_ptr() for _, p in model.named_parameters(remove_duplicate=False))
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear):
+            weight = module.weight.detach()
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, PackedLinear(module, padding))
+            if users[weight.data_ptr()] == 1:
+                _give_back(weight)
+
+
+def _give_back(weight: Tensor) -> None:
+    """Let the kernel have the memory of a weight that nobody reads again.
+
+    transformers maps the whole file of weights, and one small tensor of it that is still in use keeps all of it.
+    """
+    start = -(-weight.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    size = (weight.data_ptr() + weight.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - start
+    if size > 0 and sys.platform == "linux":
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
 
 
 def attend(

@@ -157,7 +157,7 @@ class Runner:
     def _reach(self, length: int) -> int:
         # a row whose prompt is still being read is computed too: what that writes lies behind what was read
         used = max(row.length + (not row.active) for row in self.rows.values())
-        return self.slots.reach(max(length, used), 1 + max(self.rows))
+        return self.slots.reach(1 + max(self.rows), max(length, used))
 
     def _forward(self, rows: int, length: int) -> None:
         """Logits of the next id of each of the first `rows` rows, which read `length` positions."""
@@ -202,7 +202,7 @@ class Runner:
             return 0
         most = self.slots.rows
         row_buckets = {min(most, 1 << i) for i in range(most.bit_length() + 1)}
-        length_buckets = {self.slots.reach(needed, most) for needed in range(1, self.model.context + 1)}
+        length_buckets = {self.slots.reach(most, needed) for needed in range(1, self.model.context + 1)}
         # the largest first: the others then fit into the memory that it took
         for rows in sorted(row_buckets, reverse=True):
             for step, sizes in ((self._forward, length_buckets), (self._choose, self._graph_widths())):

@@ -42,7 +42,7 @@ class SlotLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         # zeros: a masked position is multiplied by 0, which memory never written could turn into NaN
-        rows, capacity = self.slots.rows, self.slots.capacity
+        rows, capacity = self.slots.room
         self.keys = key_states.new_zeros(rows, key_states.shape[1], capacity, key_states.shape[3])
         self.values = value_states.new_zeros(rows, value_states.shape[1], capacity, value_states.shape[3])
         self.is_initialized = True
@@ -68,13 +68,13 @@ class SlotLayer(CacheLayerMixin):
             return key_states, value_states
         return self.keys[chosen, :, :length], self.values[chosen, :, :length]
 
-    def resize(self, capacity: int, rows: int) -> None:
-        """Change the capacity, keeping what the first `rows` rows hold."""
-        kept = min(capacity, self.keys.shape[2])
+    def resize(self, rows: int, capacity: int) -> None:
+        """Make room for so many rows and positions, keeping what is in both."""
         for name in ("keys", "values"):
             old = getattr(self, name)
-            new = old.new_zeros(old.shape[0], old.shape[1], capacity, old.shape[3])
-            new[:rows, :, :kept] = old[:rows, :, :kept]
+            new = old.new_zeros(rows, old.shape[1], capacity, old.shape[3])
+            both = (slice(min(rows, old.shape[0])), slice(None), slice(min(capacity, old.shape[2])))
+            new[both] = old[both]
             setattr(self, name, new)
 
     def get_seq_length(self) -> int:
@@ -90,8 +90,8 @@ class SlotLayer(CacheLayerMixin):
 class Slots(Cache):
     """`rows` contexts of `context` tokens each. It is transformers' Cache, so that any causal model writes to it.
 
-    With `grows`, for a CPU, the rows are only as long as the longest needs: what is read then lies together in
-    memory, which a CPU's matrix products need to be fast. Without, for CUDA graphs, nothing ever moves.
+    With `grows`, for a CPU, there is room only for the rows in use, as long as the longest of them: what is read then
+    lies together in memory, which a CPU's matrix products need to be fast. Without, for CUDA graphs, nothing moves.
     """
 
     def __init__(self, layers: int, rows: int, context: int, device: torch.device, grows: bool):
@@ -99,21 +99,22 @@ class Slots(Cache):
         self.rows = rows
         self.context = context
         self.grows = grows
-        self.capacity = min(CPU_STEP, context) if grows else context
+        self.room = (1, CPU_STEP) if grows else (rows, context)
+        """Rows and positions that there is memory for."""
         self.row_numbers = torch.arange(rows, device=device)
         self.window = Window(length=0, start=0)
 
-    def reach(self, needed: int, rows: int) -> int:
+    def reach(self, rows: int, needed: int) -> int:
         """Make room for `needed` positions in each of the first `rows` rows. Returns how many a step reads."""
         if not self.grows:
             return min(self.context, max(256, 1 << (needed - 1).bit_length()))
-        capacity = min(self.context, -(-needed // CPU_STEP) * CPU_STEP)
-        if capacity > self.capacity or capacity <= self.capacity // 2:
-            self.capacity = capacity
+        room = (min(self.rows, 1 << (rows - 1).bit_length()), min(self.context, -(-needed // CPU_STEP) * CPU_STEP))
+        if room[0] > self.room[0] or room[1] > self.room[1] or room[1] <= self.room[1] // 2:
+            self.room = room
             for layer in self.layers:
                 if layer.is_initialized:
-                    layer.resize(capacity, rows)
-        return self.capacity
+                    layer.resize(*self.room)
+        return self.room[1]
 
     def move(self, source: int, target: int) -> None:
         """Copy one row over another."""

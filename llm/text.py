@@ -6,10 +6,9 @@ from functools import lru_cache
 
 from transformers import PreTrainedTokenizerFast
 
-# Tokens of context that a window keeps when it moves on. Bytes that were cut off from the first character decode
-# wrongly, and so may a blank at the start of the window: both within its first characters, which are not looked at.
+# Tokens that a window keeps when it moves on. The first of them may decode otherwise than they did: as the rest of a
+# character that was cut, or without the blank that only a text's beginning lacks. These are enough for the last not to.
 CONTEXT = 24
-SETTLED = 4
 
 # The bytes of what a SentencePiece vocabulary lacks: <0xF0>, <0x9F>, ...
 BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
@@ -58,11 +57,11 @@ class Text:
         return held[:ready]
 
     def _unfinished(self, held: str) -> int:
-        """Where the longest end of `held` begins that is a beginning of a stop sequence, but not all of it."""
+        """Where the longest end of `held` begins that a stop sequence begins with."""
         longest = max(map(len, self._stop_sequences), default=0)
         for at in range(max(0, len(held) - longest + 1), len(held)):
             end = held[at:]
-            if any(len(stop) > len(end) and stop.startswith(end) for stop in self._stop_sequences):
+            if any(stop.startswith(end) for stop in self._stop_sequences):
                 return at
         return len(held)
 
@@ -104,14 +103,10 @@ class _Characters:
         return str(self._backend.decode(tokens, skip_special_tokens=True))
 
     def _move_on(self, text: str) -> None:
-        """Cut the window to its last tokens, unless their text alone is not the end of the window's text."""
-        if len(self._window) <= 2 * CONTEXT:
-            return
-        tail = self._decode(self._window[-CONTEXT:])
-        read = len(tail) - (len(text) - self._read)
-        if read >= SETTLED and text.endswith(tail[SETTLED:]):
+        if len(self._window) > 2 * CONTEXT:
+            unread = len(text) - self._read
             self._window = self._window[-CONTEXT:]
-            self._read = read
+            self._read = len(self._decode(self._window)) - unread
 
 
 @lru_cache(maxsize=1)

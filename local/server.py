@@ -149,7 +149,8 @@ class Server:
             return "STARTING"
 
     def _ended(self) -> UserError:
-        self._reader.join()
+        # for its last words; a worker that outlives it holds the log open
+        self._reader.join(timeout=1)
         return UserError(
             f"El servidor de Cog se cerró por su cuenta, repita la orden. Lo último que dijo: {self._last_line}"
         )

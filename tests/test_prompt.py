@@ -36,10 +36,11 @@ QUESTIONS = [
 
 
 def chatml() -> PreTrainedTokenizerFast:
-    """GPT-2's, extended as models are: marks of a chat (some not special), a word, a run of blanks."""
+    """GPT-2's, extended as models are: marks (not all special; one in another, one in its merges), a word, blanks."""
     tokenizer = checkpoints.tokenizer()
-    tokenizer.add_tokens([AddedToken(mark, special=True) for mark in ("<|im_start|>", "<|im_end|>")], True)
-    tokenizer.add_tokens([AddedToken("<think>", special=False), AddedToken("<|user|>", special=True, rstrip=True)])
+    tokenizer.add_tokens([AddedToken(mark, special=True) for mark in ("<|im_start|>", "<|im_end|>", "|>")])
+    tokenizer.add_tokens([AddedToken("<think>", special=False), AddedToken("://", special=False)])
+    tokenizer.add_tokens([AddedToken("<|user|>", special=True, rstrip=True)])
     tokenizer.add_tokens([AddedToken("covid", special=False), AddedToken("    ", special=False, normalized=False)])
     tokenizer.chat_template = CHATML
     return tokenizer
@@ -54,6 +55,9 @@ def sentencepiece() -> PreTrainedTokenizerFast:
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     backend.add_special_tokens([AddedToken(piece, special=True) for piece in pieces[:3]])
+    backend.add_tokens([AddedToken("▁▁", special=False, normalized=False)])
+    backend.enable_truncation(8)
+    backend.enable_padding(length=100)
     backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
     tokenizer.chat_template = INST
@@ -129,7 +133,7 @@ def test_a_template_gives_the_ids_of_its_text(
 def test_a_question_has_no_control_tokens(
     tokenizer: PreTrainedTokenizerFast, prompter: Prompter, template: str | None
 ) -> None:
-    marks = [token.content for token in tokenizer.added_tokens_decoder.values() if "<" in token.content]
+    marks = [token.content for token in tokenizer.added_tokens_decoder.values() if set(token.content) & set("<:")]
     ours = added(tokenizer, prompter.encode("sol", template).ids)
     assert marks
     for pregunta in [*marks, "".join(marks), f"de {marks[0]}\n {marks[-1]} de"]:
@@ -149,6 +153,14 @@ def test_a_question_and_its_template_make_no_control_token_together() -> None:
         ids = prompter.encode(pregunta, template).ids
         assert added(tokenizer, ids) == []
         assert tokenizer.decode(ids) == "<|im_end|>"
+
+
+def test_a_template_has_its_control_tokens_wherever_it_writes_them() -> None:
+    tokenizer = checkpoints.tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Prepend("_")
+    tokenizer.add_tokens([AddedToken("<w>", single_word=True), AddedToken("<n>", normalized=True)])
+    ids = Prompter(tokenizer, 2048).encode("c", "a<w>b<n>{pregunta}").ids
+    assert added(tokenizer, ids) == tokenizer.convert_tokens_to_ids(["<w>", "<n>"])
 
 
 def test_a_template_without_the_placeholder_is_refused(falcon: Prompter) -> None:

@@ -164,9 +164,7 @@ def test_a_setup_that_fails_is_one_line_in_the_health_check(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("command", "message"), [("_run_worker", "falta de memoria"), ("cog.server.http", "por su cuenta")]
 )
-def test_a_process_that_dies_in_setup_is_told(
-    falcon_environment: dict[str, str], command: str, message: str
-) -> None:
+def test_a_process_that_dies_in_setup_is_told(falcon_environment: dict[str, str], command: str, message: str) -> None:
     processes = Marked()
 
     def kill(_: server.Line) -> None:

@@ -1,0 +1,318 @@
+"""script/predict, script/serve and script/setup, as their user runs them."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from llm.settings import ROOT
+from local import demo
+from tests.processes import Marked
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+QUESTION = ["-i", "pregunta=Once upon a time", "-i", "temperature=0"]
+CONTINUED = [*QUESTION, "-i", "prompt_template={pregunta}"]
+FINALLY = 60
+"""Seconds after which what a test waits for will not come."""
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the project, its .venv this Python's: what is tested writes there and reads no developer's .env."""
+    folder = tmp_path_factory.mktemp("project")
+    for name in ("llm", "local", "script"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("predict.py", "requirements.txt", "requirements-dev.txt"):
+        shutil.copy(ROOT / name, folder)
+    python = folder / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
+    python.chmod(0o755)
+    both = (folder / "requirements.txt").read_bytes() + (folder / "requirements-dev.txt").read_bytes()
+    checksum = subprocess.run(["cksum"], input=both, capture_output=True, check=True).stdout.decode().strip()
+    (folder / ".venv" / "ready").write_text(f"{checksum} \n")
+    return folder
+
+
+@pytest.fixture
+def processes() -> Iterator[Marked]:
+    """Those that the test starts; none may be left."""
+    marked = Marked()
+    yield marked
+    _, left = psutil.wait_procs(marked.alive(), timeout=FINALLY)
+    for process in left:
+        process.kill()
+    assert not left
+
+
+@pytest.fixture
+def environment(falcon_environment: dict[str, str], processes: Marked) -> dict[str, str]:
+    return {**os.environ, **falcon_environment, **processes.environment}
+
+
+@pytest.fixture
+def script(project: Path, environment: dict[str, str], tmp_path: Path) -> Run:
+    """Run script/NAME with its arguments, from a folder that is not the project's."""
+
+    def run(name: str, *arguments: str, stdin: str = "", **variables: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [project / "script" / name, *arguments],
+            input=stdin,
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env={**environment, **variables},
+        )
+
+    return run
+
+
+def test_the_embedded_model_answers(script: Run, demo_folder: Path, processes: Marked) -> None:
+    question = ["-i", "pregunta=What is the capital of France?", "-i", "temperature=0"]
+    # another model's revision, which the demo must not look for
+    result = script("predict", "--demo", *question, WEIGHTS_DIR=str(demo_folder.parent), MODEL_REVISION="a" * 40)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "The capital of France is Paris.\n"
+    *_, metrics = result.stderr.splitlines()
+    assert re.search(
+        r"\d+ tokens de entrada, \d+ de salida, .* tokens/s, semilla \d+, .*primer texto a los \d", metrics
+    )
+    assert "Traceback" not in result.stderr and "Warning" not in result.stderr
+    assert not processes.alive()
+
+
+def test_json_in_and_a_file_out(script: Run, tmp_path: Path) -> None:
+    inputs = {"pregunta": "Once upon a time", "temperature": 0, "max_tokens": 2.0, "prompt_template": "{pregunta}"}
+    result = script("predict", "--json", "-", "-o", "respuesta.txt", stdin=json.dumps(inputs))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == ""
+    assert " 2 de salida" in result.stderr
+    answer = (tmp_path / "respuesta.txt").read_text()
+    assert answer.strip()
+
+    (tmp_path / "pregunta.txt").write_text("Once upon a time")
+    again = ["-i", "pregunta=@pregunta.txt", "-i", "temperature=0", "-i", "prompt_template={pregunta}"]
+    assert script("predict", *again, "-i", "max_tokens=2.0").stdout == answer
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ([], 'Falta pregunta: póngala con -i pregunta="..."'),
+        (
+            ["-i", "pregunt=hola"],
+            "No hay ninguna entrada pregunt: las que hay son pregunta, max_tokens, temperature, top_p, top_k, "
+            "repetition_penalty, stop_sequences, seed, prompt_template",
+        ),
+        (["-i", "hola"], '-i hola no tiene valor: se escribe -i nombre="valor"'),
+        (["-i", "pregunta="], "pregunta está vacía"),
+        (["-i", f"pregunta={'a' * 100_001}"], "pregunta tiene 100001 caracteres, y caben 100000"),
+        ([*QUESTION, "-i", "max_tokens=muchos"], 'max_tokens ha de ser un número entero, y se dio "muchos"'),
+        ([*QUESTION, "-i", "max_tokens=2.5"], "max_tokens ha de ser un número entero, y se dio 2.5"),
+        ([*QUESTION, "-i", "max_tokens=0"], "max_tokens ha de ser 1 o más, y se dio 0"),
+        ([*QUESTION, "-i", "max_tokens=2049"], "max_tokens ha de ser 2048 o menos, y se dio 2049"),
+        ([*QUESTION, "-i", "temperature=0,7"], 'temperature ha de ser un número, y se dio "0,7"'),
+        ([*QUESTION, "-i", "temperature=nan"], "temperature ha de ser un número, y se dio NaN"),
+        ([*QUESTION, "-i", "temperature=2.1"], "temperature ha de ser 2 o menos, y se dio 2.1"),
+        ([*QUESTION, "-i", "seed=true"], 'seed ha de ser un número entero, y se dio "true"'),
+        (["--json", '{"pregunta": "a", "seed": true}'], "seed ha de ser un número entero, y se dio true"),
+        (["--json", '{"pregunta": 1}'], "pregunta ha de ser un texto, y se dio 1"),
+        (["--json", '{"pregunta": "a", "seed": null}'], "seed ha de ser un número entero, y se dio null"),
+        (["--json", '{"prompt": "a"}'], "No hay ninguna entrada prompt: "),
+        (["--json", '{"pregunta": '], "Lo que da --json no es JSON correcto ("),
+        (["--json", "-"], "Lo que da --json no es JSON correcto ("),
+        (["--json", "no.json"], "No se puede leer no.json: "),
+        (["-i", "pregunta=@no.txt"], "No se puede leer no.txt: "),
+        ([*QUESTION, "-o", "no/respuesta.txt"], "No se puede escribir en no/respuesta.txt: "),
+        (["hola"], "script/predict no entiende la orden (unrecognized arguments: hola): vea script/predict --help"),
+    ],
+)
+def test_a_mistake_ends_in_its_line_before_anything_starts(script: Run, arguments: list[str], line: str) -> None:
+    result = script("predict", *arguments)
+    assert (result.returncode, result.stdout) == (2 if arguments == ["hola"] else 1, "")
+    assert result.stderr.count("\n") == 1
+    assert result.stderr.startswith(line)
+
+
+@pytest.mark.parametrize(
+    ("variables", "line"),
+    [
+        ({"MODEL_ID": "vacio"}, "vacio no es un modelo"),
+        # nobody listens on port 1
+        ({"MODEL_ID": "org/nombre", "HF_ENDPOINT": "http://127.0.0.1:1"}, "--demo"),
+    ],
+)
+def test_a_model_that_cannot_load_ends_in_its_line(
+    script: Run, tmp_path: Path, variables: dict[str, str], line: str
+) -> None:
+    (tmp_path / "vacio").mkdir()
+    result = script("predict", *QUESTION, WEIGHTS_DIR=str(tmp_path), **variables)
+    assert (result.returncode, result.stdout) == (1, "")
+    *_, last = result.stderr.splitlines()
+    assert line in last
+    assert "Traceback" not in result.stderr and "Setup failed" not in result.stderr
+
+
+def test_a_prediction_that_fails_ends_in_its_line(script: Run) -> None:
+    result = script("predict", *QUESTION, "-i", "prompt_template=sin sitio")
+    assert result.returncode == 1
+    assert result.stdout.strip() == ""
+    assert result.stderr.splitlines()[-1].startswith("prompt_template debe contener {pregunta}")
+
+
+def test_dotenv_is_read_and_the_environment_wins(
+    project: Path, script: Run, environment: dict[str, str], falcon: Path
+) -> None:
+    for name in ("MODEL_ID", "WEIGHTS_DIR"):
+        del environment[name]
+    (project / ".env").write_text(f"MODEL_ID=no-esta\nWEIGHTS_DIR={falcon.parent}\n")
+    try:
+        result = script("predict", *CONTINUED, "-i", "max_tokens=2", MODEL_ID=falcon.name)
+    finally:
+        (project / ".env").unlink()
+    assert result.returncode == 0, result.stderr
+    assert str(falcon) in result.stderr
+
+
+@pytest.fixture
+def answering(project: Path, environment: dict[str, str], processes: Marked) -> Iterator["subprocess.Popen[str]"]:
+    """script/predict in the middle of a long answer."""
+    with subprocess.Popen(
+        [project / "script" / "predict", *CONTINUED, "-i", "max_tokens=2048"],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.read(1)
+        # the command, the server and its worker
+        assert len(processes.alive()) >= 3
+        yield process
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_ends_all(
+    answering: "subprocess.Popen[str]", processes: Marked, number: signal.Signals, status: int
+) -> None:
+    answering.send_signal(number)
+    _, errors = answering.communicate(timeout=FINALLY)
+    assert answering.returncode == status
+    assert "tokens/s" not in errors and "Traceback" not in errors
+    assert not psutil.wait_procs(processes.alive(), timeout=FINALLY)[1]
+
+
+def test_a_reader_that_goes_ends_all(answering: "subprocess.Popen[str]", processes: Marked) -> None:
+    assert answering.stdout is not None and answering.stderr is not None
+    answering.stdout.close()
+    errors = answering.stderr.read()
+    assert answering.wait(FINALLY) == 141
+    assert "Traceback" not in errors and "Broken" not in errors
+    assert not psutil.wait_procs(processes.alive(), timeout=FINALLY)[1]
+
+
+def test_ctrl_c_while_loading_ends_all(project: Path, environment: dict[str, str], processes: Marked) -> None:
+    with subprocess.Popen(
+        [project / "script" / "predict", *QUESTION], env=environment, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        assert process.stderr.readline() == "Cargando el modelo\n"
+        while not processes.alive("_run_worker"):
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=FINALLY)
+    assert process.returncode == 130
+    assert not psutil.wait_procs(processes.alive(), timeout=FINALLY)[1]
+
+
+def test_serve_prints_a_command_that_works(project: Path, environment: dict[str, str], processes: Marked) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    serve = [project / "script" / "serve", "--port", str(port)]
+    with subprocess.Popen(serve, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        listening, _, *command = (process.stdout.readline() for _ in range(4))
+        assert f"http://127.0.0.1:{port}" in listening
+
+        answer = subprocess.run(["bash", "-c", "".join(command)], capture_output=True, text=True, check=True).stdout
+        assert answer.startswith("event: start") and '"status":"succeeded"' in answer
+
+        second = subprocess.run(serve, env=environment, capture_output=True, text=True)
+        assert second.returncode == 1
+        assert (
+            second.stderr == f"El puerto {port} está ocupado: cierre el programa que lo usa o elija otro con --port\n"
+        )
+
+        process.send_signal(signal.SIGINT)
+        _, log = process.communicate(timeout=FINALLY)
+    assert process.returncode == 0
+    assert "tokens de entrada" in log
+    assert not psutil.wait_procs(processes.alive(), timeout=FINALLY)[1]
+
+
+@pytest.fixture
+def bare(project: Path, tmp_path: Path) -> Path:
+    """The project's copy before its first command, with a folder for PATH that holds no Python."""
+    folder = tmp_path / "bare"
+    shutil.copytree(project, folder, ignore=shutil.ignore_patterns(".venv", ".cog"))
+    (folder / "bin").mkdir()
+    for name in ("bash", "cat", "cksum", "dirname", "env", "grep", "rm"):
+        tool = shutil.which(name)
+        assert tool is not None
+        (folder / "bin" / name).symlink_to(tool)
+    return folder
+
+
+def python(folder: Path, name: str, version: str | None) -> None:
+    """A Python in the folder: of that version, or as pyenv's of a version that is not installed."""
+    path = folder / "bin" / name
+    path.write_text(f"#!/bin/sh\n{f'echo {version}' if version else 'exit 127'}\n")
+    path.chmod(0o755)
+
+
+def setup(folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {"PATH": str(folder / "bin"), **variables}
+    return subprocess.run([folder / "script" / "setup"], env=environment, capture_output=True, text=True)
+
+
+def test_setup_names_the_python_that_does_not_serve(bare: Path) -> None:
+    python(bare, "python3", "3.9.18")
+    python(bare, "python3.13", None)
+    result = setup(bare)
+    assert result.returncode == 1
+    assert result.stderr == (
+        "Hace falta Python 3.11, 3.12 o 3.13, y python3 es 3.9.18: instale uno, o repita con PYTHON=/ruta/a/python "
+        "delante\n"
+    )
+    assert not (bare / ".venv").exists()
+
+
+def test_setup_finds_a_python_that_serves(bare: Path) -> None:
+    python(bare, "python3", "3.14.0")
+    python(bare, "python3.13", None)
+    python(bare, "python3.12", "3.12.1")
+    result = setup(bare)
+    # this one only says its version: the installation fails after the choice
+    assert result.stderr.startswith("Preparando .venv con Python 3.12.1")
+    assert result.returncode != 0
+    assert not (bare / ".venv" / "ready").exists()
+
+
+def test_setup_takes_the_python_that_it_is_told(bare: Path) -> None:
+    python(bare, "python3", "3.12.1")
+    python(bare, "otro", "3.8.2")
+    result = setup(bare, PYTHON="otro")
+    assert result.returncode == 1
+    assert "y otro es 3.8.2" in result.stderr
