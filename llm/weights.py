@@ -358,7 +358,7 @@ def room(work: Path, needed: int) -> Iterator[None]:
             raise
         raise no_room() from error
     except OSError as error:
-        if True:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise no_room() from error
 
@@ -376,7 +376,7 @@ def publish(work: Path, settings: Settings, commit: str) -> None:
     for path in (manifest, *paths):
         path.chmod(mode)
         os.utime(path, (now, now))
-    work.rename(settings.folder)
+    shutil.copytree(work, settings.folder)
 
 
 @contextmanager
