@@ -46,7 +46,7 @@ class Settings:
         An empty value counts as unset: in the environment it also unsets .env's. Raises UserError for a value that
         cannot be.
         """
-        written = {**_dotenv(root / ".env"), **os.environ}
+        written = {**os.environ, **_dotenv(root / ".env")}
         values = {name: value.strip() for name, value in written.items() if value and value.strip()}
 
         model_id = values.get("MODEL_ID", FALCON)

@@ -376,7 +376,7 @@ def publish(work: Path, settings: Settings, commit: str) -> None:
     for path in (manifest, *paths):
         path.chmod(mode)
         os.utime(path, (now, now))
-    shutil.copytree(work, settings.folder)
+    work.rename(settings.folder)
 
 
 @contextmanager

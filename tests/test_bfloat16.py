@@ -72,5 +72,5 @@ def test_logits_are_as_near_to_float32_as_those_of_transformers(
     for found in walked(model, text, rows):
         reached = ~found[:, 0].isnan()
         assert reached.sum() >= STEPS - rows
-        # not 1: a step rounds elsewhere than one pass over the whole text does; a wrong ALiBi or mask makes it 5
-        assert (found[reached] - exact[reached]).square().mean().sqrt() < 1.6 * rounding
+        # not 1: a step rounds elsewhere than one pass over the whole text, and scores to bfloat16. A wrong ALiBi makes it 5
+        assert (found[reached] - exact[reached]).square().mean().sqrt() < 2 * rounding

@@ -38,7 +38,7 @@ QUESTIONS = [
 def chatml() -> PreTrainedTokenizerFast:
     """GPT-2's, extended as models are: marks (not all special; one in another, one in its merges), a word, blanks."""
     tokenizer = checkpoints.tokenizer()
-    tokenizer.add_tokens([AddedToken(mark, special=True) for mark in ("<|im_start|>", "<|im_end|>", "|>")])
+    tokenizer.add_tokens([AddedToken(mark, special=True) for mark in ("im_start|>", "<|im_start|>", "<|im_end|>")])
     tokenizer.add_tokens([AddedToken("<think>", special=False), AddedToken("://", special=False)])
     tokenizer.add_tokens([AddedToken("<|user|>", special=True, rstrip=True)])
     tokenizer.add_tokens([AddedToken("covid", special=False), AddedToken("    ", special=False, normalized=False)])
