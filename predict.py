@@ -18,17 +18,18 @@ from llm.prompt import Prompter
 from llm.sampling import Sampling
 from llm.settings import Settings
 from llm.text import Text, split_stop_sequences
+from llm.words import decimal
 
 
 class Predictor(BasePredictor):
-    def setup(self) -> None:
+    def setup(self) -> None:  # type: ignore[override]
         """Load the model, fetching it first where it is missing, and warm it up."""
         start = time.perf_counter()
         self.model = Model.load(Settings.read())
         self.engine = Engine(self.model, most_rows=32)
         self.engine.start()
         self.prompter = Prompter(self.model.tokenizer, self.engine.context)
-        print(f"Listo en {time.perf_counter() - start:.1f} s")
+        print(f"Listo en {decimal(time.perf_counter() - start)} s")
 
     async def healthcheck(self) -> bool:
         """False once the device is lost: /health-check then says UNHEALTHY."""
@@ -38,15 +39,44 @@ class Predictor(BasePredictor):
     @cog.concurrent(max=32)
     async def predict(
         self,
-        pregunta: str = Input(description="La pregunta, o el texto que hay que continuar.", min_length=1, max_length=100000),
-        max_tokens: int = Input(description="Cuántos tokens nuevos como máximo; menos si antes se acaba el contexto.", default=128, ge=1, le=2048),
-        temperature: float = Input(description="0 da siempre la misma respuesta, la más probable; más alto, más variedad.", default=0.7, ge=0, le=2),
-        top_p: float = Input(description="Elige entre los tokens más probables que suman esta probabilidad; 1 lo desactiva, 0 deja solo el más probable.", default=0.95, ge=0, le=1),
-        top_k: int = Input(description="Elige entre este número de tokens más probables; 0 lo desactiva.", default=50, ge=0, le=1000),
-        repetition_penalty: float = Input(description="Por encima de 1 evita repetir lo ya dicho; 1 lo desactiva.", default=1.1, ge=1, le=2),
-        stop_sequences: Optional[str] = Input(description="Textos separados por comas; la respuesta acaba antes del primero que aparezca.", default=None),
-        seed: Optional[int] = Input(description="La misma semilla con las mismas entradas da el mismo texto; sin ella se elige una al azar.", default=None),
-        prompt_template: Optional[str] = Input(description="Plantilla con {pregunta} donde va la pregunta; {pregunta} solo la envía tal cual.", default=None),
+        pregunta: str = Input(
+            description="La pregunta, o el texto que hay que continuar.", min_length=1, max_length=100000
+        ),
+        max_tokens: int = Input(
+            description="Cuántos tokens nuevos como máximo; menos si antes se acaba el contexto.",
+            default=128,
+            ge=1,
+            le=2048,
+        ),
+        temperature: float = Input(
+            description="0 da siempre la misma respuesta, la más probable; más alto, más variedad.",
+            default=0.7,
+            ge=0,
+            le=2,
+        ),
+        top_p: float = Input(
+            description="Elige entre los tokens más probables que suman esta probabilidad; 1 lo desactiva, 0 deja solo el más probable.",
+            default=0.95,
+            ge=0,
+            le=1,
+        ),
+        top_k: int = Input(
+            description="Elige entre este número de tokens más probables; 0 lo desactiva.", default=50, ge=0, le=1000
+        ),
+        repetition_penalty: float = Input(
+            description="Por encima de 1 evita repetir lo ya dicho; 1 lo desactiva.", default=1.1, ge=1, le=2
+        ),
+        stop_sequences: Optional[str] = Input(
+            description="Textos separados por comas; la respuesta acaba antes del primero que aparezca.", default=None
+        ),
+        seed: Optional[int] = Input(
+            description="La misma semilla con las mismas entradas da el mismo texto; sin ella se elige una al azar.",
+            default=None,
+        ),
+        prompt_template: Optional[str] = Input(
+            description="Plantilla con {pregunta} donde va la pregunta; {pregunta} solo la envía tal cual.",
+            default=None,
+        ),
     ) -> AsyncConcatenateIterator[str]:
         """Responde a una pregunta, palabra a palabra."""
         # the server lets 2.0 pass for an integer, and hands it on as it came
@@ -61,7 +91,7 @@ class Predictor(BasePredictor):
         # Cog streams a plain generator, not an async one, and runs it in a thread of its own
         on_cancel(generation.cancel)
         weakref.finalize(answer, generation.cancel)
-        return answer
+        return answer  # type: ignore[return-value]
 
     def answer(self, generation: Generation, text: Text, prediction: contextvars.Context) -> Iterator[str]:
         """The answer's text as it grows, and at the end its metrics and its line in the log."""
@@ -79,13 +109,17 @@ class Predictor(BasePredictor):
 
     def report(self, generation: Generation, text: Text) -> None:
         """Record the metrics, and log one line without the question's text."""
-        metrics = generation.metrics() | ({"finish_reason": "stop"} if text.stopped else {})
-        for name, value in metrics.items():
-            self.record_metric(name, value)
-        fin = "un final" if metrics["finish_reason"] == "stop" else "el máximo de tokens"
-        if generation.budget < generation.request.max_tokens and metrics["finish_reason"] == "length":
-            fin = f"el contexto, que solo dejaba sitio para {generation.budget} tokens"
+        reason = "stop" if text.stopped else generation.finish_reason
+        self.record_metric("input_token_count", len(generation.request.prompt))
+        self.record_metric("output_token_count", generation.count)
+        self.record_metric("queue_time", generation.queue_time)
+        self.record_metric("time_to_first_token", generation.time_to_first_token)
+        self.record_metric("tokens_per_second", generation.tokens_per_second)
+        self.record_metric("finish_reason", reason)
+        end = "acabó la respuesta" if reason == "stop" else "llegó al máximo de tokens"
+        if reason == "length" and generation.budget < generation.request.max_tokens:
+            end = f"se acabó el contexto, que dejaba sitio para {generation.budget} tokens"
         print(
-            f"{metrics['input_token_count']} tokens de entrada, {metrics['output_token_count']} de salida, "
-            f"{metrics['tokens_per_second']:.1f} tokens/s, semilla {generation.request.sampling.seed}, terminó por {fin}"
+            f"{len(generation.request.prompt)} tokens de entrada, {generation.count} de salida, "
+            f"{decimal(generation.tokens_per_second)} tokens/s, semilla {generation.request.sampling.seed}: {end}"
         )

@@ -14,5 +14,5 @@ def on_cancel(call: Callable[[], object]) -> None:
     """
     task = asyncio.current_task()
     assert task is not None
-    callback, _ = task._callbacks[0]  # type: ignore[attr-defined]
+    callback, _ = task._callbacks[0]
     inspect.getclosurevars(callback).nonlocals["destination"].cancel = call

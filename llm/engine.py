@@ -20,6 +20,7 @@ from llm.errors import UserError
 from llm.model import Model
 from llm.runner import Capture, Ids, Runner, cuda_capture
 from llm.sampling import Sampling
+from llm.words import decimal
 
 CPU_PIECE = 256
 GPU_PIECE = 4096
@@ -47,7 +48,7 @@ class Generation:
         self.request = request
         self.budget = budget
         """The most new tokens: fewer than asked for where the context ends first."""
-        self.row: int | None = None
+        self.row = -1
         self.read = 0
         """Tokens of the prompt that are in the cache."""
         self.asked = 0
@@ -73,17 +74,20 @@ class Generation:
                 raise item
             yield item
 
-    def metrics(self) -> dict[str, int | float | str | None]:
-        """What a user wants to know of it once it has ended. Times in seconds, from when it was asked for."""
-        end = self.last or time.perf_counter()
-        return {
-            "input_token_count": len(self.request.prompt),
-            "output_token_count": self.count,
-            "queue_time": (self.admitted or end) - self.created,
-            "time_to_first_token": (self.first or end) - self.created,
-            "tokens_per_second": self.count / (end - self.created),
-            "finish_reason": self.finish_reason,
-        }
+    @property
+    def queue_time(self) -> float:
+        """Seconds that it waited for a row."""
+        return (self.admitted or time.perf_counter()) - self.created
+
+    @property
+    def time_to_first_token(self) -> float:
+        """Seconds from asking to the first token, its prompt read."""
+        return (self.first or time.perf_counter()) - self.created
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Over the whole time from asking to the last token."""
+        return self.count / ((self.last or time.perf_counter()) - self.created)
 
     def cancel(self) -> None:
         """End it, from any thread. Its row is free at the next step."""
@@ -100,12 +104,13 @@ class Engine:
         on_gpu = model.device.type == "cuda"
         if on_gpu and not model.spread:
             capture = capture or cuda_capture()
-        self.rows: list[Generation | None] = [None] * model.rows(most_rows)
+        self.rows: dict[int, Generation] = {}
+        self.most_rows = model.rows(most_rows)
         self.context = model.context
         self.lost: str | None = None
         """Why no more predictions can be served, once that is so."""
         self._model = model
-        self._runner = Runner(model, len(self.rows), capture)
+        self._runner = Runner(model, self.most_rows, capture)
         self._piece = piece or (GPU_PIECE if on_gpu else CPU_PIECE)
         # with graphs, step n+1 is asked for before the tokens of step n are read: the device never waits for Python
         self._ahead = 1 if capture else 0
@@ -141,7 +146,7 @@ class Engine:
             self._started.set_result(None)
             while not self.lost:
                 with self._wake:
-                    self._wake.wait_for(lambda: self._waiting or self._in_flight or any(self.rows))
+                    self._wake.wait_for(lambda: self._waiting or self._in_flight or self.rows)
                 try:
                     self._step()
                 except Exception as error:  # every request of the step gets it
@@ -155,17 +160,16 @@ class Engine:
         self._hand_out()
 
     def _drop_cancelled(self) -> None:
-        for generation in self.rows:
-            if generation and generation.cancelled:
-                self._release(generation)
+        for generation in [g for g in self.rows.values() if g.cancelled]:
+            self._release(generation)
         self._reading = deque(g for g in self._reading if not g.cancelled)
 
     def _admit(self) -> None:
-        while self._waiting and None in self.rows:
+        while self._waiting and len(self.rows) < self.most_rows:
             generation = self._waiting.popleft()
             if generation.cancelled:
                 continue
-            generation.row = self.rows.index(None)
+            generation.row = next(row for row in range(self.most_rows) if row not in self.rows)
             generation.admitted = time.perf_counter()
             self.rows[generation.row] = generation
             self._runner.put(generation.row, generation.request.prompt, generation.request.sampling)
@@ -196,7 +200,7 @@ class Engine:
     def _decode(self) -> None:
         """Take every row whose prompt is read one token further."""
         self._close_ranks()
-        running = [g for g in self.rows if g and not g.reading]
+        running = [g for g in self.rows.values() if not g.reading]
         if not running:
             return
         ids = self._runner.decode()
@@ -206,13 +210,12 @@ class Engine:
 
     def _close_ranks(self) -> None:
         """Move the last rows into the holes that others left: a step computes all rows up to the last in use."""
-        used = [row for row, g in enumerate(self.rows) if g]
-        for hole in range(len(used)):
-            if self.rows[hole] is None:
-                last = used.pop()
-                self._runner.move(last, hole)
-                self.rows[hole], self.rows[last] = self.rows[last], None
-                self.rows[hole].row = hole
+        for hole in range(len(self.rows)):
+            if hole not in self.rows:
+                generation = self.rows.pop(max(self.rows))
+                self._runner.move(generation.row, hole)
+                generation.row = hole
+                self.rows[hole] = generation
 
     def _await_ids(self, expected: list[tuple[int, Generation]], ids: Ids) -> None:
         """Note which generation each id of a step belongs to; one that has asked for all it may leaves its row."""
@@ -223,7 +226,7 @@ class Engine:
 
     def _hand_out(self) -> None:
         """Give the tokens of the steps that are done to those who wait for them."""
-        ahead = self._ahead if any(self.rows) else 0
+        ahead = self._ahead if self.rows else 0
         while len(self._in_flight) > ahead:
             expected, ids = self._in_flight.popleft()
             chosen = ids.read()
@@ -246,16 +249,15 @@ class Engine:
             generation.inbox.put(None)
 
     def _release(self, generation: Generation) -> None:
-        if generation.row is not None:
+        if self.rows.get(generation.row) is generation:
             self._runner.release(generation.row)
-            self.rows[generation.row] = None
-            generation.row = None
+            del self.rows[generation.row]
 
     def _fail(self, error: Exception) -> None:
         """End what was running with one clear line, give its rows back, and go on if the device still can."""
         traceback.print_exception(error)
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        failed = {g for g in self.rows if g} | {g for expected, _ in self._in_flight for _, g in expected}
+        failed = {*self.rows.values()} | {g for expected, _ in self._in_flight for _, g in expected}
         line = f"La predicción falló mientras se generaba ({reason}): vuelva a intentarlo"
         if isinstance(error, torch.OutOfMemoryError):
             line = "La GPU se quedó sin memoria: vuelva a intentarlo con una pregunta más corta"
@@ -278,10 +280,9 @@ class Engine:
         for _ in range(3):
             self._runner.decode().read()
         self._runner.release(0)
-        rows = len(self.rows)
-        size = rows * self.context * sum(self._model.token_bytes.values())
-        print(f"Caché: {rows} peticiones a la vez de {self.context} tokens, {size / 1e9:.1f} GB cuando está llena")
-        print(f"Primeros tokens de prueba en {time.perf_counter() - start:.1f} s")
+        size = self.most_rows * self.context * sum(self._model.token_bytes.values())
+        print(f"Caché: {self.most_rows} peticiones a la vez de {self.context} tokens, hasta {decimal(size / 1e9)} GB")
+        print(f"Primeros tokens de prueba en {decimal(time.perf_counter() - start)} s")
         start = time.perf_counter()
         if graphs := self._runner.capture_graphs():
-            print(f"{graphs} grafos CUDA capturados en {time.perf_counter() - start:.1f} s")
+            print(f"{graphs} grafos CUDA capturados en {decimal(time.perf_counter() - start)} s")

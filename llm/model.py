@@ -7,13 +7,14 @@ from pathlib import Path
 
 import psutil
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from llm import processor, weights
 from llm.errors import UserError
 from llm.settings import Settings
 from llm.slots import rows_that_fit
+from llm.words import decimal
 
 CPU_SHARE = 0.5
 """Of the free RAM, for the cache: the rest is the laptop owner's."""
@@ -55,14 +56,14 @@ class Model:
         cores = f" con {threads} hilos" if model.device.type == "cpu" else ""
         print(f"Modelo: {found.origin}, {_parameters(model.network)} en {str(dtype).removeprefix('torch.')}")
         if not found.verified:
-            print(f"Sin verificar: {found.folder} no tiene manifest.json")
-        print(f"Cargado en {where}{cores} en {time.perf_counter() - start:.1f} s")
+            print(f"Sin verificar: {weights.shown(found.folder)} no tiene manifest.json")
+        print(f"Cargado en {where}{cores} en {decimal(time.perf_counter() - start)} s")
         if model.spread:
             print("El modelo está repartido entre varios dispositivos: cada paso va sin grafos CUDA, más despacio")
-        elif model.device.type == "cpu" and dtype == torch.bfloat16:
+        elif model.device.type == "cpu" and dtype == torch.bfloat16 and processor.computes_in_bfloat16():
             start = time.perf_counter()
             model.pack()
-            print(f"Pesos ordenados para el procesador en {time.perf_counter() - start:.1f} s")
+            print(f"Pesos ordenados para el procesador en {decimal(time.perf_counter() - start)} s")
         return model
 
     @classmethod
@@ -75,20 +76,20 @@ class Model:
             ).eval()
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise UserError(f"{folder} no se puede cargar como modelo de lenguaje: {reason}") from error
+            raise UserError(f"{weights.shown(folder)} no se puede cargar como modelo de lenguaje: {reason}") from error
         devices = {torch.device(d if d != "disk" else "cpu") for d in getattr(network, "hf_device_map", {}).values()}
         gpus = sorted((d for d in devices if d.type != "cpu"), key=str)
-        cache = _probe(network)
+        cached = _probe(network)
         return cls(
             network=network,
             tokenizer=tokenizer,
             device=gpus[0] if gpus else torch.device(network.device),
             spread=len(devices) > 1,
-            context=_context(network, tokenizer, cache),
+            context=_context(network, tokenizer, cached),
             vocabulary=min(max(tokenizer.get_vocab().values()) + 1, network.get_output_embeddings().weight.shape[0]),
             stop_ids=_stop_ids(network, tokenizer),
-            layers=len(cache.layers),
-            token_bytes=_token_bytes(cache),
+            layers=len(cached),
+            token_bytes=_token_bytes(cached),
         )
 
     def pack(self) -> None:
@@ -117,31 +118,38 @@ def _parameters(network: PreTrainedModel) -> str:
     return f"{sum(p.numel() for p in network.parameters()) / 1e6:,.0f} millones de parámetros".replace(",", ".")
 
 
-def _probe(network: PreTrainedModel) -> DynamicCache:
+def _probe(network: PreTrainedModel) -> list[DynamicLayer]:
     """What the model caches of one token: the surest way to learn it, whatever the architecture."""
     with torch.inference_mode():
         ids = torch.zeros(1, 1, dtype=torch.long, device=network.device)
         cache = network(input_ids=ids, use_cache=True).past_key_values
-    layers = getattr(cache, "layers", [])
-    if not layers or any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers):
+    layers = [layer for layer in getattr(cache, "layers", []) if isinstance(layer, DynamicLayer)]
+    if (
+        not layers
+        or len(layers) < len(cache.layers)
+        or not {*map(type, layers)} <= {DynamicLayer, DynamicSlidingWindowLayer}
+    ):
         name = type(network).__name__
-        raise UserError(f"{name} no guarda claves y valores de cada token: use un modelo de atención (Falcon, Llama, ...)")
-    return cache
+        raise UserError(
+            f"{name} no guarda claves y valores de cada token: use un modelo de atención (Falcon, Llama...)"
+        )
+    return layers
 
 
-def _token_bytes(cache: DynamicCache) -> Counter[torch.device]:
+def _token_bytes(layers: list[DynamicLayer]) -> Counter[torch.device]:
     size: Counter[torch.device] = Counter()
-    for layer in cache.layers:
+    for layer in layers:
+        assert layer.keys is not None and layer.values is not None
         size[layer.keys.device] += layer.keys.nbytes + layer.values.nbytes
     return size
 
 
-def _context(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cache: DynamicCache) -> int:
+def _context(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, layers: list[DynamicLayer]) -> int:
     config = network.config.get_text_config()
     # not the tokenizer's model_max_length where the model says: falcon-rw-1b's says half of what the model reads
     context = getattr(config, "max_position_embeddings", None) or min(tokenizer.model_max_length, 2048)
     # within the window, attention to a sliding window is full attention
-    windows = [layer.sliding_window for layer in cache.layers if isinstance(layer, DynamicSlidingWindowLayer)]
+    windows = [layer.sliding_window for layer in layers if isinstance(layer, DynamicSlidingWindowLayer)]
     return min([context, *windows])
 
 

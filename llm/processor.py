@@ -25,11 +25,13 @@ def best_dtype() -> torch.dtype:
         # a spread model computes in one dtype, so every GPU has to know it
         newest = min(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
         return torch.bfloat16 if newest >= (8, 0) else torch.float16
-    if torch.backends.mps.is_available():
-        return torch.bfloat16
+    return torch.bfloat16 if torch.backends.mps.is_available() or computes_in_bfloat16() else torch.float32
+
+
+def computes_in_bfloat16() -> bool:
+    """Whether the CPU has instructions for it; else it is slower in bfloat16 than in float32."""
     cpuinfo = Path("/proc/cpuinfo")
-    flags = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
-    return torch.bfloat16 if flags & BFLOAT16_FLAGS else torch.float32
+    return cpuinfo.exists() and not BFLOAT16_FLAGS.isdisjoint(cpuinfo.read_text().split())
 
 
 def use_physical_cores() -> int:
@@ -72,7 +74,8 @@ class PackedLinear(nn.Module):
         return flat.view(x.shape[0], x.shape[1], self.out_features)
 
     def _linear(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        return product
 
 
 def pack(model: nn.Module, padding: Padding) -> None:
@@ -119,13 +122,15 @@ def attend(
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
     few = query.dtype == torch.bfloat16 and query.shape[-2] * 8 <= key.shape[-2] and not is_causal
     if not few and query.dim() == 4 and query.shape[-1] == value.shape[-1]:
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        flash: Tensor = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
         )[0]
+        return flash
     if not few:
-        return torch.ops.aten._scaled_dot_product_attention_math(
+        plain: Tensor = torch.ops.aten._scaled_dot_product_attention_math(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale
         )[0]
+        return plain
     scores = (query @ key.transpose(-1, -2)).float() * (scale or query.shape[-1] ** -0.5)
     if attn_mask is not None:
         scores += attn_mask

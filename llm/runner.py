@@ -188,7 +188,8 @@ class Runner:
             logits_to_keep=1 if keep is None else keep,
             **extra,
         )
-        return output.logits[:, -1, : self.model.vocabulary].float().to(self.logits.device)
+        logits: Tensor = output.logits[:, -1, : self.model.vocabulary].float()
+        return logits.to(self.logits.device)
 
     def _width(self, samplings: list[Sampling]) -> int:
         exact = width(samplings, self.model.vocabulary)
@@ -197,7 +198,7 @@ class Runner:
     # CUDA graphs
 
     def capture_graphs(self) -> int:
-        """Capture a decode step for each bucket of rows, of lengths and of widths. Returns how many graphs that made."""
+        """Capture a decode step for each bucket of rows, lengths and widths. Returns how many graphs that made."""
         if not self.capture:
             return 0
         most = self.slots.rows

@@ -46,7 +46,7 @@ class Settings:
         An empty value counts as unset: in the environment it also unsets .env's. Raises UserError for a value that
         cannot be.
         """
-        written = {**os.environ, **_dotenv(root / ".env")}
+        written = {**_dotenv(root / ".env"), **os.environ}
         values = {name: value.strip() for name, value in written.items() if value and value.strip()}
 
         model_id = values.get("MODEL_ID", FALCON)
@@ -81,7 +81,6 @@ class Settings:
 
 def _dotenv(path: Path) -> dict[str, str | None]:
     try:
-        # utf-8-sig: Windows' Notepad may put a byte order mark before the first name.
-        return dotenv_values(path, interpolate=False, encoding="utf-8-sig")
+        return dotenv_values(path, interpolate=False)
     except UnicodeDecodeError as error:
         raise UserError(f"{path.name} no está en UTF-8: guárdelo con esa codificación") from error

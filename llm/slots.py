@@ -47,7 +47,9 @@ class SlotLayer(CacheLayerMixin):
         self.values = value_states.new_zeros(rows, value_states.shape[1], capacity, value_states.shape[3])
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
         """Write this pass's keys and values, (rows, heads, tokens, head size), and return all that it reads."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -95,7 +97,8 @@ class Slots(Cache):
     """
 
     def __init__(self, layers: int, rows: int, context: int, device: torch.device, grows: bool):
-        super().__init__(layers=[SlotLayer(self) for _ in range(layers)])
+        self.slot_layers = [SlotLayer(self) for _ in range(layers)]
+        super().__init__(layers=[*self.slot_layers])
         self.rows = rows
         self.context = context
         self.grows = grows
@@ -111,14 +114,14 @@ class Slots(Cache):
         room = (min(self.rows, 1 << (rows - 1).bit_length()), min(self.context, -(-needed // CPU_STEP) * CPU_STEP))
         if room[0] > self.room[0] or room[1] > self.room[1] or room[1] <= self.room[1] // 2:
             self.room = room
-            for layer in self.layers:
+            for layer in self.slot_layers:
                 if layer.is_initialized:
                     layer.resize(*self.room)
         return self.room[1]
 
     def move(self, source: int, target: int) -> None:
         """Copy one row over another."""
-        for layer in self.layers:
+        for layer in self.slot_layers:
             layer.keys[target] = layer.keys[source]
             layer.values[target] = layer.values[source]
 

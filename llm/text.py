@@ -89,7 +89,7 @@ class _Characters:
         # The bytes of a character that is not complete come out as one replacement character, the last.
         ready = len(text) - text.endswith("\ufffd")
         fresh = text[self._read : ready]
-        self._read = max(self._read, ready)
+        self._read = ready
         self._move_on(text)
         return fresh
 

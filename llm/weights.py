@@ -25,6 +25,7 @@ from urllib.parse import urlsplit
 
 from llm.errors import UserError
 from llm.settings import ROOT, Settings
+from llm.words import decimal
 
 # torch and huggingface_hub are imported where they are used: a command that finds its folder whole needs neither.
 if TYPE_CHECKING:
@@ -454,7 +455,7 @@ def shown(path: Path) -> str:
 def _about(size: int) -> str:
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if size >= scale:
-            return f"{size / scale:.1f} {unit}".replace(".", ",")
+            return f"{decimal(size / scale)} {unit}"
     return f"{size} bytes"
 
 

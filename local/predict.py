@@ -12,8 +12,9 @@ from typing import Any, TextIO
 
 from llm.errors import UserError
 from llm.settings import ROOT, Settings
+from llm.words import decimal
 from local import demo, inputs, schema, server
-from local.terminal import Loading, Parser, decimal
+from local.terminal import Loading, Parser
 
 
 def main() -> int:
@@ -68,8 +69,8 @@ def predict(values: dict[str, Any], output: TextIO, environment: dict[str, str])
             loading.show(line)
 
     with server.running(environment=environment, log=show) as running:
-        running.wait_until_ready(loading.tick)
-        loading.done()
+        with loading:
+            running.wait_until_ready(loading.tick)
         for name, data in _events(running, values):
             if name == "output":
                 print(data["chunk"], end="", file=output, flush=True)

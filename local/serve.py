@@ -28,8 +28,8 @@ def serve(port: int, environment: dict[str, str]) -> None:
     """Show the predictor's log on stderr, and on stdout a command to try. Raises UserError when the server ends."""
     loading = Loading()
     with server.running(port=port, environment=environment, log=loading.show) as running:
-        running.wait_until_ready(loading.tick)
-        loading.done()
+        with loading:
+            running.wait_until_ready(loading.tick)
         print(f"Listo en {running.url}, hasta Ctrl-C. Pruebe en otra terminal:\n\n{_curl(running.url)}\n", flush=True)
         running.wait()
 

@@ -5,7 +5,12 @@ import sys
 import threading
 from typing import NoReturn
 
+from llm.words import decimal
 from local.server import Line
+
+
+# what a terminal takes to write over the line that counts
+_EMPTY_LINE = "\r\x1b[K"
 
 
 class Parser(argparse.ArgumentParser):
@@ -16,35 +21,32 @@ class Parser(argparse.ArgumentParser):
 
 
 class Loading:
-    """The model is loading: `tick` with the seconds so far, `show` for each line of the log, `done` at the end."""
+    """The block in which the model loads: `tick` with the seconds so far, `show` for each line of the log."""
 
     def __init__(self) -> None:
         self._counts = sys.stderr.isatty()
         self._seconds = 0.0
         # the log comes from another thread
         self._lock = threading.Lock()
+
+    def __enter__(self) -> None:
         self._write("Cargando el modelo")
 
-    def show(self, line: Line) -> None:
-        with self._lock:
-            self._write(line.text)
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if error is None:
+            self._write(f"En marcha en {decimal(self._seconds)} s")
+        elif self._counts:
+            print(_EMPTY_LINE, end="", file=sys.stderr)
 
     def tick(self, seconds: float) -> None:
         self._seconds = seconds
         if self._counts:
             with self._lock:
-                print(f"\r\x1b[KCargando el modelo: {seconds:.0f} s", end="", file=sys.stderr, flush=True)
+                print(f"{_EMPTY_LINE}Cargando el modelo: {seconds:.0f} s", end="", file=sys.stderr, flush=True)
 
-    def done(self) -> None:
-        with self._lock:
-            self._write(f"En marcha en {decimal(self._seconds)} s")
+    def show(self, line: Line) -> None:
+        self._write(line.text)
 
     def _write(self, text: str) -> None:
-        # over the line that counts
-        start = "\r\x1b[K" if self._counts else ""
-        print(f"{start}{text}", file=sys.stderr, flush=True)
-
-
-def decimal(number: float) -> str:
-    """With one decimal, as in Spanish."""
-    return f"{number:.1f}".replace(".", ",")
+        with self._lock:
+            print(f"{_EMPTY_LINE if self._counts else ''}{text}", file=sys.stderr, flush=True)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from llm import processor
 from llm.model import Model
 from llm.runner import Runner
 from llm.sampling import Sampling
@@ -66,11 +67,11 @@ def test_logits_are_as_near_to_float32_as_those_of_transformers(
     rounding = (reference(folder, text, torch.bfloat16) - exact).square().mean().sqrt()
     model = Model.read(folder, torch.bfloat16)
     if packed:
-        if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        if not processor.computes_in_bfloat16():
             pytest.skip("this processor does not compute in bfloat16")
         model.pack()
     for found in walked(model, text, rows):
         reached = ~found[:, 0].isnan()
         assert reached.sum() >= STEPS - rows
-        # not 1: a step rounds elsewhere than one pass over the whole text, and scores to bfloat16. A wrong ALiBi makes it 5
+        # not 1: a step rounds elsewhere than one pass over the whole text, and its scores too. A wrong ALiBi: 5
         assert (found[reached] - exact[reached]).square().mean().sqrt() < 2 * rounding

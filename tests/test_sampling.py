@@ -49,7 +49,8 @@ def reference(logits: torch.Tensor, history: torch.Tensor, sampling: Sampling) -
         processors.append(TopKLogitsWarper(sampling.top_k))
     if sampling.top_p < 1:
         processors.append(TopPLogitsWarper(sampling.top_p))
-    return processors(history[None], logits[None].clone())[0].softmax(-1)
+    filtered: torch.Tensor = processors(history[None], logits[None].clone())  # type: ignore[arg-type]
+    return filtered[0].softmax(-1)
 
 
 def ours(logits: torch.Tensor, history: torch.Tensor, samplings: list[Sampling]) -> torch.Tensor:

@@ -10,13 +10,13 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 import pytest
 
 from llm.settings import ROOT
-from local import demo
 from tests.processes import Marked
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -185,16 +185,22 @@ def test_dotenv_is_read_and_the_environment_wins(
     assert str(falcon) in result.stderr
 
 
+@contextmanager
+def started(environment: dict[str, str], *command: Path | str) -> Iterator["subprocess.Popen[str]"]:
+    """A command that is still at work; asked to end, if it has not, at the end of the block."""
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.terminate()
+
+
 @pytest.fixture
 def answering(project: Path, environment: dict[str, str], processes: Marked) -> Iterator["subprocess.Popen[str]"]:
     """script/predict in the middle of a long answer."""
-    with subprocess.Popen(
-        [project / "script" / "predict", *CONTINUED, "-i", "max_tokens=2048"],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
+    with started(environment, project / "script" / "predict", *CONTINUED, "-i", "max_tokens=2048") as process:
         assert process.stdout is not None
         assert process.stdout.read(1)
         # the command, the server and its worker
@@ -223,9 +229,7 @@ def test_a_reader_that_goes_ends_all(answering: "subprocess.Popen[str]", process
 
 
 def test_ctrl_c_while_loading_ends_all(project: Path, environment: dict[str, str], processes: Marked) -> None:
-    with subprocess.Popen(
-        [project / "script" / "predict", *QUESTION], env=environment, stderr=subprocess.PIPE, text=True
-    ) as process:
+    with started(environment, project / "script" / "predict", *QUESTION) as process:
         assert process.stderr is not None
         assert process.stderr.readline() == "Cargando el modelo\n"
         while not processes.alive("_run_worker"):
@@ -241,7 +245,7 @@ def test_serve_prints_a_command_that_works(project: Path, environment: dict[str,
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     serve = [project / "script" / "serve", "--port", str(port)]
-    with subprocess.Popen(serve, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with started(environment, *serve) as process:
         assert process.stdout is not None
         listening, _, *command = (process.stdout.readline() for _ in range(4))
         assert f"http://127.0.0.1:{port}" in listening

@@ -45,7 +45,7 @@ def test_env_file_is_read_and_the_environment_wins(tmp_path: Path, monkeypatch: 
     assert Settings.read(tmp_path) == Settings("org/uno", "v1", tmp_path / "otra/carpeta", "hf_a${b}", "float32")
 
     monkeypatch.setenv("MODEL_ID", "org/dos")
-    monkeypatch.setenv("MODEL_REVISION", "")
+    monkeypatch.setenv("MODEL_REVISION", " ")
     monkeypatch.setenv("WEIGHTS_DIR", "/datos")
     monkeypatch.setenv("HUGGINGFACE_HUB_TOKEN", "hf_c")
     assert Settings.read(tmp_path) == Settings("org/dos", None, Path("/datos"), "hf_c", "float32")

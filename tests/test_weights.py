@@ -2,7 +2,6 @@
 
 import json
 import os
-import pickle
 import pty
 import re
 import shutil
@@ -129,6 +128,11 @@ def test_a_bin_becomes_safetensors(hub: Hub, bin: dict[str, bytes], tmp_path: Pa
     assert sorted(hub.fetched) == sorted(bin)
     assert f"{MODEL} (0123456) de 127.0.0.1" in out and "bfloat16" in out
 
+    modes = {oct(path.stat().st_mode & 0o444) for path in folder.iterdir()}
+    times = {path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert modes == {"0o444"}
+    assert len(times) == 1 and times.pop() % 1_000_000_000 == 0
+
     (tmp_path / "source.bin").write_bytes(bin["pytorch_model.bin"])
     source = torch.load(tmp_path / "source.bin", weights_only=True)
     ours = load_file(folder / "model.safetensors")
@@ -175,7 +179,6 @@ def test_safetensors_come_as_they_are(
     fetch(hub, tmp_path)
     assert sorted(hub.fetched) == sorted(safetensors)
     assert (tmp_path / NAME / "model.safetensors").read_bytes() == safetensors["model.safetensors"]
-    assert all(oct(path.stat().st_mode & 0o444) == "0o444" for path in (tmp_path / NAME).iterdir())
 
 
 def test_sharded_safetensors_come_with_their_index(hub: Hub, tmp_path: Path) -> None:
@@ -236,18 +239,24 @@ def test_the_second_run_verifies_and_has_nothing_to_do(hub: Hub, safetensors: di
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / NAME).iterdir()}
 
 
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])
-def test_an_interrupted_run_is_continued(hub: Hub, tmp_path: Path, stop: signal.Signals) -> None:
-    files = {"config.json": b"{}", "model.safetensors": os.urandom(CHUNK + 3_500_000)}
-    repository = hub.add(MODEL, files)
-    repository.stall_after["model.safetensors"] = CHUNK + 1000
-    run = start(hub, tmp_path)
+def interrupted(hub: Hub, directory: Path, stop: signal.Signals, cut: int) -> subprocess.Popen[str]:
+    """A run that got `cut` bytes of model.safetensors and was stopped when all that it writes of them was written."""
+    hub.repositories[MODEL].stall_after["model.safetensors"] = cut
+    run = start(hub, directory)
     hub.stalled.wait(60)
     deadline = time.monotonic() + 60
-    while sum(part.stat().st_size for part in tmp_path.rglob("model.safetensors.*")) < CHUNK:
+    while sum(part.stat().st_size for part in directory.rglob("model.safetensors.*")) < cut // CHUNK * CHUNK:
         assert time.monotonic() < deadline
         time.sleep(0.02)
     run.send_signal(stop)
+    return run
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_run_is_continued(hub: Hub, tmp_path: Path, stop: signal.Signals) -> None:
+    files = {"config.json": b"{}", "model.safetensors": os.urandom(CHUNK + 3_500_000)}
+    hub.add(MODEL, files)
+    run = interrupted(hub, tmp_path, stop, CHUNK + 1000)
     _, error = run.communicate()
     if stop is signal.SIGINT:
         assert (run.returncode, error.strip()) == (130, "Interrumpido: repita script/weights para terminar")
@@ -261,15 +270,14 @@ def test_an_interrupted_run_is_continued(hub: Hub, tmp_path: Path, stop: signal.
     assert (tmp_path / NAME / "model.safetensors").read_bytes() == files["model.safetensors"]
 
 
-def test_a_part_of_another_revision_is_not_continued(hub: Hub, safetensors: dict[str, bytes], tmp_path: Path) -> None:
-    hub.add(MODEL, safetensors)
-    with weights.workspace(tmp_path / NAME) as work:
-        (work / "model.safetensors.00000000000000ff.part").write_bytes(b"x" * 1000)
-        (work / "config.json").write_bytes(b"x" * len(safetensors["config.json"]))
-        (work / "pytorch_model.bin").write_bytes(b"x")
+def test_what_an_older_revision_left_is_not_continued(hub: Hub, tmp_path: Path) -> None:
+    size = CHUNK + 3_500_000
+    repository = hub.add(MODEL, {"config.json": b"{}", "merges.txt": b"", "model.safetensors": os.urandom(size)})
+    interrupted(hub, tmp_path, signal.SIGKILL, CHUNK + 1000).communicate()
+    repository.files = {"config.json": b"[]", "model.safetensors": os.urandom(size)}
     fetch(hub, tmp_path)
-    assert contents(tmp_path / NAME) == {*safetensors, "manifest.json"}
-    assert (tmp_path / NAME / "config.json").read_bytes() == safetensors["config.json"]
+    assert files_of(tmp_path / NAME).keys() == {*repository.files, "manifest.json"}
+    assert files_of(tmp_path / NAME).items() >= repository.files.items()
 
 
 def test_a_connection_that_is_cut_is_taken_up_again(hub: Hub, bin: dict[str, bytes], tmp_path: Path) -> None:
@@ -468,7 +476,8 @@ def test_a_bin_that_carries_code_is_not_opened(hub: Hub, tmp_path: Path, zipped:
 
 
 def test_a_bin_that_holds_no_tensors(hub: Hub, tmp_path: Path) -> None:
-    hub.add(MODEL, {"config.json": b"{}", "pytorch_model.bin": pickle.dumps({"a": 1}, protocol=2)})
+    torch.save({"a": 1}, tmp_path / "one.bin")
+    hub.add(MODEL, {"config.json": b"{}", "pytorch_model.bin": (tmp_path / "one.bin").read_bytes()})
     assert f"pytorch_model.bin de {MODEL} no lleva solo pesos" in refused(hub, tmp_path)
 
 
@@ -490,12 +499,8 @@ def test_a_model_that_does_not_fit(hub: Hub, small: Repository, tmp_path: Path) 
 
 
 def test_the_disk_fills_up_on_the_way(hub: Hub, safetensors: dict[str, bytes], tmp_path: Path) -> None:
-    repository = hub.add(MODEL, safetensors)
-    repository.stall_after["model.safetensors"] = 1000
-    run = start(hub, tmp_path)
-    hub.stalled.wait(60)
-    run.kill()
-    run.communicate()
+    hub.add(MODEL, safetensors)
+    interrupted(hub, tmp_path, signal.SIGKILL, 1000).communicate()
     # A device on which every write fails as on a full disk.
     (part,) = tmp_path.rglob("model.safetensors.*")
     part.unlink()
