@@ -7,7 +7,7 @@ from pathlib import Path
 
 import psutil
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from llm import processor, weights
@@ -27,7 +27,7 @@ class Model:
     """A causal language model and its tokenizer."""
 
     network: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: PreTrainedTokenizerFast
     device: torch.device
     """Where ids go in and logits come out."""
     spread: bool
@@ -77,6 +77,10 @@ class Model:
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UserError(f"{weights.shown(folder)} no se puede cargar como modelo de lenguaje: {reason}") from error
+        if not isinstance(tokenizer, PreTrainedTokenizerFast):
+            raise UserError(
+                f"El tokenizador {type(tokenizer).__name__} no se admite: elija un modelo que traiga tokenizer.json"
+            )
         devices = {torch.device(d if d != "disk" else "cpu") for d in getattr(network, "hf_device_map", {}).values()}
         gpus = sorted((d for d in devices if d.type != "cpu"), key=str)
         cached = _probe(network)
@@ -122,13 +126,10 @@ def _probe(network: PreTrainedModel) -> list[DynamicLayer]:
     """What the model caches of one token: the surest way to learn it, whatever the architecture."""
     with torch.inference_mode():
         ids = torch.zeros(1, 1, dtype=torch.long, device=network.device)
-        cache = network(input_ids=ids, use_cache=True).past_key_values
-    layers = [layer for layer in getattr(cache, "layers", []) if isinstance(layer, DynamicLayer)]
-    if (
-        not layers
-        or len(layers) < len(cache.layers)
-        or not {*map(type, layers)} <= {DynamicLayer, DynamicSlidingWindowLayer}
-    ):
+        cache = getattr(network(input_ids=ids, use_cache=True), "past_key_values", None)
+    cached = getattr(cache, "layers", [])
+    layers = [layer for layer in cached if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)]
+    if not layers or len(layers) < len(cached):
         name = type(network).__name__
         raise UserError(
             f"{name} no guarda claves y valores de cada token: use un modelo de atención (Falcon, Llama...)"
@@ -144,7 +145,7 @@ def _token_bytes(layers: list[DynamicLayer]) -> Counter[torch.device]:
     return size
 
 
-def _context(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, layers: list[DynamicLayer]) -> int:
+def _context(network: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, layers: list[DynamicLayer]) -> int:
     config = network.config.get_text_config()
     # not the tokenizer's model_max_length where the model says: falcon-rw-1b's says half of what the model reads
     context = getattr(config, "max_position_embeddings", None) or min(tokenizer.model_max_length, 2048)
@@ -153,7 +154,7 @@ def _context(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, layer
     return min([context, *windows])
 
 
-def _stop_ids(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+def _stop_ids(network: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
     """The ids that end a text: those of the tokenizer and the generation config that are control tokens at all.
 
     falcon-rw-1b's configs say 2, which in its tokenizer is "#".

@@ -6,7 +6,7 @@ import secrets
 from dataclasses import dataclass
 
 from tokenizers import AddedToken, Tokenizer
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from llm.errors import UserError
 
@@ -48,15 +48,8 @@ class Prompter:
     ids are the tokenizer's own for any question that names no control token.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, context: int) -> None:
-        """`context`: the most tokens that prompt and answer may have together.
-
-        Raises UserError for a tokenizer that is not of the `tokenizers` library.
-        """
-        if not isinstance(tokenizer, PreTrainedTokenizerFast):
-            raise UserError(
-                f"El tokenizador {type(tokenizer).__name__} no se admite: elige un modelo que traiga tokenizer.json"
-            )
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, context: int) -> None:
+        """`context`: the most tokens that prompt and answer may have together."""
         self._tokenizer = tokenizer
         self._context = context
         secret = secrets.token_hex(16)

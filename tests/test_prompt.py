@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import BatchEncoding, ByT5Tokenizer, PreTrainedTokenizerFast
+from transformers import BatchEncoding, PreTrainedTokenizerFast
 
 from llm.errors import UserError
 from llm.prompt import COMPLETION, MAX_CHARACTERS, Prompter
@@ -231,11 +231,6 @@ def test_a_chat_template_that_drops_the_question_is_refused() -> None:
     tokenizer.chat_template = "{% for part in messages[0]['content'] %}{{ part['text'] }}{% endfor %}"
     with pytest.raises(UserError, match="indica prompt_template"):
         Prompter(tokenizer, 2048).encode("hola")
-
-
-def test_a_tokenizer_written_in_python_is_refused() -> None:
-    with pytest.raises(UserError, match=r"^El tokenizador ByT5Tokenizer no se admite: .*tokenizer\.json$"):
-        Prompter(ByT5Tokenizer(), 2048)
 
 
 def test_threads_do_not_disturb_each_other() -> None:

@@ -1,0 +1,112 @@
+"""What the engine has to know of a model is learned from the model: any causal one will do, and others are refused."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    ByT5Tokenizer,
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+)
+
+from llm import model as model_module
+from llm.errors import UserError
+from llm.model import Model
+from llm.slots import rows_that_fit
+from tests import checkpoints
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+
+
+def saved(folder: Path, network: PreTrainedModel) -> Path:
+    network.save_pretrained(folder)
+    checkpoints.tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_falcons_context_is_its_own_and_not_its_tokenizers(falcon: Path) -> None:
+    model = Model.read(falcon, torch.float32)
+    assert model.tokenizer.model_max_length == 1024
+    assert model.context == 2048
+    assert model.vocabulary == checkpoints.TOKENS
+
+
+def test_a_token_in_the_cache_takes_its_keys_and_values(falcon: Path, tmp_path: Path) -> None:
+    # 2 layers, keys and values, 128 wide; of the Llama half the heads have keys
+    assert Model.read(falcon, torch.bfloat16).token_bytes == Counter({CPU: 2 * 2 * 128 * 2})
+    llama = checkpoints.llama(tmp_path / "llama")
+    assert Model.read(llama, torch.float32).token_bytes == Counter({CPU: 2 * 2 * 64 * 4})
+
+
+def test_stop_ids_are_the_control_tokens_among_those_that_are_named(tmp_path: Path) -> None:
+    folder = checkpoints.llama(tmp_path / "llama")
+    end = checkpoints.TOKENS - 1
+    generation = json.loads((folder / "generation_config.json").read_text())
+    # "#" is no control token, and 60000 no token at all
+    (folder / "generation_config.json").write_text(json.dumps({**generation, "eos_token_id": [2, 60000, end]}))
+    assert Model.read(folder, torch.float32).stop_ids == {end}
+
+
+def test_the_context_ends_with_a_sliding_window(tmp_path: Path) -> None:
+    config = MistralConfig(
+        vocab_size=checkpoints.TOKENS,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=512,
+        sliding_window=128,
+    )
+    assert Model.read(saved(tmp_path / "mistral", MistralForCausalLM(config)), torch.float32).context == 128
+
+
+def test_a_model_without_keys_and_values_is_refused(tmp_path: Path) -> None:
+    config = MambaConfig(vocab_size=checkpoints.TOKENS, hidden_size=32, state_size=4, num_hidden_layers=2)
+    folder = saved(tmp_path / "mamba", MambaForCausalLM(config))
+    with pytest.raises(UserError, match=r"^MambaForCausalLM no guarda claves y valores .*: use un modelo de atención"):
+        Model.read(folder, torch.float32)
+
+
+def test_a_tokenizer_written_in_python_is_refused(tmp_path: Path) -> None:
+    folder = checkpoints.llama(tmp_path / "llama")
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    ByT5Tokenizer().save_pretrained(folder)
+    with pytest.raises(UserError, match=r"^El tokenizador ByT5Tokenizer no se admite: .*tokenizer\.json$"):
+        Model.read(folder, torch.float32)
+
+
+def test_a_folder_that_transformers_cannot_read_is_named(falcon: Path, tmp_path: Path) -> None:
+    folder = checkpoints.falcon(tmp_path / "broken")
+    (folder / "config.json").write_text('{"model_type": "no-such-model"}')
+    with pytest.raises(UserError, match=r"broken no se puede cargar como modelo de lenguaje: .+") as refused:
+        Model.read(folder, torch.float32)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("free", "rows"), [({CPU: 10**9, GPU: 10**9}, 5), ({CPU: 10**9, GPU: 399_999}, 1), ({CPU: 99_999, GPU: 10**9}, 0)]
+)
+def test_rows_fit_on_every_device(free: dict[torch.device, int], rows: int) -> None:
+    assert rows_that_fit(Counter({CPU: 100, GPU: 300}), free, context=1000, most=5) == rows
+
+
+def test_a_context_that_does_not_fit_is_shortened(
+    falcon: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = Model.read(falcon, torch.float32)
+    token = model.token_bytes[CPU]
+    monkeypatch.setattr(model_module, "_free", lambda device: token * 900)
+    assert model.rows(32) == 1
+    assert model.context == 768
+    assert "contexto de 2048 tokens: se usan 768" in capsys.readouterr().out
+    monkeypatch.setattr(model_module, "_free", lambda device: token * 200)
+    with pytest.raises(UserError, match="No queda memoria para el contexto"):
+        model.rows(32)
