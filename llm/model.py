@@ -4,9 +4,11 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 
 import psutil
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
@@ -74,9 +76,17 @@ class Model:
             network = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=dtype, device_map="auto", trust_remote_code=False, local_files_only=True
             ).eval()
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise UserError(f"{weights.shown(folder)} no se puede cargar como modelo de lenguaje: {reason}") from error
+        except UnpicklingError as error:
+            raise UserError(
+                f"Los .bin de {weights.shown(folder)} no llevan solo pesos: pueden llevar código, así que no se abren; "
+                "use un modelo con safetensors"
+            ) from error
+        except (OSError, ValueError, KeyError, RuntimeError, EOFError, SafetensorError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UserError(
+                f"transformers no puede cargar {weights.shown(folder)}: mueva o borre esa carpeta, o cambie MODEL_ID "
+                f"({reason})"
+            ) from error
         if not isinstance(tokenizer, PreTrainedTokenizerFast):
             raise UserError(
                 f"El tokenizador {type(tokenizer).__name__} no se admite: elija un modelo que traiga tokenizer.json"

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -83,10 +84,37 @@ def test_a_tokenizer_written_in_python_is_refused(tmp_path: Path) -> None:
         Model.read(folder, torch.float32)
 
 
-def test_a_folder_that_transformers_cannot_read_is_named(falcon: Path, tmp_path: Path) -> None:
-    folder = checkpoints.falcon(tmp_path / "broken")
+def unknown(folder: Path) -> None:
     (folder / "config.json").write_text('{"model_type": "no-such-model"}')
-    with pytest.raises(UserError, match=r"broken no se puede cargar como modelo de lenguaje: .+") as refused:
+
+
+def cut(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100_000])
+
+
+class Code:
+    """What a pickle may carry."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return exec, ("raise SystemExit('the code of the .bin ran')",)
+
+
+def with_code(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    torch.save({"transformer.ln_f.weight": Code()}, folder / "pytorch_model.bin")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [(unknown, "transformers no puede cargar"), (cut, "transformers no puede cargar"), (with_code, "Los .bin de")],
+)
+def test_a_folder_of_the_users_own_that_cannot_be_loaded_is_named(
+    damage: Callable[[Path], None], message: str, tmp_path: Path
+) -> None:
+    folder = checkpoints.falcon(tmp_path / "mine")
+    damage(folder)
+    with pytest.raises(UserError, match=rf"{message} .*mine") as refused:
         Model.read(folder, torch.float32)
     assert "\n" not in str(refused.value)
 
