@@ -91,8 +91,8 @@ def demo_environment() -> dict[str, str]:
     # stdout is the answer's
     with contextlib.redirect_stdout(sys.stderr):
         settings = demo.ensure(Settings.read())
-    # its revision goes over the one in .env, which is another model's
-    return {"MODEL_ID": settings.model_id, "MODEL_REVISION": demo.WHEEL}
+    # empty: the one in .env is another model's
+    return {"MODEL_ID": settings.model_id, "MODEL_REVISION": ""}
 
 
 @contextlib.contextmanager

@@ -8,7 +8,6 @@ from typing import NoReturn
 from llm.words import decimal
 from local.server import Line
 
-
 # what a terminal takes to write over the line that counts
 _EMPTY_LINE = "\r\x1b[K"
 

@@ -38,9 +38,7 @@ def falcon_server(falcon_environment: dict[str, str]) -> Iterator[Client]:
 @pytest.fixture(scope="session")
 def demo_server(demo_folder: Path) -> Iterator[Client]:
     """The server with the embedded model."""
-    yield from _client(
-        {"MODEL_ID": demo.MODEL_ID, "MODEL_REVISION": demo.WHEEL, "WEIGHTS_DIR": str(demo_folder.parent)}
-    )
+    yield from _client({"MODEL_ID": demo.MODEL_ID, "MODEL_REVISION": "", "WEIGHTS_DIR": str(demo_folder.parent)})
 
 
 def _client(environment: dict[str, str]) -> Iterator[Client]:

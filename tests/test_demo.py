@@ -58,6 +58,8 @@ def test_it_answers(made: Path) -> None:
 
 
 def test_it_is_like_any_other(made: Path) -> None:
+    texts = {"chat_template.jinja", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
+    assert {path.name for path in made.iterdir()} == {*texts, "model.safetensors", "manifest.json"}
     config = json.loads((made / "config.json").read_text())
     assert "quantization_config" not in config
     assert config["dtype"] == "bfloat16"

@@ -85,9 +85,7 @@ def test_the_embedded_model_answers(script: Run, demo_folder: Path, processes: M
     assert result.returncode == 0, result.stderr
     assert result.stdout == "The capital of France is Paris.\n"
     *_, metrics = result.stderr.splitlines()
-    assert re.search(
-        r"\d+ tokens de entrada, \d+ de salida, .* tokens/s, semilla \d+, .*primer texto a los \d", metrics
-    )
+    assert re.search(r"\d+ tokens de entrada, 7 de salida, .* tokens/s, semilla .*; primer texto a los \d", metrics)
     assert "Traceback" not in result.stderr and "Warning" not in result.stderr
     assert not processes.alive()
 
@@ -162,6 +160,20 @@ def test_a_model_that_cannot_load_ends_in_its_line(
     *_, last = result.stderr.splitlines()
     assert line in last
     assert "Traceback" not in result.stderr and "Setup failed" not in result.stderr
+
+
+def test_a_terminal_shows_the_seconds(project: Path, environment: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "vacio").mkdir()
+    environment |= {"MODEL_ID": "vacio", "WEIGHTS_DIR": str(tmp_path)}
+    terminal, end = os.openpty()
+    with os.fdopen(terminal, "rb", buffering=0) as screen:
+        subprocess.run([project / "script" / "predict", *QUESTION], env=environment, stderr=end)
+        os.close(end)
+        shown = screen.read(100_000).decode()
+    assert re.search(r"\rCargando el modelo: \d+ s", shown.replace("\x1b[K", ""))
+    # the line that counts gives way to the error's
+    last = shown.rstrip().rpartition("\r\x1b[K")[2]
+    assert "vacio no es un modelo" in last and "Cargando" not in last
 
 
 def test_a_prediction_that_fails_ends_in_its_line(script: Run) -> None:
@@ -244,7 +256,7 @@ def test_serve_prints_a_command_that_works(project: Path, environment: dict[str,
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    serve = [project / "script" / "serve", "--port", str(port)]
+    serve = (str(project / "script" / "serve"), "--port", str(port))
     with started(environment, *serve) as process:
         assert process.stdout is not None
         listening, _, *command = (process.stdout.readline() for _ in range(4))
@@ -262,7 +274,7 @@ def test_serve_prints_a_command_that_works(project: Path, environment: dict[str,
         process.send_signal(signal.SIGINT)
         _, log = process.communicate(timeout=FINALLY)
     assert process.returncode == 0
-    assert "tokens de entrada" in log
+    assert "tokens de entrada" in log and "Deprecat" not in log
     assert not psutil.wait_procs(processes.alive(), timeout=FINALLY)[1]
 
 
@@ -279,10 +291,12 @@ def bare(project: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def python(folder: Path, name: str, version: str | None) -> None:
-    """A Python in the folder: of that version, or as pyenv's of a version that is not installed."""
-    path = folder / "bin" / name
-    path.write_text(f"#!/bin/sh\n{f'echo {version}' if version else 'exit 127'}\n")
+def python(path: Path, version: str | None, pip: str = "true") -> None:
+    """A Python that only says its version, and what `pip` does; without one, pyenv's of a version not installed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(
+        f'#!/bin/sh\ncase "$*" in *pip*) {pip};; *) {f"echo {version}" if version else "exit 127"};; esac\n'
+    )
     path.chmod(0o755)
 
 
@@ -292,8 +306,8 @@ def setup(folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_setup_names_the_python_that_does_not_serve(bare: Path) -> None:
-    python(bare, "python3", "3.9.18")
-    python(bare, "python3.13", None)
+    python(bare / "bin/python3", "3.9.18")
+    python(bare / "bin/python3.13", None)
     result = setup(bare)
     assert result.returncode == 1
     assert result.stderr == (
@@ -303,20 +317,33 @@ def test_setup_names_the_python_that_does_not_serve(bare: Path) -> None:
     assert not (bare / ".venv").exists()
 
 
-def test_setup_finds_a_python_that_serves(bare: Path) -> None:
-    python(bare, "python3", "3.14.0")
-    python(bare, "python3.13", None)
-    python(bare, "python3.12", "3.12.1")
+def test_setup_passes_over_the_pythons_that_do_not_serve(bare: Path) -> None:
+    python(bare / "bin/python3", "3.14.0")
+    python(bare / "bin/python3.13", None)
+    python(bare / "bin/python3.12", "3.12.1")
+    python(bare / ".venv/bin/python", "3.12.1")
     result = setup(bare)
-    # this one only says its version: the installation fails after the choice
+    assert result.returncode == 0, result.stderr
     assert result.stderr.startswith("Preparando .venv con Python 3.12.1")
-    assert result.returncode != 0
-    assert not (bare / ".venv" / "ready").exists()
+    # now there is nothing to do
+    assert setup(bare).stderr == ""
 
 
 def test_setup_takes_the_python_that_it_is_told(bare: Path) -> None:
-    python(bare, "python3", "3.12.1")
-    python(bare, "otro", "3.8.2")
+    python(bare / "bin/python3", "3.12.1")
+    python(bare / "bin/otro", "3.8.2")
     result = setup(bare, PYTHON="otro")
     assert result.returncode == 1
     assert "y otro es 3.8.2" in result.stderr
+
+
+def test_an_installation_that_fails_leaves_nothing_ready(bare: Path) -> None:
+    python(bare / "bin/python3", "3.12.1")
+    python(bare / ".venv/bin/python", "3.12.1", pip="echo no network; exit 1")
+    (bare / ".venv/ready").write_text("of other requirements\n")
+    result = setup(bare)
+    assert result.returncode == 1
+    *_, reason, line = result.stderr.splitlines()
+    assert reason == "no network"
+    assert line.startswith("No se pudo instalar lo de requirements.txt")
+    assert not (bare / ".venv/ready").exists()

@@ -1,0 +1,264 @@
+"""script/bench, as its user runs it, on a tiny falcon with few tokens: what it writes, never how fast that was."""
+
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from llm.errors import UserError
+from llm.settings import ROOT
+from local import bench
+from local.contenders import Name, Run, contending
+from local.report import Rounds, number, percentile
+from tests.processes import Marked
+
+ROUNDS, TOKENS = 2, 6
+FINALLY = 60
+"""Seconds after which what a test waits for will not come."""
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the project that is set up, with this Python."""
+    folder = tmp_path_factory.mktemp("project")
+    for name in ("llm", "local"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("script", ".venv/bin"):
+        (folder / name).mkdir(parents=True)
+    shutil.copy(ROOT / "predict.py", folder)
+    shutil.copy(ROOT / "script" / "bench", folder / "script")
+    for name, does in (("script/setup", ""), (".venv/bin/python", f'exec {shlex.quote(sys.executable)} "$@"')):
+        (folder / name).write_text(f"#!/bin/sh\n{does}\n")
+        (folder / name).chmod(0o755)
+    return folder
+
+
+@pytest.fixture
+def processes() -> Iterator[Marked]:
+    """Those that the test starts; none may be left."""
+    marked = Marked()
+    yield marked
+    _, left = psutil.wait_procs(marked.alive(), timeout=FINALLY)
+    for process in left:
+        process.kill()
+    assert not left
+
+
+@pytest.fixture(scope="module")
+def written(project: Path, falcon: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The files that it says it wrote."""
+    numbers = ["--rounds", str(ROUNDS), "--tokens", str(TOKENS)]
+    run = subprocess.run(
+        [project / "script" / "bench", "--model", falcon, *numbers],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path_factory.mktemp("elsewhere"),
+        # --model goes over the settings
+        env={**os.environ, "MODEL_ID": "no-esta", "DTYPE": "float32"},
+    )
+    assert (run.returncode, run.stderr) == (0, "")
+    *paths, last = run.stdout.splitlines()
+    assert last.startswith("Medido en ")
+    assert sorted((project / "docs" / "bench").iterdir()) == sorted(project / path for path in paths)
+    return [project / path for path in paths]
+
+
+@pytest.fixture(scope="module")
+def figures(written: list[Path]) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(written[1].read_text())
+    return content
+
+
+def test_the_files_are_named_after_the_model_and_the_processor(written: list[Path]) -> None:
+    assert [path.suffix for path in written] == [".md", ".json", ".png"]
+    (name,) = {path.stem for path in written}
+    assert re.fullmatch(r"falcon-rw-1b-[a-z0-9]+(-[a-z0-9]+)*", name)
+
+
+def test_the_figures_say_of_what(figures: dict[str, Any]) -> None:
+    assert (figures["model"], figures["dtype"], figures["device"]) == ("falcon-rw-1b", "float32", "cpu")
+    assert (figures["rounds"], figures["tokens"]) == (ROUNDS, TOKENS)
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", figures["date"])
+    assert figures["versions"]["torch"] == torch.__version__
+    assert set(figures["versions"]) == {"python", "torch", "transformers", "cog"}
+    machine = figures["machine"]
+    assert machine["processor"] and machine["system"] and machine["gpus"] == []
+    assert machine["cores"] >= 1 and machine["threads"] >= 1
+    assert machine["ram_bytes"] == psutil.virtual_memory().total
+
+
+def test_each_figure_is_there_for_each_round(figures: dict[str, Any]) -> None:
+    assert [speed["requests"] for speed in figures["engine"]] == list(bench.AT_ONCE)
+    assert [load["clients"] for load in figures["server"]] == list(bench.AT_ONCE)
+    names = ["decode_tokens_per_second", "whole_tokens_per_second"]
+    spreads = [figures["generate"][name] for name in names]
+    spreads += [speed[name] for speed in figures["engine"] for name in [*names, "decode_ratio_to_generate"]]
+    spreads += [load["tokens_per_second"] for load in figures["server"]]
+    for spread in spreads:
+        assert len(spread["rounds"]) == ROUNDS and all(map(math.isfinite, spread["rounds"]))
+        assert spread["min"] <= spread["median"] <= spread["max"]
+
+
+def test_the_ratios_are_those_of_each_round(figures: dict[str, Any]) -> None:
+    theirs = figures["generate"]["decode_tokens_per_second"]["rounds"]
+    for speed in figures["engine"]:
+        ours = speed["decode_tokens_per_second"]["rounds"]
+        expected = [a / b for a, b in zip(ours, theirs, strict=True)]
+        assert speed["decode_ratio_to_generate"]["rounds"] == pytest.approx(expected)
+
+
+def test_the_clients_of_the_server_get_their_tokens(figures: dict[str, Any]) -> None:
+    for load in figures["server"]:
+        assert len(load["first_text_s"]) == ROUNDS * load["clients"]
+        assert load["tokens_per_answer"] == TOKENS
+        # the template's few shots are part of each prompt
+        assert load["tokens_per_prompt"] > 50
+        assert 0 < load["first_text_p50_s"] <= load["first_text_p95_s"] == percentile(load["first_text_s"], 0.95)
+
+
+def test_the_setup_and_the_memory(figures: dict[str, Any]) -> None:
+    *parts, last = figures["setup"]
+    assert any(part.startswith("Cargado en cpu") for part in parts) and "Primeros tokens de prueba" in parts
+    assert last == "Listo" and figures["setup"]["Listo"] < figures["ready"]
+    assert figures["memory"]["gpu"] is None
+    if sys.platform == "linux":
+        # a process with torch and transformers in it; the server's own, without, has 40 MB
+        assert min(figures["memory"]["engine"], figures["memory"]["server"]) > 200e6
+
+
+def test_the_table_shows_the_figures(written: list[Path], figures: dict[str, Any]) -> None:
+    table, _, image = written
+    text = table.read_text()
+    assert text.startswith("# falcon-rw-1b en ")
+    assert f"]({image.name})" in text
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+    assert all(cell for row in rows if row[0].isdigit() for cell in row)
+    engine = [row for row in rows if row[0].isdigit() and len(row) == 4]
+    server = [row for row in rows if row[0].isdigit() and len(row) == 6]
+    for row, speed in zip(engine, figures["engine"], strict=True):
+        assert row[0] == str(speed["requests"])
+        assert row[3].startswith(f"{number(speed['decode_ratio_to_generate']['median'])} (")
+    for row, load in zip(server, figures["server"], strict=True):
+        assert row[2:4] == [number(load["first_text_p50_s"]), number(load["first_text_p95_s"])]
+    assert ["READY", number(figures["ready"])] in rows
+    assert ["cog", figures["versions"]["cog"]] in rows
+
+
+def test_the_plot_is_an_image(written: list[Path]) -> None:
+    content = written[2].read_bytes()
+    assert content.startswith(b"\x89PNG\r\n\x1a\n")
+    width, height = (int.from_bytes(content[at : at + 4]) for at in (16, 20))
+    assert width > height > 400
+
+
+def test_the_statistics() -> None:
+    ours, theirs = Rounds((20.0, 9.0, 24.0)), Rounds((10.0, 3.0, 8.0))
+    # not the ratio of the medians, 2.5
+    assert (ours / theirs).figures() == {"median": 3.0, "min": 2.0, "max": 3.0, "rounds": (2.0, 3.0, 3.0)}
+    assert str(ours) == "20,0 (9,00 a 24,0)"
+    assert str(Rounds((128.4,))) == "128"
+    # 2 requests: 2 tokens in 1 s, 20 in 4 s
+    assert bench.rates(Run(2, 1.0), Run(20, 4.0)) == (6.0, 5.0)
+    hundred = list(range(1, 101))
+    assert (percentile(hundred, 0.5), percentile(hundred, 0.95), percentile([7.0], 0.95)) == (50, 95, 7.0)
+
+
+def test_the_parts_of_setup_are_read_from_its_log() -> None:
+    log = ["Modelo: uno, en bfloat16", "Cargado en cpu en 1,4 s", "9 grafos CUDA capturados en 12,0 s", "en 3 s"]
+    assert bench.setup_parts(log) == {"Cargado en cpu": 1.4, "9 grafos CUDA capturados": 12.0}
+
+
+@pytest.fixture(scope="module")
+def ending(falcon: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The environment of a falcon whose greedy text would end at its second token."""
+    folder = tmp_path_factory.mktemp("ending") / "falcon"
+    shutil.copytree(falcon, folder)
+    network: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    second = network.generate(torch.tensor([[5, 6]]), do_sample=False, max_new_tokens=2)[0, 3].item()
+    ids = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
+    (end,) = [token for token, id in ids.items() if id == second]
+    for name, key, value in (
+        ("tokenizer_config.json", "eos_token", end),
+        ("generation_config.json", "eos_token_id", second),
+    ):
+        content = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({**content, key: value}))
+    return {"MODEL_ID": folder.name, "WEIGHTS_DIR": str(folder.parent), "DTYPE": "float32"}
+
+
+@pytest.mark.parametrize("name", ["engine", "generate"])
+def test_a_contender_makes_each_token_and_says_why_it_ended(ending: dict[str, str], name: Name) -> None:
+    with contending(name, ending) as contender:
+        assert contender.generate([[5, 6], [5, 6]], TOKENS).tokens == 2 * TOKENS
+        os.kill(contender.pid, signal.SIGKILL)
+        with pytest.raises(UserError, match=r"El proceso .* se cerró, casi siempre por falta de memoria"):
+            contender.generate([[5, 6]], TOKENS)
+    assert not psutil.pid_exists(contender.pid)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "line"),
+    [
+        (["--model", "no-esta"], 1, "--model no-esta: ahí no hay ninguna carpeta"),
+        (["--model", "Mayúsculas"], 1, "esa carpeta ha de llamarse mayúsculas"),
+        (["--model", "vacía"], 1, "no es un modelo, le falta config.json"),
+        (["--out", "archivo"], 1, "No se puede escribir en archivo: "),
+        (["--rounds", "0"], 2, "0 no es un número entero, 1 o más"),
+        (["--tokens", "2048"], 1, "--tokens 2048 no cabe: el modelo admite 2048 en total"),
+    ],
+)
+def test_a_mistake_ends_in_its_line(
+    project: Path,
+    falcon_environment: dict[str, str],
+    processes: Marked,
+    tmp_path: Path,
+    arguments: list[str],
+    status: int,
+    line: str,
+) -> None:
+    for name in ("Mayúsculas", "vacía"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "archivo").touch()
+    run = subprocess.run(
+        [project / "script" / "bench", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, **falcon_environment, **processes.environment},
+    )
+    assert (run.returncode, run.stdout) == (status, "")
+    assert line in run.stderr and run.stderr.count("\n") == 1
+    assert not processes.alive()
+
+
+@pytest.mark.parametrize("during", ["local.contenders engine", "_run_worker"])
+def test_ctrl_c_leaves_nothing_running(
+    project: Path, falcon_environment: dict[str, str], processes: Marked, tmp_path: Path, during: str
+) -> None:
+    with subprocess.Popen(
+        [project / "script" / "bench", "--rounds", "1", "--tokens", "2", "--out", tmp_path],
+        env={**os.environ, **falcon_environment, **processes.environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        while not processes.alive(during):
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=FINALLY)
+    assert (process.returncode, output, errors) == (130, "", "\nInterrumpido\n")
+    assert not psutil.wait_procs(processes.alive(), timeout=FINALLY)[1]
+    assert not any(tmp_path.iterdir())

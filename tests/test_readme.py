@@ -1,0 +1,376 @@
+"""What the two READMEs say: commands are run, tables are held against the code, files have to exist.
+
+A command that cannot be run here stands in NOT_RUN with its reason; any other that no test runs is a failure.
+"""
+
+import ast
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from llm import weights
+from llm.prompt import COMPLETION
+from llm.settings import ROOT, Settings
+from local import inputs, schema
+from tests.client import Client
+
+Execute = Callable[[str], str]
+
+SPANISH = (ROOT / "README.md").read_text(encoding="utf-8")
+ENGLISH = (ROOT / "README.en.md").read_text(encoding="utf-8")
+BOTH = pytest.mark.parametrize("text", [SPANISH, ENGLISH], ids=["es", "en"])
+
+ANSWER = "The capital of France is Paris."
+TOKEN = "r8_prueba"
+
+NOT_RUN = {
+    "git clone": "the address is the reader's",
+    "cd falcon-cog": "the folder that git clone made",
+    "docker": "there is no Docker here",
+    "brew install": "it changes the machine",
+    "sh <(curl": "it changes the machine",
+    "cog predict": "builds with Docker",
+    "cog build": "builds with Docker",
+    "cog login": "asks a person for a token of Replicate's",
+    "script/push": "tests/test_push.py",
+    "script/serve": "tests/test_script_predict.py, on a free port",
+    "script/bench": "takes minutes",
+    "script/test": "it is what runs this",
+    "script/lint": ".ci/run",
+    "export REPLICATE_API_TOKEN": "for the command below it, which runs with a token",
+}
+
+
+def blocks(text: str, language: str) -> list[str]:
+    found = re.findall(rf"^( *)```{language}\n(.*?)^\1```$", text, re.MULTILINE | re.DOTALL)
+    return [textwrap.dedent(content) for _, content in found]
+
+
+def commands(text: str) -> list[str]:
+    return [line for block in blocks(text, "bash") for line in re.split(r"(?<!\\)\n", block) if line]
+
+
+def not_run(command: str) -> list[str]:
+    return [start for start in NOT_RUN if command.startswith(start)]
+
+
+def table(text: str, header: str) -> list[list[str]]:
+    """The rows of the table whose first line begins with `header`."""
+    _, _, rest = text.partition(f"\n{header}")
+    rows = rest.partition("\n\n")[0].splitlines()[2:]
+    assert rows, header
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+
+
+def unmarked(cell: str) -> str:
+    return cell.strip("`")
+
+
+# Commands
+
+
+@pytest.fixture(scope="module")
+def replicate(demo_server: Client) -> Iterator[str]:
+    """The address of a small Replicate with the demo's model: the routes and answers that its client and curl use."""
+    service = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Replicate,), {"model": demo_server}))
+    thread = threading.Thread(target=service.serve_forever, kwargs={"poll_interval": 0.05})
+    thread.start()
+    yield f"http://127.0.0.1:{service.server_address[1]}"
+    service.shutdown()
+    service.server_close()
+    thread.join()
+
+
+class Replicate(BaseHTTPRequestHandler):
+    model: Client
+    predictions: dict[str, dict[str, Any]] = {}  # noqa: RUF012
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+    def do_POST(self) -> None:
+        assert self.path == "/v1/predictions"
+        assert self.headers["Authorization"] == f"Bearer {TOKEN}"
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        assert body["version"].removeprefix("tu-usuario/nombre-modelo:") == "VERSION"
+        done = self.model.predict(**body["input"]).json()
+        done |= {"model": "tu-usuario/nombre-modelo", "version": "VERSION", "created_at": "2026-01-01T00:00:00Z"}
+        here = f"http://{self.headers['Host']}"
+        done["urls"] = {name: f"{here}/{name}/{done['id']}" for name in ("stream", "cancel")}
+        done["urls"]["get"] = f"{here}/v1/predictions/{done['id']}"
+        self.predictions[done["id"]] = done
+        # who does not ask to wait gets it before it has run
+        waits = self.headers["Prefer"] == "wait"
+        self._send(done if waits else {**done, "status": "starting", "output": None})
+
+    def do_GET(self) -> None:
+        *_, id = self.path.split("/")
+        if self.path == "/v1/models/tu-usuario/nombre-modelo/versions/VERSION":
+            openapi = self.model.get("/openapi.json")
+            self._send({"id": id, "created_at": "2026-01-01T00:00:00Z", "cog_version": "0", "openapi_schema": openapi})
+        elif self.path.startswith("/stream/"):
+            events = [("output", chunk) for chunk in self.predictions[id]["output"]] + [("done", "{}")]
+            lines = [f"event: {name}\nid: {at}\ndata: {data}\n\n" for at, (name, data) in enumerate(events)]
+            self._send("".join(lines).encode(), "text/event-stream")
+        else:
+            self._send(self.predictions[id])
+
+    def _send(self, body: Any, kind: str = "application/json") -> None:
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+
+@pytest.fixture
+def environment(replicate: str, demo_folder: Path) -> dict[str, str]:
+    return {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "WEIGHTS_DIR": str(demo_folder.parent),
+        "REPLICATE_API_TOKEN": TOKEN,
+        "REPLICATE_BASE_URL": replicate,
+        # nobody listens there
+        "HF_ENDPOINT": "http://127.0.0.1:1",
+    }
+
+
+@pytest.fixture
+def execute(environment: dict[str, str], tmp_path: Path) -> Execute:
+    def run(command: str) -> str:
+        """All that the command prints. It has to end well."""
+        result = subprocess.run(
+            ["bash", "-c", command],
+            cwd=tmp_path,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        assert result.returncode == 0, result.stdout
+        return result.stdout
+
+    return run
+
+
+def python(command: str) -> str:
+    """A command script/NAME as that file runs it, with this Python, whether there is a .venv or not."""
+    script, _, arguments = command.partition(" ")
+    text = (ROOT / script).read_text()
+    (module,) = re.findall(r'exec "\$root/\.venv/bin/python" -P -m (\S+) "\$@"\n$', text)
+    assert '"$root/script/setup"\n' in text
+    return f"{shlex.quote(sys.executable)} -P -m {module} {arguments}"
+
+
+@BOTH
+def test_every_command_is_run_or_listed(text: str) -> None:
+    tested = ("script/predict ", "script/weights", "curl -N ", "curl -s ", "cp .env.example .env", ".venv/bin/python ")
+    for command in commands(text):
+        assert command.startswith(tested) + len(not_run(command)) == 1, command
+    assert not [start for start in NOT_RUN if not any(start in not_run(command) for command in commands(text))]
+
+
+def test_both_have_the_same_commands_and_programs() -> None:
+    for language in ("bash", "python", "ini", "yaml"):
+        assert blocks(SPANISH, language) == blocks(ENGLISH, language)
+
+
+def test_the_demo_prints_what_is_shown(execute: Execute, demo_folder: Path) -> None:
+    command = commands(SPANISH)[0]
+    assert "--demo" in command
+    printed = execute(python(command)).replace(weights.shown(demo_folder), "weights/smollm2-135m-instruct")
+    for text in (SPANISH, ENGLISH):
+        shown = blocks(text, "text")[0]
+        assert f"\n{ANSWER}\n" in shown
+        _, start, loading = shown.partition("Cargando el modelo\n")
+        assert comparable(start + loading) == comparable(printed)
+
+
+def comparable(output: str) -> list[str]:
+    """Its lines without what is another machine's: numbers, types, and how the weights are laid out."""
+    own = [line for line in output.splitlines() if not re.match("Cargado en|Pesos ordenados|.*grafos CUDA", line)]
+    return [re.sub(r"\d+(,\d+)?", "#", re.sub("bfloat16|float16|float32", "#", line)) for line in own]
+
+
+def test_the_first_run_says_what_is_shown() -> None:
+    shown, _, _ = blocks(SPANISH, "text")[0].partition("Cargando el modelo\n")
+    # of two fields and a comma any line is made
+    texts = [said for said in what_the_code_says() if len(re.sub(r"\W", "", said)) >= len("Listo")]
+    patterns = [re.escape(said).replace("…", ".+") for said in texts]
+    for line in shown.splitlines():
+        assert any(re.fullmatch(pattern, line) for pattern in patterns), line
+
+
+@pytest.mark.parametrize("command", sorted({c for c in commands(SPANISH) if c.startswith("script/predict -i")}))
+def test_a_question_to_falcon(falcon_server: Client, command: str) -> None:
+    words = shlex.split(command)
+    assert set(words[1::2]) == {"-i"}
+    values = inputs.from_pairs(words[2::2], schema.read(ROOT / "predict.py").schema)
+    assert falcon_server.predict(**values, max_tokens=4).json()["status"] == "succeeded"
+
+
+def test_the_local_server_answers_curl(execute: Execute, demo_server: Client) -> None:
+    (serve,) = (command for command in commands(SPANISH) if command.startswith("script/serve"))
+    (curl,) = (command for command in commands(SPANISH) if command.startswith("curl -N"))
+    address = f"http://127.0.0.1:{serve.split()[-1]}"
+    assert address in curl
+    answer = execute(curl.replace(address, demo_server.server.url))
+    assert '"status":"succeeded"' in answer
+    assert "".join(json.loads(chunk)["chunk"] for chunk in re.findall(r"event: output\ndata: (.*)", answer)) == ANSWER
+
+
+def test_weights_without_a_network(environment: dict[str, str], tmp_path: Path) -> None:
+    variables = environment | {"WEIGHTS_DIR": str(tmp_path), "MODEL_ID": "org/nombre", "MODEL_REVISION": ""}
+    result = subprocess.run(["bash", "-c", python("script/weights")], env=variables, capture_output=True, text=True)
+    assert result.returncode == 1
+    message = next(unmarked(row[0]) for row in table(SPANISH, "| mensaje |") if "Sin conexión" in row[0])
+    assert re.search(re.escape(message).replace("…", ".+"), result.stderr)
+    assert not list(tmp_path.glob("*"))
+
+
+def test_the_copied_env_changes_nothing(execute: Execute, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in os.environ.keys() & {"MODEL_ID", "MODEL_REVISION", "WEIGHTS_DIR", "DTYPE"}:
+        monkeypatch.delenv(name)
+    nothing = Settings.read(tmp_path)
+    shutil.copy(ROOT / ".env.example", tmp_path)
+    execute("cp .env.example .env")
+    assert (tmp_path / ".env").is_file()
+    assert Settings.read(tmp_path) == nothing
+
+
+@pytest.mark.parametrize("program", blocks(SPANISH, "python"), ids=["run", "stream"])
+def test_a_program_that_calls_replicate(
+    execute: Execute, environment: dict[str, str], tmp_path: Path, program: str
+) -> None:
+    # the token comes from .env
+    del environment["REPLICATE_API_TOKEN"]
+    (tmp_path / ".env").write_text(f"REPLICATE_API_TOKEN={TOKEN}\n")
+    (tmp_path / "llamar.py").write_text(program)
+    (command,) = (c for c in commands(SPANISH) if c.startswith(".venv/bin/python"))
+    assert execute(command.replace(".venv/bin/python", shlex.quote(sys.executable))) == f"{ANSWER}\n"
+
+
+def test_curl_that_calls_replicate(execute: Execute, replicate: str) -> None:
+    (curl,) = (command for command in commands(SPANISH) if command.startswith("curl -s"))
+    assert "https://api.replicate.com/" in curl
+    answer = json.loads(execute(curl.replace("https://api.replicate.com", replicate)))
+    assert "".join(answer["output"]) == ANSWER
+    assert answer["urls"]["stream"]
+
+
+# What the code says
+
+
+@BOTH
+def test_the_inputs_are_those_of_predict_py(text: str) -> None:
+    spanish = text == SPANISH
+    types = dict(zip(("string", "integer", "number"), ("texto", "entero", "número"), strict=True))
+    if not spanish:
+        types = dict(zip(types, ("text", "integer", "number"), strict=True))
+    rows = table(text, "| entrada |" if spanish else "| input |")
+    part = schema.read(ROOT / "predict.py").schema["components"]["schemas"]["Input"]
+    properties = part["properties"]
+    assert [unmarked(row[0]) for row in rows] == sorted(properties, key=lambda name: properties[name]["x-order"])
+    to, characters = ("a", "caracteres") if spanish else ("to", "characters")
+    for name, kind, default, limits, meaning in rows:
+        wanted = properties[unmarked(name)]
+        assert kind == types[wanted["type"]]
+        if wanted.get("default") is not None:
+            assert default == f"{wanted['default']:g}"
+        elif unmarked(name) in part["required"]:
+            assert default in ("obligatoria", "required")
+        else:
+            assert default and not any(character.isdigit() for character in default)
+        if "maxLength" in wanted:
+            assert limits == f"{wanted['minLength']} {to} {wanted['maxLength']} {characters}"
+        elif "maximum" in wanted:
+            assert limits == f"{wanted['minimum']:g} {to} {wanted['maximum']:g}"
+        else:
+            assert limits == ""
+        assert meaning == wanted["description"] or not spanish
+
+
+def test_the_metrics_are_a_predictions(demo_server: Client) -> None:
+    answer = demo_server.predict(pregunta="Hi", max_tokens=1).json()
+    # predict_time is Cog's own
+    metrics = answer["metrics"].keys() - {"predict_time"}
+    assert set(re.findall(r"`(\w+)`", " ".join(row[0] for row in table(SPANISH, "| métrica |")))) == metrics
+    (line,) = (line for line in ENGLISH.splitlines() if line.startswith("Metrics:"))
+    assert set(re.findall(r"`(\w+)`", line)) - {"stop", "length"} == metrics
+
+
+def test_the_prompt_is_the_one_shown() -> None:
+    assert f"{COMPLETION}\n" in blocks(SPANISH, "text")
+
+
+@BOTH
+def test_another_model_is_one_and_the_same(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in os.environ.keys() & {"MODEL_ID", "WEIGHTS_DIR"}:
+        monkeypatch.delenv(name)
+    (local,) = blocks(text, "ini")
+    (image,) = blocks(text, "yaml")
+    (tmp_path / ".env").write_text(local)
+    settings = Settings.read(tmp_path)
+    assert yaml.safe_load(image) == {"environment": [f"MODEL_ID={settings.model_id}"]}
+    assert f"!{settings.folder.relative_to(tmp_path)}\n" in blocks(text, "text")
+    *_, last = (ROOT / ".dockerignore").read_text().splitlines()
+    assert last.startswith("!weights/")
+
+
+def test_each_message_is_one_of_the_code() -> None:
+    said = what_the_code_says()
+    for message, cure in table(SPANISH, "| mensaje |"):
+        text = unmarked(message).replace("{pregunta}", "…")
+        assert any(text in line for line in said), message
+        assert cure
+
+
+def what_the_code_says() -> list[str]:
+    """Every text in the commands' code, with … for what is filled in."""
+    said = []
+    for path in (ROOT / "predict.py", *(ROOT / "llm").glob("*.py"), *(ROOT / "local").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                said.append("".join(str(p.value) if isinstance(p, ast.Constant) else "…" for p in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                said.append(node.value)
+    setup = (ROOT / "script" / "setup").read_text(encoding="utf-8")
+    return said + re.findall(r'"([^"\n]+)"', re.sub(r"\$(\([^()]*\)|\{[^{}]*\}|\w+)", "…", setup))
+
+
+def test_the_packages_are_the_images() -> None:
+    pins = re.findall(r"^(\w[\w-]*)==", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
+    assert [unmarked(row[0]) for row in table(SPANISH, "| paquete |")] == pins
+
+
+def test_the_list_of_commands_is_whole() -> None:
+    (row,) = (row for row in table(SPANISH, "| dónde |") if "(script)" in row[0])
+    assert set(re.findall(r"`(\w+)`", row[1])) == {path.name for path in (ROOT / "script").iterdir()}
+
+
+@BOTH
+def test_what_is_linked_or_named_is_there(text: str) -> None:
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("https://")]
+    assert links
+    prose = re.sub(r"^( *)```.*?^\1```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    named = re.findall(
+        r"`((?:script|llm|local|tests)/\w[\w.]*|predict\.py|cog\.yaml|\.dockerignore|requirements[\w-]*\.txt)", prose
+    )
+    diagram = re.findall(r"\w+/\w+\.py", "".join(blocks(text, "mermaid")))
+    for path in {*links, *named, *diagram}:
+        assert (ROOT / path).exists(), path
