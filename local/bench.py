@@ -56,8 +56,8 @@ def main() -> int:
     model = parser.add_mutually_exclusive_group()
     model.add_argument("--demo", action="store_true", help="el modelo de muestra, que no necesita Hugging Face")
     model.add_argument("--model", type=Path, metavar="CARPETA", help="un modelo que ya está en esa carpeta")
-    parser.add_argument("--rounds", type=_at_least(1), default=3, metavar="N", help="rondas (3)")
-    parser.add_argument("--tokens", type=_at_least(2), default=64, metavar="N", help="tokens por respuesta (64)")
+    parser.add_argument("--rounds", type=_from_to(1, 100), default=3, metavar="N", help="rondas (3)")
+    parser.add_argument("--tokens", type=_from_to(2, 2048), default=64, metavar="N", help="tokens por respuesta (64)")
     parser.add_argument(
         "--out", type=Path, default=ROOT / "docs" / "bench", metavar="CARPETA", help="dónde escribe (docs/bench)"
     )
@@ -346,10 +346,10 @@ def _make_writable(folder: Path) -> None:
         raise UserError(f"No se puede escribir en {folder}: {error.strerror}") from error
 
 
-def _at_least(least: int) -> Callable[[str], int]:
+def _from_to(least: int, most: int) -> Callable[[str], int]:
     def number(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text} no es un número entero, {least} o más")
+        if not text.isdecimal() or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"{text} no es un número de {least} a {most}")
         return int(text)
 
     return number

@@ -62,8 +62,9 @@ class Contender:
             self._log.seek(0)
             said = [text for text in self._log.read().splitlines() if text.strip()]
             raise UserError(
-                f"El proceso {_SPANISH[self._name]} se cerró, casi siempre por falta de memoria: cierre otros programas "
-                f"o pruebe el modelo de muestra con --demo. Lo último que dijo: {said[-1] if said else 'nada'}"
+                f"El proceso {_SPANISH[self._name]} se cerró, casi siempre por falta de memoria: cierre otros "
+                "programas o pruebe el modelo de muestra con --demo. "
+                f"Lo último que dijo: {said[-1] if said else 'nada'}"
             )
         reply: dict[str, Any] = json.loads(line)
         if "error" in reply:

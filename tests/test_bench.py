@@ -216,7 +216,8 @@ def test_a_contender_makes_each_token_and_says_why_it_ended(ending: dict[str, st
         (["--model", "Mayúsculas"], 1, "esa carpeta ha de llamarse mayúsculas"),
         (["--model", "vacía"], 1, "no es un modelo, le falta config.json"),
         (["--out", "archivo"], 1, "No se puede escribir en archivo: "),
-        (["--rounds", "0"], 2, "0 no es un número entero, 1 o más"),
+        (["--rounds", "0"], 2, "0 no es un número de 1 a 100"),
+        (["--tokens", "muchos"], 2, "muchos no es un número de 2 a 2048"),
         (["--tokens", "2048"], 1, "--tokens 2048 no cabe: el modelo admite 2048 en total"),
     ],
 )

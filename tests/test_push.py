@@ -26,7 +26,7 @@ LARGE = 11 * 2**20
 # What it was given: its arguments, and of each file the size and where its bytes are on the disk.
 COG = """\
 import json, os, pathlib, sys
-files = {str(p): [p.stat().st_size, p.stat().st_ino] for p in pathlib.Path().rglob("*") if p.is_file()}
+files = {str(p): [p.lstat().st_size, p.lstat().st_ino] for p in pathlib.Path().rglob("*") if p.is_file()}
 pathlib.Path(os.environ["NOTES"]).write_text(json.dumps({"arguments": sys.argv[1:], "files": files}))
 print("You are not logged in", file=sys.stderr)
 sys.exit(3)
