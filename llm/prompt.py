@@ -77,7 +77,7 @@ class Prompter:
             # Rendered each time: some models' templates tell the date.
             template = self._chat(self._place)
             if self._place not in template:
-                raise UserError("La plantilla de chat de este modelo no lleva la pregunta: indica prompt_template")
+                raise UserError("La plantilla de chat de este modelo no lleva la pregunta: indique prompt_template")
             pregunta = pregunta.strip() if self._chat_strips else pregunta
             return Prompt(self._ids(template, self._place, pregunta, add_special_tokens=False))
         return Prompt(self._ids(COMPLETION, PLACEHOLDER, pregunta), COMPLETION_STOPS)

@@ -8,10 +8,12 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from queue import SimpleQueue
 from typing import IO, Any, Literal
 
 from llm.errors import UserError
@@ -159,7 +161,15 @@ class Generate:
 
 
 def contend(name: str) -> None:
-    """Load, say so, and do what each line of stdin tells, until it ends: with the command, whatever ended that."""
+    """Load, say so, and do what each line of stdin tells. When that ends, so does the process, whatever it is doing."""
+    orders: SimpleQueue[str] = SimpleQueue()
+
+    def listen() -> None:
+        for line in sys.stdin:
+            orders.put(line)
+        os._exit(0)
+
+    threading.Thread(target=listen, daemon=True).start()
     replies = sys.stdout
     # what the model prints is no reply
     sys.stdout = sys.stderr
@@ -180,8 +190,8 @@ def contend(name: str) -> None:
                 "gpus": [torch.cuda.get_device_name(gpu) for gpu in gpus],
             }
         )
-        for line in sys.stdin:
-            order = json.loads(line)
+        while True:
+            order = json.loads(orders.get())
             start = time.perf_counter()
             tokens = contender.generate(order["prompts"], order["tokens"])
             seconds = time.perf_counter() - start

@@ -57,7 +57,7 @@ def read(path: Path) -> Interface:
     except OSError as error:
         raise UserError(f"No se puede leer {path}: {error.strerror}. ¿Está en la carpeta del proyecto?") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{path.name} no está en UTF-8: guárdalo con esa codificación.") from error
+        raise UserError(f"{path.name} no está en UTF-8: guárdelo con esa codificación.") from error
     except SyntaxError as error:
         raise UserError(f"{path.name}, línea {error.lineno}: no es Python correcto ({error.msg}).") from error
     return _Source(path.name, text, tree).interface()
@@ -78,7 +78,7 @@ def write(interface: Interface, folder: Path) -> Path:
         finally:
             unfinished.unlink(missing_ok=True)
     except OSError as error:
-        raise UserError(f"No se puede escribir {target}: {error.strerror}. Revisa permisos y espacio.") from error
+        raise UserError(f"No se puede escribir {target}: {error.strerror}. revise permisos y espacio.") from error
     return target
 
 
@@ -135,7 +135,7 @@ class _Source:
             if token.type in (tokenize.COMMENT, tokenize.NL):
                 continue
             if token.string == "(" and before in ("=", ":", "->", "[", ",", "|", "@") and start <= token.start < end:
-                raise self._error(token.start[0], "cog build no lee lo que va entre paréntesis; quítalos")
+                raise self._error(token.start[0], "cog build no lee lo que va entre paréntesis; quítelos")
             before = token.string
 
     def _decorators(self, function: Function) -> tuple[bool, int]:
@@ -170,7 +170,7 @@ class _Source:
         of = match and (match["plain"] or match["of"])
         if not match or of not in TYPES or (match["joined"] and of != "str") or (streaming and match["plain"]):
             where = function.returns or function
-            raise self._error(where, f"el tipo de salida {text} no sirve; usa AsyncConcatenateIterator[str]")
+            raise self._error(where, f"el tipo de salida {text} no sirve; use AsyncConcatenateIterator[str]")
         element = {"type": TYPES[of][0]}
         if match["plain"]:
             return {"title": "Output", **element}
@@ -188,12 +188,12 @@ class _Source:
     def _input(self, parameter: ast.arg, value: ast.expr | None) -> Schema:
         name = parameter.arg
         if not all(part[:1].isascii() for part in name.split("_")):
-            raise self._error(parameter, f"cog build estropea el título de {name}; empieza cada palabra sin ñ ni tilde")
+            raise self._error(parameter, f"cog build estropea el título de {name}; empiece cada palabra sin ñ ni tilde")
         text = ast.unparse(parameter.annotation) if parameter.annotation else "ninguno"
         match = INPUT.fullmatch(text)
         of = match and (match["plain"] or match["optional"] or match["union"])
         if not match or of not in TYPES:
-            raise self._error(parameter, f"el tipo de {name}, {text}, no sirve; usa {', '.join(TYPES)} u Optional[...]")
+            raise self._error(parameter, f"el tipo de {name}, {text}, no sirve; use {', '.join(TYPES)} u Optional[...]")
         nullable = not match["plain"]
         json_type, arguments = TYPES[of]
         arguments = {**arguments, "description": (str,)}
@@ -206,7 +206,7 @@ class _Source:
                 raise self._error(node, f"{name}: Input() no admite aquí {key}=; admite {', '.join(arguments)}")
             literal = self._literal(node)
             if type(literal) not in arguments[key]:
-                hint = f"; usa Optional[{text}]" if (key, literal) == ("default", None) else ""
+                hint = f"; use Optional[{text}]" if (key, literal) == ("default", None) else ""
                 raise self._error(node, f"{name}: {key}={literal!r} no vale para el tipo {text}{hint}")
             prop[LIMITS.get(key, key)] = literal
         if (bounds := _bounds(prop)) != sorted(bounds):
@@ -219,9 +219,9 @@ class _Source:
             return {"default": value} if value else {}
         called = self._segment(value.func)
         if called != "Input" and self.imports.get(called) != "cog.Input":
-            raise self._error(value, f"{name}: cog build no ejecuta {called}(); usa Input(), con from cog import Input")
+            raise self._error(value, f"{name}: cog build no ejecuta {called}(); use Input(), con from cog import Input")
         if value.args or any(keyword.arg is None for keyword in value.keywords):
-            raise self._error(value, f"{name}: cog build no ve los argumentos de Input() sin nombre; escribe default=")
+            raise self._error(value, f"{name}: cog build no ve los argumentos de Input() sin nombre; escriba default=")
         return {str(keyword.arg): keyword.value for keyword in value.keywords}
 
     def _literal(self, node: ast.expr) -> str | int | float | bool | None:

@@ -209,6 +209,27 @@ def test_a_contender_makes_each_token_and_says_why_it_ended(ending: dict[str, st
     assert not psutil.pid_exists(contender.pid)
 
 
+def test_a_contender_ends_with_who_told_it(falcon_environment: dict[str, str]) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-m", "local.contenders", "engine"],
+        cwd=ROOT,
+        env={**os.environ, **falcon_environment},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as process:
+        assert process.stdin is not None and process.stdout is not None
+        assert process.stdout.readline()
+        # what takes many minutes
+        process.stdin.write(json.dumps({"prompts": [[5, 6]] * 500, "tokens": 2000}) + "\n")
+        process.stdin.close()
+        try:
+            assert process.wait(FINALLY) == 0
+        finally:
+            process.kill()
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "line"),
     [

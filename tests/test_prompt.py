@@ -229,7 +229,7 @@ def test_a_chat_template_is_rendered_for_each_question() -> None:
 def test_a_chat_template_that_drops_the_question_is_refused() -> None:
     tokenizer = chatml()
     tokenizer.chat_template = "{% for part in messages[0]['content'] %}{{ part['text'] }}{% endfor %}"
-    with pytest.raises(UserError, match="indica prompt_template"):
+    with pytest.raises(UserError, match="indique prompt_template"):
         Prompter(tokenizer, 2048).encode("hola")
 
 

@@ -317,7 +317,7 @@ def test_takes_what_cog_and_python_read_alike(source: Path, parameter: str, prop
         ('int = Input(**{"default": 5})', "sin nombre"),
         ("int = Input(gt=1)", "no admite aquí gt="),
         ("int = Input(default=int())", "y no int()"),
-        ("int = Input(default=None)", "usa Optional[int]"),
+        ("int = Input(default=None)", "use Optional[int]"),
         # these it refuses, or Python or the server would
         ("list = Input(default_factory=list)", "el tipo de entrada, list, no sirve"),
         ("int = Input(default_factory=int)", "no admite aquí default_factory="),
