@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
+from llm import weights
 from llm.errors import UserError
 from llm.settings import ROOT, Settings
 from llm.words import decimal
@@ -45,7 +46,7 @@ def main() -> int:
         else:
             values = inputs.from_pairs(arguments.input, interface.schema)
         with _output(arguments.output) as output:
-            predict(values, output, environment=demo_environment() if arguments.demo else {})
+            predict(values, output, environment=ensured(arguments.demo))
     except UserError as error:
         print(error, file=sys.stderr)
         return 1
@@ -86,13 +87,20 @@ def predict(values: dict[str, Any], output: TextIO, environment: dict[str, str])
         running.wait()
 
 
-def demo_environment() -> dict[str, str]:
-    """What makes the server take the embedded model, whose folder is made first where it is missing."""
+def ensured(wants_demo: bool) -> dict[str, str]:
+    """The environment of a server whose model is in its folder, brought first where it is missing. Raises UserError.
+
+    The server would bring it too, but has no terminal to show a bar on.
+    """
     # stdout is the answer's
     with contextlib.redirect_stdout(sys.stderr):
-        settings = demo.ensure(Settings.read())
-    # empty: the one in .env is another model's
-    return {"MODEL_ID": settings.model_id, "MODEL_REVISION": ""}
+        settings = Settings.read()
+        if not wants_demo:
+            weights.ensure(settings)
+            return {}
+        settings = demo.ensure(settings)
+    # its revision goes over the one in .env, which is another model's
+    return {"MODEL_ID": settings.model_id, "MODEL_REVISION": demo.WHEEL}
 
 
 @contextlib.contextmanager

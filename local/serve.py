@@ -5,7 +5,7 @@ import sys
 
 from llm.errors import UserError
 from local import server
-from local.predict import demo_environment
+from local.predict import ensured
 from local.terminal import Loading, Parser
 
 
@@ -15,7 +15,7 @@ def main() -> int:
     parser.add_argument("--demo", action="store_true", help="con el modelo de muestra, que no necesita Hugging Face")
     arguments = parser.parse_args()
     try:
-        serve(arguments.port, demo_environment() if arguments.demo else {})
+        serve(arguments.port, ensured(arguments.demo))
     except UserError as error:
         print(error, file=sys.stderr)
         return 1

@@ -27,6 +27,10 @@ class Client:
         """The prediction, once it is over."""
         return self.post("/predictions", json.dumps({"input": inputs}))
 
+    def cancel(self, prediction: str) -> bool:
+        """Whether it ran."""
+        return self.post(f"/predictions/{prediction}/cancel").status_code == httpx.codes.OK
+
     @contextmanager
     def stream(self, **inputs: Any) -> Iterator[Iterator[Event]]:
         """The prediction's events as they come: name, data. The connection closes at the end of the block."""

@@ -41,7 +41,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     python.chmod(0o755)
     both = (folder / "requirements.txt").read_bytes() + (folder / "requirements-dev.txt").read_bytes()
     checksum = subprocess.run(["cksum"], input=both, capture_output=True, check=True).stdout.decode().strip()
-    (folder / ".venv" / "ready").write_text(f"{checksum} \n")
+    (folder / ".venv" / "ready").write_text(f"{checksum}\n")
     return folder
 
 
@@ -147,6 +147,8 @@ def test_a_mistake_ends_in_its_line_before_anything_starts(script: Run, argument
     ("variables", "line"),
     [
         ({"MODEL_ID": "vacio"}, "vacio no es un modelo"),
+        # only the server sees that
+        ({"MODEL_ID": "otro"}, "transformers no puede cargar"),
         # nobody listens on port 1
         ({"MODEL_ID": "org/nombre", "HF_ENDPOINT": "http://127.0.0.1:1"}, "--demo"),
     ],
@@ -155,6 +157,7 @@ def test_a_model_that_cannot_load_ends_in_its_line(
     script: Run, tmp_path: Path, variables: dict[str, str], line: str
 ) -> None:
     (tmp_path / "vacio").mkdir()
+    unknown_model(tmp_path / "otro")
     result = script("predict", *QUESTION, WEIGHTS_DIR=str(tmp_path), **variables)
     assert (result.returncode, result.stdout) == (1, "")
     *_, last = result.stderr.splitlines()
@@ -162,9 +165,16 @@ def test_a_model_that_cannot_load_ends_in_its_line(
     assert "Traceback" not in result.stderr and "Setup failed" not in result.stderr
 
 
+def unknown_model(folder: Path) -> None:
+    """A folder with all that a model's has, of a kind that transformers does not know."""
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "otro"}')
+    (folder / "model.safetensors").touch()
+
+
 def test_a_terminal_shows_the_seconds(project: Path, environment: dict[str, str], tmp_path: Path) -> None:
-    (tmp_path / "vacio").mkdir()
-    environment |= {"MODEL_ID": "vacio", "WEIGHTS_DIR": str(tmp_path)}
+    unknown_model(tmp_path / "otro")
+    environment |= {"MODEL_ID": "otro", "WEIGHTS_DIR": str(tmp_path)}
     terminal, end = os.openpty()
     with os.fdopen(terminal, "rb", buffering=0) as screen:
         subprocess.run([project / "script" / "predict", *QUESTION], env=environment, stderr=end)
@@ -173,7 +183,7 @@ def test_a_terminal_shows_the_seconds(project: Path, environment: dict[str, str]
     assert re.search(r"\rCargando el modelo: \d+ s", shown.replace("\x1b[K", ""))
     # the line that counts gives way to the error's
     last = shown.rstrip().rpartition("\r\x1b[K")[2]
-    assert "vacio no es un modelo" in last and "Cargando" not in last
+    assert "transformers no puede cargar" in last and "Cargando" not in last
 
 
 def test_a_prediction_that_fails_ends_in_its_line(script: Run) -> None:

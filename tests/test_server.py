@@ -39,25 +39,30 @@ def test_the_answer_streams_and_a_cancel_ends_it(falcon_server: Client) -> None:
                 prediction = data["id"]
             # Cog sends what an async generator yields only when it has ended: then no output comes before the end.
             if name == "output" and seen.count("output") == 3:
-                assert falcon_server.post(f"/predictions/{prediction}/cancel").status_code == httpx.codes.OK
+                assert falcon_server.cancel(prediction)
     assert seen[0] == "start" and seen[-1] == "completed"
     assert data["status"] == "canceled"
-    assert 3 <= seen.count("output") < LONG["max_tokens"]  # type: ignore[operator]
+    # Cog says so too of one that nobody stopped
+    assert 3 <= seen.count("output") < 1000
 
 
 def test_a_client_that_goes_makes_room_for_another(falcon_server: Client) -> None:
     concurrency = schema.read(ROOT / "predict.py").concurrency
-    with ExitStack() as clients:
-        streams = [clients.enter_context(falcon_server.stream(**LONG)) for _ in range(concurrency)]
-        for events in streams:
-            # it runs
-            assert any(name == "output" for name, _ in events)
-        refused = falcon_server.predict(**SHORT)
-        assert refused.status_code == httpx.codes.CONFLICT
-        assert falcon_server.get("/health-check")["status"] == "BUSY"
-    while (answer := falcon_server.predict(**SHORT)).status_code == httpx.codes.CONFLICT:
-        continue
-    assert answer.json()["status"] == "succeeded"
+    with falcon_server.stream(**LONG) as first:
+        # of as many tokens as the others: it ends before them, if they are left to end
+        first_id = next(data["id"] for name, data in first if name == "start")
+        with ExitStack() as clients:
+            others = [clients.enter_context(falcon_server.stream(**LONG)) for _ in range(concurrency - 1)]
+            for events in others:
+                # it runs
+                assert any(name == "output" for name, _ in events)
+            assert falcon_server.predict(**SHORT).status_code == httpx.codes.CONFLICT
+            assert falcon_server.get("/health-check")["status"] == "BUSY"
+        while (answer := falcon_server.predict(**SHORT)).status_code == httpx.codes.CONFLICT:
+            continue
+        assert answer.json()["status"] == "succeeded"
+        # it was still running
+        assert falcon_server.cancel(first_id)
     while falcon_server.get("/health-check")["status"] != "READY":
         continue
 
