@@ -225,7 +225,7 @@ def _download(
     _say(f"Trayendo {settings.model_id} ({commit[:7]}) de {_hub()}: {_about(total)}{rest}")
 
     headers = build_hf_headers(token=settings.token or False, headers={"Accept-Encoding": "identity"})
-    with tqdm(  # type: ignore[no-untyped-call]
+    with tqdm(
         total=total, initial=total - left, desc=settings.folder.name, unit="B", unit_scale=True, disable=None
     ) as bar:
         for file in missing:
@@ -282,7 +282,7 @@ def _convert(settings: Settings, bins: list[Path], work: Path) -> None:
     try:
         config = AutoConfig.from_pretrained(work, trust_remote_code=False)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)  # type: ignore[no-untyped-call]
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(f"{settings.model_id} no es un modelo causal que transformers conozca: elija otro") from error
     for copy, original in model.all_tied_weights_keys.items():
@@ -395,7 +395,7 @@ def _in_spanish(settings: Settings) -> Iterator[None]:
     from huggingface_hub.utils import logging
 
     # The client speaks English about each retry; the bar shows it.
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.set_verbosity_error()
     model, hub = settings.model_id, _hub()
     no_access = f"Su token no da acceso a {model}: pídalo en https://{hub}/{model} con la cuenta del token"
     demo = "o pruebe el modelo de muestra con script/predict --demo"

@@ -70,7 +70,7 @@ def _convert(gguf: Path, work: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()
     # The reader of GGUF has a bar, in English, that nothing turns off.
     with contextlib.redirect_stderr(io.StringIO()):
         # Said here, and not left to what the machine has: a model whose weights stay packed cannot be saved.

