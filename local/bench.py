@@ -32,7 +32,7 @@ from llm.settings import ROOT, Settings
 from local import demo, report, server
 from local.contenders import Contender, Run, contending
 from local.report import Load, Machine, Report, Rounds, Speed
-from local.terminal import Parser
+from local.terminal import Parser, command
 
 AT_ONCE = (1, 2, 4, 8, 16, 32)
 PROMPT_LENGTHS = (17, 32, 5, 60, 41, 9, 25, 33)
@@ -51,6 +51,7 @@ _PART = re.compile(r"(.+) en ([\d.,]+) s")
 _SECONDS_BEFORE_ANOTHER_TRY = 0.05
 
 
+@command
 def main() -> int:
     parser = Parser(prog="script/bench", description="Mide lo que da un modelo en este ordenador, en unos minutos.")
     model = parser.add_mutually_exclusive_group()
@@ -62,22 +63,15 @@ def main() -> int:
         "--out", type=Path, default=ROOT / "docs" / "bench", metavar="CARPETA", help="dónde escribe (docs/bench)"
     )
     arguments = parser.parse_args()
-    try:
-        settings = _settings(arguments.demo, arguments.model)
-        weights.ensure(settings)
-        _make_writable(arguments.out)
-        start = time.monotonic()
-        measured = measure(settings, arguments.rounds, arguments.tokens)
-        name = f"{settings.folder.name}-{_slug(measured.on)}"
-        for path in report.write(measured, arguments.out, name):
-            print(weights.shown(path.resolve()))
-        print(f"Medido en {(time.monotonic() - start) / 60:.0f} min")
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\nInterrumpido", file=sys.stderr)
-        return 130
+    settings = _settings(arguments.demo, arguments.model)
+    weights.ensure(settings)
+    _make_writable(arguments.out)
+    start = time.monotonic()
+    measured = measure(settings, arguments.rounds, arguments.tokens)
+    name = f"{settings.folder.name}-{_slug(measured.on)}"
+    for path in report.write(measured, arguments.out, name):
+        print(weights.shown(path.resolve()))
+    print(f"Medido en {(time.monotonic() - start) / 60:.0f} min")
     return 0
 
 

@@ -5,11 +5,12 @@ import os
 import sys
 
 from llm import weights
-from llm.errors import UserError
 from llm.settings import Settings
 from local import demo
+from local.terminal import command
 
 
+@command
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="script/weights", description="Trae el modelo de MODEL_ID a weights/, o comprueba el que ya está."
@@ -22,9 +23,6 @@ def main() -> int:
             settings = demo.ensure(settings)
         there = os.path.lexists(settings.folder)
         model = weights.ensure(settings, thorough=True)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         print("\nInterrumpido: repita script/weights para terminar", file=sys.stderr)
         return 130

@@ -15,9 +15,10 @@ from llm.errors import UserError
 from llm.settings import ROOT, Settings
 from llm.words import decimal
 from local import demo, inputs, schema, server
-from local.terminal import Loading, Parser
+from local.terminal import Loading, Parser, command
 
 
+@command
 def main() -> int:
     parser = Parser(
         prog="script/predict",
@@ -47,12 +48,6 @@ def main() -> int:
             values = inputs.from_pairs(arguments.input, interface.schema)
         with _output(arguments.output) as output:
             predict(values, output, environment=ensured(arguments.demo))
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\nInterrumpido", file=sys.stderr)
-        return 130
     except BrokenPipeError:
         # Whoever read the answer has gone, `head` perhaps. Python would complain of it once more at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

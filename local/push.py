@@ -20,9 +20,10 @@ from pathspec import GitIgnoreSpec
 from llm import weights
 from llm.errors import UserError
 from llm.settings import ROOT, Settings
-from local.terminal import Parser
+from local.terminal import Parser, command
 
 
+@command
 def main() -> int:
     parser = Parser(prog="script/push", description="Publica el modelo en Replicate, con los pesos en su propia capa.")
     parser.add_argument("name", metavar="r8.im/USUARIO/NOMBRE", help="dónde se publica")
@@ -33,14 +34,7 @@ def main() -> int:
         help="más opciones de cog push, como --no-cache; sus archivos, con la ruta entera",
     )
     arguments = parser.parse_args()
-    try:
-        return push(arguments.name, arguments.options)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\nInterrumpido", file=sys.stderr)
-        return 130
+    return push(arguments.name, arguments.options)
 
 
 def push(name: str, options: list[str]) -> int:

@@ -3,12 +3,12 @@
 import json
 import sys
 
-from llm.errors import UserError
 from local import server
 from local.predict import ensured
-from local.terminal import Loading, Parser
+from local.terminal import Loading, Parser, command
 
 
+@command
 def main() -> int:
     parser = Parser(prog="script/serve", description="Deja el modelo en marcha en este ordenador hasta Ctrl-C.")
     parser.add_argument("--port", type=int, default=5000, metavar="PUERTO", help="dónde escucha (5000)")
@@ -16,9 +16,6 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         serve(arguments.port, ensured(arguments.demo))
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         print("\nParado", file=sys.stderr)
     return 0

@@ -3,8 +3,10 @@
 import argparse
 import sys
 import threading
+from collections.abc import Callable
 from typing import NoReturn
 
+from llm.errors import UserError
 from llm.words import decimal
 from local.server import Line
 
@@ -17,6 +19,22 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog} no entiende la orden ({message}): vea {self.prog} --help\n")
+
+
+def command(main: Callable[[], int]) -> Callable[[], int]:
+    """A command's main() whose ends are an exit status: 1 after the one line of a UserError, 130 after a Ctrl-C."""
+
+    def run() -> int:
+        try:
+            return main()
+        except UserError as error:
+            print(error, file=sys.stderr)
+            return 1
+        except KeyboardInterrupt:
+            print("\nInterrumpido", file=sys.stderr)
+            return 130
+
+    return run
 
 
 class Loading:

@@ -266,7 +266,7 @@ def test_a_mistake_ends_in_its_line(
     assert not processes.alive()
 
 
-@pytest.mark.parametrize("during", ["local.contenders engine", "_run_worker"])
+@pytest.mark.parametrize("during", ["local.contenders generate", "_run_worker"])
 def test_ctrl_c_leaves_nothing_running(
     project: Path, falcon_environment: dict[str, str], processes: Marked, tmp_path: Path, during: str
 ) -> None:
