@@ -1,5 +1,6 @@
 """What several files of tests share: the models' folders, and the genuine server over each, started once."""
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,12 @@ from llm.settings import Settings
 from local import demo, server
 from tests import checkpoints
 from tests.client import Client
+
+
+# What this process ignores its children ignore too: behind nohup or `&` no test could interrupt a command.
+for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, _handler)
 
 
 @pytest.fixture(scope="session")

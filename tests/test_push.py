@@ -65,7 +65,7 @@ def project(tmp_path: Path) -> Path:
     python.chmod(0o755)
     both = (folder / "requirements.txt").read_bytes() + (folder / "requirements-dev.txt").read_bytes()
     checksum = subprocess.run(["cksum"], input=both, capture_output=True, check=True).stdout.decode().strip()
-    (folder / ".venv" / "ready").write_text(f"{checksum} \n")
+    (folder / ".venv" / "ready").write_text(f"{checksum}\n")
     (folder / ".env").write_text("HUGGINGFACE_HUB_TOKEN=hf_secreto\nMODEL_ID=otra/cosa\nMODEL_REVISION=rama\n")
     large(folder / ".mypy_cache" / "3.13" / "cache.db")
     large(folder / ".git" / "objects" / "pack")
