@@ -11,7 +11,6 @@ from local import demo, server
 from tests import checkpoints
 from tests.client import Client
 
-
 # What this process ignores its children ignore too: behind nohup or `&` no test could interrupt a command.
 for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(_number) is signal.SIG_IGN:
