@@ -20,7 +20,7 @@ class Client:
     def get(self, path: str) -> Any:
         return self._http.get(path).json()
 
-    def post(self, path: str, content: str | bytes = "{}") -> httpx.Response:
+    def post(self, path: str, content: str | bytes) -> httpx.Response:
         return self._http.post(path, content=content, headers={"Content-Type": "application/json"})
 
     def predict(self, **inputs: Any) -> httpx.Response:
@@ -29,7 +29,8 @@ class Client:
 
     def cancel(self, prediction: str) -> bool:
         """Whether it ran."""
-        return self.post(f"/predictions/{prediction}/cancel").status_code == httpx.codes.OK
+        # without a body: the server answers before it reads one, and may then close the connection under the next call
+        return self._http.post(f"/predictions/{prediction}/cancel").status_code == httpx.codes.OK
 
     @contextmanager
     def stream(self, **inputs: Any) -> Iterator[Iterator[Event]]:

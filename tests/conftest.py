@@ -4,17 +4,30 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from llm.settings import Settings
 from local import demo, server
 from tests import checkpoints
 from tests.client import Client
+from tests.processes import FINALLY, Marked
 
 # What this process ignores its children ignore too: behind nohup or `&` no test could interrupt a command.
 for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(_number) is signal.SIG_IGN:
         signal.signal(_number, _handler)
+
+
+@pytest.fixture
+def processes() -> Iterator[Marked]:
+    """Those that the test starts; none may be left."""
+    marked = Marked()
+    yield marked
+    _, left = psutil.wait_procs(marked.alive(), timeout=FINALLY)
+    for process in left:
+        process.kill()
+    assert not left
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,9 @@ from contextlib import suppress
 
 import psutil
 
+FINALLY = 60
+"""Seconds after which what a test waits for will not come."""
+
 
 class Marked:
     """Put `environment` into what is started; then these are its processes, children and orphans included."""

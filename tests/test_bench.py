@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +22,9 @@ from llm.settings import ROOT
 from local import bench
 from local.contenders import Name, Run, contending
 from local.report import Rounds, number, percentile
-from tests.processes import Marked
+from tests.processes import FINALLY, Marked
 
 ROUNDS, TOKENS = 2, 6
-FINALLY = 60
-"""Seconds after which what a test waits for will not come."""
 
 
 @pytest.fixture(scope="module")
@@ -44,17 +41,6 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name).write_text(f"#!/bin/sh\n{does}\n")
         (folder / name).chmod(0o755)
     return folder
-
-
-@pytest.fixture
-def processes() -> Iterator[Marked]:
-    """Those that the test starts; none may be left."""
-    marked = Marked()
-    yield marked
-    _, left = psutil.wait_procs(marked.alive(), timeout=FINALLY)
-    for process in left:
-        process.kill()
-    assert not left
 
 
 @pytest.fixture(scope="module")

@@ -17,14 +17,12 @@ import psutil
 import pytest
 
 from llm.settings import ROOT
-from tests.processes import Marked
+from tests.processes import FINALLY, Marked
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 QUESTION = ["-i", "pregunta=Once upon a time", "-i", "temperature=0"]
 CONTINUED = [*QUESTION, "-i", "prompt_template={pregunta}"]
-FINALLY = 60
-"""Seconds after which what a test waits for will not come."""
 
 
 @pytest.fixture(scope="module")
@@ -43,17 +41,6 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     checksum = subprocess.run(["cksum"], input=both, capture_output=True, check=True).stdout.decode().strip()
     (folder / ".venv" / "ready").write_text(f"{checksum}\n")
     return folder
-
-
-@pytest.fixture
-def processes() -> Iterator[Marked]:
-    """Those that the test starts; none may be left."""
-    marked = Marked()
-    yield marked
-    _, left = psutil.wait_procs(marked.alive(), timeout=FINALLY)
-    for process in left:
-        process.kill()
-    assert not left
 
 
 @pytest.fixture
