@@ -110,7 +110,7 @@ class Engine:
         self.lost: str | None = None
         """Why no more predictions can be served, once that is so."""
         self._model = model
-        self._runner = Runner(model, self.most_rows, capture)
+        self._capture = capture
         self._piece = piece or (GPU_PIECE if on_gpu else CPU_PIECE)
         # with graphs, step n+1 is asked for before the tokens of step n are read: the device never waits for Python
         self._ahead = 1 if capture else 0
@@ -139,6 +139,8 @@ class Engine:
     def _run(self) -> None:
         with torch.inference_mode():
             try:
+                # here, and not in the thread that made the engine: see Model.load
+                self._runner = Runner(self._model, self.most_rows, self._capture)
                 self._warm_up()
             except Exception as error:  # setup raises it
                 self._started.set_exception(error)

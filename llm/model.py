@@ -2,6 +2,7 @@
 
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
@@ -50,6 +51,13 @@ class Model:
     def load(cls, settings: Settings) -> "Model":
         """Bring the weights if they are missing, load them, and say so. Raises UserError."""
         found = weights.ensure(settings)
+        # OpenMP keeps its threads for as long as the thread that first needed them. Those that load would stay beside
+        # the engine's, and with more of them than processors all sleep, not spin, between one operation and the next.
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(cls._load, found, settings).result()
+
+    @classmethod
+    def _load(cls, found: weights.Weights, settings: Settings) -> "Model":
         threads = processor.use_physical_cores()
         dtype = getattr(torch, settings.dtype) if settings.dtype else processor.best_dtype()
         start = time.perf_counter()

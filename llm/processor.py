@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+FEWEST_ROWS = 4
+"""Fewer are filled up to so many: oneDNN reads the weights a fifth faster for four rows than for one (on Zen 4)."""
 BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16"}
 
 
@@ -61,6 +63,7 @@ class PackedLinear(nn.Module):
         self.out_features = linear.out_features
         self.bias = linear.bias
         self.padding = padding
+        self.few = linear.weight.new_zeros(FEWEST_ROWS, linear.in_features)
         self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
         del linear.weight
 
@@ -74,8 +77,13 @@ class PackedLinear(nn.Module):
         return flat.view(x.shape[0], x.shape[1], self.out_features)
 
     def _linear(self, x: Tensor) -> Tensor:
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
-        return product
+        rows = x.flatten(0, -2)
+        count = rows.shape[0]
+        if count < FEWEST_ROWS:
+            self.few[:count] = rows
+            rows = self.few
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(rows, self.packed, self.bias, "none", [], "")
+        return product[:count].view(*x.shape[:-1], self.out_features)
 
 
 def pack(model: nn.Module, padding: Padding) -> None:
@@ -131,9 +139,9 @@ def attend(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale
         )[0]
         return plain
-    scores = (query @ key.transpose(-1, -2)).float() * (scale or query.shape[-1] ** -0.5)
-    if attn_mask is not None:
-        scores += attn_mask
+    scale = scale or query.shape[-1] ** -0.5
+    scores = (query @ key.transpose(-1, -2)).float()
+    scores = scores * scale if attn_mask is None else torch.add(attn_mask, scores, alpha=scale)
     return F.softmax(scores, -1).to(value.dtype) @ value
 
 

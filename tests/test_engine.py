@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from llm.engine import Engine, Request
 from llm.errors import UserError
 from llm.model import Model
-from llm.runner import Replay
+from llm.runner import Replay, Runner
 from llm.sampling import Sampling
 from tests import checkpoints
 
@@ -244,13 +244,13 @@ def _noted(steps: list[str], name: str, pass_: Callable[..., Any], *arguments: A
 def test_short_prompts_that_wait_are_read_in_one_pass(falcon_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine(falcon_model, 8, piece=PIECE)
     passes: list[dict[int, int]] = []
-    prefill = engine._runner.prefill
+    prefill = Runner.prefill
 
-    def noted(counts: dict[int, int]) -> Any:
+    def noted(runner: Runner, counts: dict[int, int]) -> Any:
         passes.append(counts)
-        return prefill(counts)
+        return prefill(runner, counts)
 
-    monkeypatch.setattr(engine._runner, "prefill", noted)
+    monkeypatch.setattr(Runner, "prefill", noted)
     generations = [engine.generate(Request([5] * length, 2, GREEDY)) for length in (4, 9, 6, 13)]
     engine.start()
     for generation in generations:
