@@ -27,8 +27,8 @@ class Predictor(BasePredictor):
         start = time.perf_counter()
         self.model = Model.load(Settings.read())
         self.engine = Engine(self.model, most_rows=32)
-        self.engine.start()
         self.prompter = Prompter(self.model.tokenizer, self.engine.context)
+        self.engine.start(self.prompter.prefix())
         print(f"Listo en {decimal(time.perf_counter() - start)} s")
 
     async def healthcheck(self) -> bool:

@@ -121,8 +121,10 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._started: Future[None] = Future()
 
-    def start(self) -> None:
-        """Start the loop, and warm up. Says how many rows there are, and what that took."""
+    def start(self, prefix: list[int] | None = None) -> None:
+        """Start the loop, warm up, and read the prefix that many prompts will begin with. Says how many rows there
+        are, and what that took."""
+        self._prefix = prefix or []
         self._thread.start()
         self._started.result()
 
@@ -174,7 +176,8 @@ class Engine:
             generation.row = next(row for row in range(self.most_rows) if row not in self.rows)
             generation.admitted = time.perf_counter()
             self.rows[generation.row] = generation
-            self._runner.put(generation.row, generation.request.prompt, generation.request.sampling)
+            request = generation.request
+            generation.read = self._runner.put(generation.row, request.prompt, request.sampling)
             self._reading.append(generation)
 
     def _prefill(self) -> None:
@@ -282,6 +285,8 @@ class Engine:
         for _ in range(3):
             self._runner.decode().read()
         self._runner.release(0)
+        if 0 < len(self._prefix) < self.context:
+            self._runner.keep(self._prefix)
         size = self.most_rows * self.context * sum(self._model.token_bytes.values())
         print(f"Caché: {self.most_rows} peticiones a la vez de {self.context} tokens, hasta {decimal(size / 1e9)} GB")
         print(f"Primeros tokens de prueba en {decimal(time.perf_counter() - start)} s")

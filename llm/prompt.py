@@ -4,6 +4,7 @@ import json
 import re
 import secrets
 from dataclasses import dataclass
+from itertools import takewhile
 
 from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerFast
@@ -81,6 +82,14 @@ class Prompter:
             pregunta = pregunta.strip() if self._chat_strips else pregunta
             return Prompt(self._ids(template, self._place, pregunta, add_special_tokens=False))
         return Prompt(self._ids(COMPLETION, PLACEHOLDER, pregunta), COMPLETION_STOPS)
+
+    def prefix(self) -> list[int]:
+        """The ids that all prompts begin with but those of a `prompt_template`."""
+        try:
+            pairs = zip(self.encode("a").ids, self.encode("1").ids, strict=False)
+            return [id for id, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)]
+        except UserError:  # no question has a prompt: each will be told why
+            return []
 
     def _chat(self, content: str) -> str:
         message = {"role": "user", "content": content}

@@ -65,6 +65,7 @@ class Runner:
         device = model.device
         self.model = model
         self.rows: dict[int, Row] = {}
+        self.prefix: list[int] = []
         self.slots = Slots(model.layers, rows, model.context, device, grows=device.type == "cpu")
         self.history = torch.zeros(rows, model.context, dtype=torch.long, device=device)
         self.positions = torch.zeros(rows, dtype=torch.long, device=device)
@@ -76,12 +77,28 @@ class Runner:
         self.capture = capture
         self.graphs: dict[tuple[str, int, int], Replay] = {}
 
-    def put(self, row: int, prompt: list[int], sampling: Sampling) -> None:
-        """Give a row to a request. Its prompt is read by `prefill`."""
-        self.rows[row] = Row(len(prompt), sampling)
+    def keep(self, prefix: list[int]) -> None:
+        """Read a prefix once: prompts that begin with it are then read from there on."""
+        self.put(0, prefix, Sampling())
+        self.prefill({0: len(prefix)}).read()
+        self.slots.keep(0, len(prefix))
+        self.release(0)
+        self.prefix = prefix
+
+    def put(self, row: int, prompt: list[int], sampling: Sampling) -> int:
+        """Give a row to a request. Returns how much of its prompt is in the cache; the rest is read by `prefill`."""
+        kept = len(self.prefix)
+        if kept == len(prompt) or prompt[:kept] != self.prefix:
+            kept = 0
+        self.rows[row] = Row(len(prompt), sampling, length=kept)
+        if kept:
+            self._reach(kept)
+            self.slots.recall(row)
+        self.positions[row] = kept
         self.history[row] = prompt[0]
         self.history[row, : len(prompt)] = torch.tensor(prompt, device=self.history.device)
         self.sampling.put(row, sampling)
+        return kept
 
     def move(self, source: int, target: int) -> None:
         """Put all of a row into another, and give the first back."""

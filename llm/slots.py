@@ -35,6 +35,8 @@ class SlotLayer(CacheLayerMixin):
 
     keys: Tensor
     values: Tensor
+    kept: tuple[Tensor, Tensor]
+    """Keys and values (heads, tokens, head size) of the prefix that `Slots.keep` was given."""
 
     def __init__(self, slots: "Slots"):
         super().__init__()
@@ -124,6 +126,17 @@ class Slots(Cache):
         for layer in self.slot_layers:
             layer.keys[target] = layer.keys[source]
             layer.values[target] = layer.values[source]
+
+    def keep(self, row: int, length: int) -> None:
+        """Keep the first `length` positions of a row, for `recall`."""
+        for layer in self.slot_layers:
+            layer.kept = (layer.keys[row, :, :length].clone(), layer.values[row, :, :length].clone())
+
+    def recall(self, row: int) -> None:
+        """Write what was kept into the first positions of a row."""
+        for layer in self.slot_layers:
+            for tensor, kept in zip((layer.keys, layer.values), layer.kept, strict=True):
+                tensor[row, :, : kept.shape[1]] = kept
 
 
 def rows_that_fit(token_bytes: Counter[torch.device], free: dict[torch.device, int], context: int, most: int) -> int:

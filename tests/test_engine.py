@@ -241,6 +241,29 @@ def _noted(steps: list[str], name: str, pass_: Callable[..., Any], *arguments: A
     return pass_(*arguments)
 
 
+@pytest.mark.parametrize("options", [{}, {"capture": plain_call}])
+def test_a_prefix_is_read_once_and_its_prompts_go_on_as_generate_does(
+    falcon_model: Model, falcon_reference: Reference, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    (prefix,) = prompts((PIECE + 9,), checkpoints.TOKENS, seed=3)
+    endings = prompts((1, 2, 70, 5, 3 * PIECE), checkpoints.TOKENS, seed=4)
+    asked = [*(prefix + ending for ending in endings), prefix, prefix[:-1], prefix[:7], [5, *prefix]]
+    engine = Engine(falcon_model, 4, piece=PIECE, **options)
+    engine.start(prefix)
+    read: list[int] = []
+    prefill = Runner.prefill
+
+    def noted(runner: Runner, counts: dict[int, int]) -> Any:
+        read.extend(counts.values())
+        return prefill(runner, counts)
+
+    monkeypatch.setattr(Runner, "prefill", noted)
+    with ThreadPoolExecutor(len(asked)) as clients:
+        found = list(clients.map(lambda prompt: ended(engine, prompt, 24), asked))
+    assert found == [falcon_reference(prompt, 24) for prompt in asked]
+    assert sum(read) == sum(map(len, endings)) + sum(map(len, asked[len(endings) :]))
+
+
 def test_short_prompts_that_wait_are_read_in_one_pass(falcon_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine(falcon_model, 8, piece=PIECE)
     passes: list[dict[int, int]] = []

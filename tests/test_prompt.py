@@ -219,6 +219,19 @@ def test_half_a_surrogate_pair_is_a_replacement_character(prompter: Prompter) ->
     assert prompter.encode("a", "\udc00{pregunta}") == prompter.encode("a", "\ufffd{pregunta}")
 
 
+def test_the_prefix_is_what_ordinary_prompts_begin_with(prompter: Prompter) -> None:
+    prefix = prompter.prefix()
+    # blanks at the beginning may become a token together with the template's last
+    for pregunta in filter(lambda pregunta: pregunta == pregunta.lstrip(), QUESTIONS):
+        assert prompter.encode(pregunta).ids[: len(prefix)] == prefix
+    # without the question the prompt would be hardly longer
+    assert len(prefix) > len(prompter.encode("x").ids) - 12
+
+
+def test_where_no_question_fits_there_is_no_prefix(falcon: Prompter) -> None:
+    assert Prompter(checkpoints.tokenizer(), len(falcon.prefix())).prefix() == []
+
+
 def test_a_chat_template_is_rendered_for_each_question() -> None:
     tokenizer = chatml()
     tokenizer.chat_template = "{{ strftime_now('%f') }} {{ messages[0]['content'] }}"  # microseconds
