@@ -111,6 +111,7 @@ class Engine:
         """Why no more predictions can be served, once that is so."""
         self._model = model
         self._capture = capture
+        self._prefix: list[int] = []
         self._piece = piece or (GPU_PIECE if on_gpu else CPU_PIECE)
         # with graphs, step n+1 is asked for before the tokens of step n are read: the device never waits for Python
         self._ahead = 1 if capture else 0

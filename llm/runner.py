@@ -66,6 +66,7 @@ class Runner:
         self.model = model
         self.rows: dict[int, Row] = {}
         self.prefix: list[int] = []
+        """What `keep` was given."""
         self.slots = Slots(model.layers, rows, model.context, device, grows=device.type == "cpu")
         self.history = torch.zeros(rows, model.context, dtype=torch.long, device=device)
         self.positions = torch.zeros(rows, dtype=torch.long, device=device)
