@@ -63,27 +63,29 @@ class PackedLinear(nn.Module):
         self.out_features = linear.out_features
         self.bias = linear.bias
         self.padding = padding
-        self.few = linear.weight.new_zeros(FEWEST_ROWS, linear.in_features)
+        self.few = linear.weight.new_zeros(FEWEST_ROWS, 1, linear.in_features)
         self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
         del linear.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (rows, tokens, in features) bfloat16. Returns (rows, tokens, out features) bfloat16, 0 for padding."""
-        real = self.padding.real
-        if real is None or x.shape[1] == 1:
+        """x (rows, tokens, in features) bfloat16. Returns (rows, tokens, out features) bfloat16, 0 for padding. Of any
+        other shape, which some models make for themselves, all is computed."""
+        if x.dim() != 3:
             return self._linear(x)
-        flat = x.new_zeros(x.shape[0] * x.shape[1], self.out_features)
+        rows, tokens, _ = x.shape
+        real = self.padding.real
+        if tokens == 1 and rows < FEWEST_ROWS:
+            self.few[:rows] = x
+            return self._linear(self.few)[:rows]
+        if tokens == 1 or real is None:
+            return self._linear(x)
+        flat = x.new_zeros(rows * tokens, self.out_features)
         flat[real] = self._linear(x.flatten(0, 1)[real])
-        return flat.view(x.shape[0], x.shape[1], self.out_features)
+        return flat.view(rows, tokens, self.out_features)
 
     def _linear(self, x: Tensor) -> Tensor:
-        rows = x.flatten(0, -2)
-        count = rows.shape[0]
-        if count < FEWEST_ROWS:
-            self.few[:count] = rows
-            rows = self.few
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(rows, self.packed, self.bias, "none", [], "")
-        return product[:count].view(*x.shape[:-1], self.out_features)
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        return product
 
 
 def pack(model: nn.Module, padding: Padding) -> None:

@@ -75,3 +75,18 @@ def test_logits_are_as_near_to_float32_as_those_of_transformers(
         assert reached.sum() >= STEPS - rows
         # not 1: a step rounds elsewhere than one pass over the whole text, and its scores too. A wrong ALiBi: 5
         assert (found[reached] - exact[reached]).square().mean().sqrt() < 2 * rounding
+
+
+@pytest.mark.skipif(not processor.computes_in_bfloat16(), reason="this processor does not compute in bfloat16")
+@pytest.mark.parametrize("shape", [(1, 1), (3, 1), (4, 1), (2, 3), (5,)])
+def test_a_packed_layer_takes_any_shape(shape: tuple[int, ...]) -> None:
+    linear = torch.nn.Linear(64, 32, dtype=torch.bfloat16)
+    padding = processor.Padding()
+    if len(shape) == 1:
+        # OPT's layers see rows and tokens as one
+        padding.real = torch.tensor([0, 3])
+    x = torch.randn(*shape, 64).bfloat16()
+    with torch.inference_mode():
+        expected = linear(x)
+        found = processor.PackedLinear(linear, padding)(x)
+    torch.testing.assert_close(found, expected)
