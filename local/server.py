@@ -28,6 +28,9 @@ from local import schema
 HOST = "127.0.0.1"
 
 _LISTENING = re.compile(r"Starting coglet server on .*:(\d+)")
+# the worker's last word on setup(), behind all that was printed in it, which comes a little after READY
+_SETUP_OVER = ("coglet::worker_bridge", "Setup complete")
+_SECONDS_FOR_THE_LOG = 2
 _SECONDS_TO_STOP = 5
 _SECONDS_BETWEEN_LOOKS = 0.1
 
@@ -98,6 +101,7 @@ class Server:
         self._log = log
         self._port = 0
         self._last_line = ""
+        self._setup_over = threading.Event()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
@@ -111,7 +115,7 @@ class Server:
         return f"http://{HOST}:{self.port}"
 
     def wait_until_ready(self, tick: Callable[[float], None] = lambda seconds: None) -> None:
-        """Return when predictions may come; `tick` is called with the seconds so far.
+        """Return when predictions may come, and setup()'s log has; `tick` is called with the seconds so far.
 
         Raises UserError, with the predictor's own line where its setup() failed.
         """
@@ -121,6 +125,7 @@ class Server:
             time.sleep(_SECONDS_BETWEEN_LOOKS)
         if status not in ("READY", "BUSY"):
             raise _setup_error(self.health()["setup"]["logs"])
+        self._setup_over.wait(_SECONDS_FOR_THE_LOG)
 
     def wait(self) -> NoReturn:
         """Raises UserError when the server ends by itself."""
@@ -168,8 +173,10 @@ class Server:
             self._last_line = message
             if listening := _LISTENING.fullmatch(message):
                 self._port = int(listening[1])
+            if (event["target"], message) == _SETUP_OVER:
+                self._setup_over.set()
             if source:
-                self._log(Line(message, source == "Stdout", event["target"] != "coglet::setup"))
+                self._log(Line(message, source == "Stdout", self._setup_over.is_set()))
 
 
 def error_text(error: str) -> str:
