@@ -117,7 +117,7 @@ class Model:
     def pack(self) -> None:
         """Lay a bfloat16 model on the CPU out as the processor reads it fastest, in place."""
         processor.pack(self.network, self.padding)
-        processor.use_own_attention()
+        processor.use_own_attention(self.network)
         self.packed = True
 
     def rows(self, most: int) -> int:

@@ -1,6 +1,7 @@
 """The fit to the processor: which dtype it computes in, how many threads, and what makes it fast on a CPU.
 
-Knows modules and tensors, nothing of requests. On a GPU transformers' own modules are used as they are.
+Knows modules and tensors, nothing of requests. On a GPU transformers' own modules are used as they are. The only file
+that calls torch below its public surface.
 """
 
 import ctypes
@@ -8,8 +9,10 @@ import functools
 import mmap
 import os
 import sys
+import threading
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -111,6 +114,47 @@ def _give_back(weight: Tensor) -> None:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
 
 
+class _Pass(threading.local):
+    """Whether this thread is within a pass of a packed model."""
+
+    ours = False
+
+
+_pass = _Pass()
+
+
+def use_own_attention(model: nn.Module) -> None:
+    """Have the attention of this model's passes on the CPU go through `attend`; all others keep torch's."""
+    _intercept_attention()
+    forward = model.forward
+
+    @functools.wraps(forward)
+    def own(*args: Any, **kwargs: Any) -> Any:
+        _pass.ours = True
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            _pass.ours = False
+
+    model.forward = own
+
+
+@functools.cache
+def _intercept_attention() -> torch.library.Library:
+    def either(*args: Any, **kwargs: Any) -> Tensor:
+        return attend(*args, **kwargs) if _pass.ours else _torchs_attention(*args, **kwargs)
+
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("scaled_dot_product_attention", either, "CPU")
+    return library  # the cache keeps it: when it goes, so does its kernel
+
+
+def _torchs_attention(*args: Any, **kwargs: Any) -> Tensor:
+    """What scaled_dot_product_attention does where nobody intercepts it."""
+    result: Tensor = torch.ops.aten.scaled_dot_product_attention.default.decompose(*args, **kwargs)
+    return result
+
+
 def attend(
     query: Tensor,
     key: Tensor,
@@ -126,30 +170,14 @@ def attend(
     torch's own kernel takes 5 to 8 times as long there as two batched products over contiguous keys and values.
     query (rows, heads, queries, head size); key, value (rows, heads, length, head size); attn_mask bool or additive.
     """
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(~attn_mask, -torch.inf)
     if enable_gqa:
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
     few = query.dtype == torch.bfloat16 and query.shape[-2] * 8 <= key.shape[-2] and not is_causal
-    if not few and query.dim() == 4 and query.shape[-1] == value.shape[-1]:
-        flash: Tensor = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
-        )[0]
-        return flash
     if not few:
-        plain: Tensor = torch.ops.aten._scaled_dot_product_attention_math(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale
-        )[0]
-        return plain
+        return _torchs_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(~attn_mask, -torch.inf)
     scale = scale or query.shape[-1] ** -0.5
     scores = (query @ key.transpose(-1, -2)).float()
     scores = scores * scale if attn_mask is None else torch.add(attn_mask, scores, alpha=scale)
     return F.softmax(scores, -1).to(value.dtype) @ value
-
-
-@functools.cache
-def use_own_attention() -> torch.library.Library:
-    """Have every scaled_dot_product_attention of this process on the CPU go through `attend`."""
-    library = torch.library.Library("aten", "IMPL")
-    library.impl("scaled_dot_product_attention", attend, "CPU")
-    return library  # the cache keeps it: when it goes, so does its kernel

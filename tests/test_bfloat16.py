@@ -3,10 +3,12 @@
 The yardstick is that rounding itself: how far transformers' own bfloat16 logits are from its float32 ones.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 from llm import processor
@@ -27,7 +29,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def reference(folder: Path, text: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """transformers' logits after each of the last STEPS + 1 ids of the text: (STEPS + 1, vocabulary) float32."""
-    # all in one pass: of one query at a time, the attention may be ours in this process
     network = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     with torch.inference_mode():
         logits: torch.Tensor = network(text[None]).logits[0, -STEPS - 1 :, : checkpoints.TOKENS].float()
@@ -90,3 +91,30 @@ def test_a_packed_layer_takes_any_shape(shape: tuple[int, ...]) -> None:
         expected = linear(x)
         found = processor.PackedLinear(linear, padding)(x)
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.skipif(not processor.computes_in_bfloat16(), reason="this processor does not compute in bfloat16")
+def test_attention_is_ours_in_our_passes_and_torchs_in_all_others(folder: Path) -> None:
+    # of one query: of several, ours is torch's
+    query, key, value = (torch.randn(1, 4, tokens, 64).bfloat16() for tokens in (1, 64, 64))
+
+    def attention() -> torch.Tensor:
+        return F.scaled_dot_product_attention(query, key, value)
+
+    theirs, ours = attention(), processor.attend(query, key, value)
+    assert not torch.equal(theirs, ours)
+
+    model = Model.read(folder, torch.bfloat16)
+    model.pack()
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    with ThreadPoolExecutor(1) as thread:
+        layer = model.network.get_input_embeddings()
+        layer.register_forward_hook(lambda *_: seen.append((attention(), thread.submit(attention).result())))
+        with torch.inference_mode():
+            model.network(torch.tensor([[1, 2]]))
+            with pytest.raises(IndexError):
+                model.network(torch.tensor([[checkpoints.VOCABULARY]]))
+    ((within, beside),) = seen
+    assert torch.equal(within, ours)
+    assert torch.equal(beside, theirs)
+    assert torch.equal(attention(), theirs)
