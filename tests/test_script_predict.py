@@ -283,7 +283,7 @@ def bare(project: Path, tmp_path: Path) -> Path:
     folder = tmp_path / "bare"
     shutil.copytree(project, folder, ignore=shutil.ignore_patterns(".venv", ".cog"))
     (folder / "bin").mkdir()
-    for name in ("bash", "cat", "cksum", "dirname", "env", "grep", "rm"):
+    for name in ("bash", "cat", "chmod", "cksum", "dirname", "env", "grep", "mkdir", "mktemp", "rm"):
         tool = shutil.which(name)
         assert tool is not None
         (folder / "bin" / name).symlink_to(tool)
@@ -291,10 +291,21 @@ def bare(project: Path, tmp_path: Path) -> Path:
 
 
 def python(path: Path, version: str | None, pip: str = "true") -> None:
-    """A Python that only says its version, and what `pip` does; without one, pyenv's of a version not installed."""
+    """A Python that only says its version, makes a .venv of itself, and does `pip` where pip is run.
+
+    Without a version, pyenv's of one that is not installed.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
+    # after its own first line, so that what it copies into .venv is the same
     path.write_text(
-        f'#!/bin/sh\ncase "$*" in *pip*) {pip};; *) {f"echo {version}" if version else "exit 127"};; esac\n'
+        f"""#!/bin/sh
+case "$*" in
+  *"-m venv"*) rm -rf .venv && mkdir -p .venv/lib .venv/bin && cat "$0" >.venv/bin/python && chmod +x .venv/bin/python;;
+  *"import pip"*) [ -d "${{0%/bin/*}}/lib" ];;
+  *"-m pip"*) {pip};;
+  *) {f"echo {version}" if version else "exit 127"};;
+esac
+"""
     )
     path.chmod(0o755)
 
@@ -320,7 +331,6 @@ def test_setup_passes_over_the_pythons_that_do_not_serve(bare: Path) -> None:
     python(bare / "bin/python3", "3.14.0")
     python(bare / "bin/python3.13", None)
     python(bare / "bin/python3.12", "3.12.1")
-    python(bare / ".venv/bin/python", "3.12.1")
     result = setup(bare)
     assert result.returncode == 0, result.stderr
     assert result.stderr.startswith("Preparando .venv con Python 3.12.1")
@@ -336,13 +346,62 @@ def test_setup_takes_the_python_that_it_is_told(bare: Path) -> None:
     assert "y otro es 3.8.2" in result.stderr
 
 
-def test_an_installation_that_fails_leaves_nothing_ready(bare: Path) -> None:
+def test_an_installation_that_fails_is_tried_again(bare: Path) -> None:
+    python(bare / "bin/python3", "3.12.1", pip="echo no network; exit 1")
+    for _ in range(2):
+        result = setup(bare)
+        assert result.returncode == 1
+        *_, reason, line = result.stderr.splitlines()
+        assert reason == "no network"
+        assert line.startswith("No se pudo instalar lo de requirements.txt")
+
+
+def test_a_venv_that_is_not_whole_is_made_again(bare: Path) -> None:
     python(bare / "bin/python3", "3.12.1")
-    python(bare / ".venv/bin/python", "3.12.1", pip="echo no network; exit 1")
-    (bare / ".venv/ready").write_text("of other requirements\n")
+    # as an interruption leaves it before pip is there
+    python(bare / ".venv/bin/python", "3.12.1", pip="echo No module named pip; exit 1")
+    assert setup(bare).returncode == 0
+    assert setup(bare).stderr == ""
+    (bare / ".venv/lib").rmdir()
+    assert setup(bare).stderr.startswith("Preparando .venv con Python 3.12.1")
+    assert setup(bare).stderr == ""
+
+
+def test_a_venv_is_kept_when_the_requirements_change(bare: Path) -> None:
+    python(bare / "bin/python3", "3.12.1")
+    assert setup(bare).returncode == 0
+    (bare / ".venv/lib/torch").touch()
+    (bare / "requirements.txt").write_text("cog==1\n")
+    assert setup(bare).stderr.startswith("Preparando .venv con Python 3.12.1")
+    assert (bare / ".venv/lib/torch").exists()
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_a_venv_that_is_no_folder_is_named(bare: Path, link: bool) -> None:
+    python(bare / "bin/python3", "3.12.1")
+    (bare / ".venv").symlink_to("no") if link else (bare / ".venv").touch()
     result = setup(bare)
-    assert result.returncode == 1
-    *_, reason, line = result.stderr.splitlines()
-    assert reason == "no network"
-    assert line.startswith("No se pudo instalar lo de requirements.txt")
-    assert not (bare / ".venv/ready").exists()
+    assert (result.returncode, result.stderr) == (
+        1,
+        ".venv no es una carpeta: bórrelo o cámbiele el nombre, y repita\n",
+    )
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_an_interrupted_setup_is_one_line_and_leaves_nobody(
+    bare: Path, processes: Marked, number: signal.Signals, status: int
+) -> None:
+    python(bare / "bin/python3", "3.12.1", pip="echo half done; exec sleep 600")
+    (bare / "bin/sleep").symlink_to(shutil.which("sleep") or "")
+    environment = {"PATH": str(bare / "bin"), "TMPDIR": str(bare / "bin"), **processes.environment}
+    tools = set((bare / "bin").iterdir())
+    with started(environment, bare / "script" / "setup") as process:
+        while not processes.alive("sleep 600"):
+            assert process.poll() is None
+        # as a terminal does, which tells this group and not the one that it started
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=FINALLY)
+    assert process.returncode == status
+    _, line = errors.splitlines()
+    assert line == "Interrumpido: repita la orden y se terminará de preparar .venv"
+    assert set((bare / "bin").iterdir()) == tools
