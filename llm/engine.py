@@ -1,6 +1,13 @@
 """The loop: admit, prefill, decode, hand out. Knows requests and rows; nothing of text, nothing of Cog.
 
 It is a thread of its own. Requests come from any thread, and each gets its tokens in the thread that asked.
+
+What holds between any two steps:
+- Only the engine's thread touches rows, here and in the runner, and both know the same ones as in use: a row is put
+  when its request is admitted, and released when that ends or has asked for its last token.
+- Of a prompt and its context, 1 <= prompt < context: there is something to read, and room for one token at least.
+- An entry of `_in_flight` belongs to the step that was asked for then. Its index says where in that step's ids a
+  generation's id stands; by the time they are read, the row may be another's.
 """
 
 import threading
@@ -18,13 +25,14 @@ import torch
 
 from llm.errors import UserError
 from llm.model import Model
-from llm.runner import Capture, Ids, Runner, cuda_capture
-from llm.sampling import Sampling
+from llm.runner import MULTIPLE, Capture, Ids, Runner, cuda_capture
+from llm.sampling import NOT_A_NUMBER, Sampling
 from llm.words import decimal
 
-CPU_PIECE = 256
-GPU_PIECE = 4096
-"""Tokens of prompts that one pass reads, and so how long a running stream can pause."""
+SMALLEST_PART = 16
+"""Without memory, pieces become smaller: down to this part of what they were."""
+
+NO_MEMORY = "La GPU se quedó sin memoria: vuelva a intentarlo con una pregunta más corta"
 
 FinishReason = Literal["stop", "length"]
 
@@ -55,6 +63,8 @@ class Generation:
         """Tokens asked of the device: those handed out, and those on their way."""
         self.count = 0
         """Tokens handed out."""
+        self.alone = False
+        """A pass that read its prompt beside others found no memory."""
         self.cancelled = False
         self.finish_reason: FinishReason | None = None
         self.created = time.perf_counter()
@@ -101,18 +111,19 @@ class Engine:
     def __init__(self, model: Model, most_rows: int, piece: int | None = None, capture: Capture | None = None):
         """piece: the tokens of prompts that one pass reads; capture: what makes graphs of a decode step. Raises
         UserError where the memory is too small for one row."""
-        on_gpu = model.device.type == "cuda"
-        if on_gpu and not model.spread:
+        if model.device.type == "cuda" and not model.spread:
             capture = capture or cuda_capture()
         self.rows: dict[int, Generation] = {}
-        self.most_rows = model.rows(most_rows)
+        self._piece = piece or model.prefill_piece()
+        # two multiples: wherever a piece starts, there is an end for it that needs no filling up
+        self._smallest_piece = min(self._piece, max(2 * MULTIPLE, self._piece // SMALLEST_PART))
+        self.most_rows = model.rows(most_rows, self._piece)
         self.context = model.context
         self.lost: str | None = None
         """Why no more predictions can be served, once that is so."""
         self._model = model
         self._capture = capture
         self._prefix: list[int] = []
-        self._piece = piece or (GPU_PIECE if on_gpu else CPU_PIECE)
         # with graphs, step n+1 is asked for before the tokens of step n are read: the device never waits for Python
         self._ahead = 1 if capture else 0
         self._waiting: deque[Generation] = deque()
@@ -130,32 +141,42 @@ class Engine:
         self._started.result()
 
     def generate(self, request: Request) -> Generation:
-        """Queue a request. Raises UserError if the device is lost."""
-        if self.lost:
-            raise UserError(self.lost)
+        """Queue a request. Raises UserError if the device is lost, ValueError if no token can come of it."""
+        if not 1 <= len(request.prompt) < self.context or request.max_tokens < 1:
+            raise ValueError(f"{len(request.prompt)} ids of {self.context}, {request.max_tokens} new ones")
         generation = Generation(request, min(request.max_tokens, self.context - len(request.prompt)))
         with self._wake:
+            if self.lost:
+                raise UserError(self.lost)
             self._waiting.append(generation)
             self._wake.notify()
         return generation
 
     def _run(self) -> None:
-        with torch.inference_mode():
+        try:
+            with torch.inference_mode():
+                self._serve()
+        except BaseException as error:
+            # nobody may be left waiting for a thread that has ended
+            self._lose(f"El motor se detuvo ({_reason(error)}): hay que reiniciar el servidor")
+            raise
+
+    def _serve(self) -> None:
+        try:
+            # here, and not in the thread that made the engine: see Model.load
+            self._runner = Runner(self._model, self.most_rows, self._capture)
+            self._warm_up()
+        except Exception as error:  # setup raises it
+            self._started.set_exception(error)
+            return
+        self._started.set_result(None)
+        while not self.lost:
+            with self._wake:
+                self._wake.wait_for(lambda: self._waiting or self._in_flight or self.rows)
             try:
-                # here, and not in the thread that made the engine: see Model.load
-                self._runner = Runner(self._model, self.most_rows, self._capture)
-                self._warm_up()
-            except Exception as error:  # setup raises it
-                self._started.set_exception(error)
-                return
-            self._started.set_result(None)
-            while not self.lost:
-                with self._wake:
-                    self._wake.wait_for(lambda: self._waiting or self._in_flight or self.rows)
-                try:
-                    self._step()
-                except Exception as error:  # every request of the step gets it
-                    self._fail(error)
+                self._step()
+            except Exception as error:  # every request of the step gets it
+                self._fail(error)
 
     def _step(self) -> None:
         self._drop_cancelled()
@@ -185,23 +206,51 @@ class Engine:
         """Read one piece: the next of the longest-waiting prompt, and of those that stand where it stands."""
         if not self._reading:
             return
-        start, left = self._reading[0].read, self._piece
-        together: list[tuple[Generation, int]] = []
-        for generation in list(self._reading):
-            count = min(len(generation.request.prompt) - generation.read, self._piece)
-            if generation.read == start and count <= left:
-                left -= count
-                together.append((generation, count))
-                self._reading.remove(generation)
-        for generation, count in together:
+        together = self._next_pieces()
+        try:
+            ids = self._runner.prefill({g.row: count for g, count in together.items()})
+        except torch.OutOfMemoryError:
+            self._read_smaller(list(together))
+            return
+        for generation, count in together.items():
+            self._reading.remove(generation)
             generation.read += count
             if generation.reading:
                 # behind those that have come meanwhile: a long prompt does not keep the short ones waiting
                 self._reading.append(generation)
             else:
                 generation.asked = 1
-        ids = self._runner.prefill({g.row: count for g, count in together})
-        self._await_ids([(i, g) for i, (g, _) in enumerate(together) if not g.reading], ids)
+        self._await_ids([(i, g) for i, g in enumerate(together) if not g.reading], ids)
+
+    def _next_pieces(self) -> dict[Generation, int]:
+        """Whose prompts the next pass reads, and how many tokens of each: no more than a piece is computed."""
+        first = self._reading[0]
+        together: dict[Generation, int] = {}
+        for generation in self._reading:
+            # an end that needs no filling up: see Runner.tokens
+            end = (generation.read + self._piece) // self._runner.multiple * self._runner.multiple
+            count = min(len(generation.request.prompt), end) - generation.read
+            counts = {g.row: n for g, n in together.items()} | {generation.row: count}
+            beside = generation.read == first.read and not (generation.alone or first.alone)
+            if generation is first or (beside and self._runner.tokens(counts) <= self._piece):
+                together[generation] = count
+        return together
+
+    def _read_smaller(self, generations: list[Generation]) -> None:
+        """After a pass without memory: read its prompts alone and in smaller pieces, and serve fewer at once."""
+        self._serve_fewer()
+        if len(generations) == 1 and self._piece == self._smallest_piece:
+            self._release(generations[0])
+            self._reading.remove(generations[0])
+            generations[0].inbox.put(UserError(NO_MEMORY))
+        self._piece = max(self._smallest_piece, self._piece // 4)
+        for generation in generations:
+            generation.alone = True
+
+    def _serve_fewer(self) -> None:
+        self._runner.give_back_memory()
+        self.most_rows = max(1, self.most_rows // 2)
+        print(f"Faltó memoria: desde ahora, {self.most_rows} peticiones a la vez")
 
     def _decode(self) -> None:
         """Take every row whose prompt is read one token further."""
@@ -218,10 +267,11 @@ class Engine:
         """Move the last rows into the holes that others left: a step computes all rows up to the last in use."""
         for hole in range(len(self.rows)):
             if hole not in self.rows:
-                generation = self.rows.pop(max(self.rows))
-                self._runner.move(generation.row, hole)
+                last = max(self.rows)
+                # first what can fail: until then the generation is found in its old row
+                self._runner.move(last, hole)
+                generation = self.rows[hole] = self.rows.pop(last)
                 generation.row = hole
-                self.rows[hole] = generation
 
     def _await_ids(self, expected: list[tuple[int, Generation]], ids: Ids) -> None:
         """Note which generation each id of a step belongs to; one that has asked for all it may leaves its row."""
@@ -243,6 +293,9 @@ class Engine:
     def _hand_to(self, generation: Generation, id: int) -> None:
         generation.last = time.perf_counter()
         generation.first = generation.first or generation.last
+        if id == NOT_A_NUMBER:
+            self._break_off(generation)
+            return
         if id in self._model.stop_ids:
             generation.finish_reason = "stop"
         else:
@@ -254,6 +307,20 @@ class Engine:
             self._release(generation)
             generation.inbox.put(None)
 
+    def _break_off(self, generation: Generation) -> None:
+        """End a request whose logits are NaN or infinite. The others in the step are not touched by it."""
+        # with graphs its row may be another's by now: that one fails too if it met what is left there
+        if self.rows.get(generation.row, generation) is generation:
+            self._runner.clear(generation.row)
+        self._release(generation)
+        generation.cancelled = True
+        step = f"token {generation.count + 1} de la respuesta"
+        generation.inbox.put(
+            UserError(
+                f"El modelo no calculó ningún número en el {step}: repita la pregunta, o cargue con DTYPE=float32"
+            )
+        )
+
     def _release(self, generation: Generation) -> None:
         if self.rows.get(generation.row) is generation:
             self._runner.release(generation.row)
@@ -262,20 +329,34 @@ class Engine:
     def _fail(self, error: Exception) -> None:
         """End what was running with one clear line, give its rows back, and go on if the device still can."""
         traceback.print_exception(error)
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        failed = {*self.rows.values()} | {g for expected, _ in self._in_flight for _, g in expected}
-        line = f"La predicción falló mientras se generaba ({reason}): vuelva a intentarlo"
-        if isinstance(error, torch.OutOfMemoryError):
-            line = "La GPU se quedó sin memoria: vuelva a intentarlo con una pregunta más corta"
+        line = f"La predicción falló mientras se generaba ({_reason(error)}): vuelva a intentarlo"
+        failed = self._running()
         try:
+            if isinstance(error, torch.OutOfMemoryError):
+                line = NO_MEMORY
+                self._serve_fewer()
             for generation in failed:
                 self._release(generation)
             self._runner.synchronize()
-        except RuntimeError:
-            self.lost = line = f"Se perdió el dispositivo ({reason}): hay que reiniciar el servidor"
-            failed |= set(self._waiting)
+        except Exception as second:  # of a lost device every operation says so
+            traceback.print_exception(second)
+            line = f"Se perdió el dispositivo ({_reason(error)}): hay que reiniciar el servidor"
+            self._lose(line)
         self._reading.clear()
         self._in_flight.clear()
+        for generation in failed:
+            generation.inbox.put(UserError(line))
+
+    def _running(self) -> set[Generation]:
+        """Those that have a row, or tokens on their way."""
+        return {*self.rows.values()} | {g for expected, _ in self._in_flight for _, g in expected}
+
+    def _lose(self, line: str) -> None:
+        """Refuse what comes, and end all that is there."""
+        print(line)
+        with self._wake:
+            self.lost = line
+            failed = self._running() | set(self._waiting)
         for generation in failed:
             generation.inbox.put(UserError(line))
 
@@ -287,10 +368,20 @@ class Engine:
             self._runner.decode().read()
         self._runner.release(0)
         if 0 < len(self._prefix) < self.context:
-            self._runner.keep(self._prefix)
+            self._runner.keep(self._prefix, self._piece)
         size = self.most_rows * self.context * sum(self._model.token_bytes.values())
         print(f"Caché: {self.most_rows} peticiones a la vez de {self.context} tokens, hasta {decimal(size / 1e9)} GB")
         print(f"Primeros tokens de prueba en {decimal(time.perf_counter() - start)} s")
         start = time.perf_counter()
-        if graphs := self._runner.capture_graphs():
-            print(f"{graphs} grafos CUDA capturados en {decimal(time.perf_counter() - start)} s")
+        try:
+            if graphs := self._runner.capture_graphs():
+                print(f"{graphs} grafos CUDA capturados en {decimal(time.perf_counter() - start)} s")
+        except RuntimeError as error:
+            # torch says that the capture failed; why, the error that it met while it ended it
+            reason = _reason(error.__context__ or error)
+            self._runner.drop_graphs()
+            print(f"Sin grafos CUDA, cada paso va más despacio: este modelo no se deja capturar ({reason})")
+
+
+def _reason(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -15,14 +15,20 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from llm import processor, weights
 from llm.errors import UserError
+from llm.memory import reserve, rows_that_fit
 from llm.settings import Settings
-from llm.slots import rows_that_fit
 from llm.words import decimal
 
 CPU_SHARE = 0.5
 """Of the free RAM, for the cache: the rest is the laptop owner's."""
-GPU_MARGIN = 1 << 30
-"""Bytes of each GPU that the cache leaves to a step's own tensors, beside a twentieth of what is free."""
+GPU_SHARE = 0.95
+"""Of a GPU's free memory, for the cache and the steps: the rest is lost between the blocks that torch hands out."""
+
+CPU_PIECE = 256
+GPU_PIECE = 4096
+OLD_GPU_PIECE = 1024
+"""Tokens of prompts that one pass reads, and so how long a running stream can pause. GPUs before Ampere have no kernel
+for attention with grouped queries: what torch does instead takes a gigabyte for each 1,024 tokens and 32 heads."""
 
 
 @dataclass
@@ -68,6 +74,8 @@ class Model:
         if not found.verified:
             print(f"Sin verificar: {weights.shown(found.folder)} no tiene manifest.json")
         print(f"Cargado en {where}{cores} en {decimal(time.perf_counter() - start)} s")
+        if model.device.type == "cuda":
+            processor.use_steady_kernels()
         if model.spread:
             print("El modelo está repartido entre varios dispositivos: cada paso va sin grafos CUDA, más despacio")
         elif model.device.type == "cpu" and dtype == torch.bfloat16 and processor.computes_in_bfloat16():
@@ -120,12 +128,26 @@ class Model:
         processor.use_own_attention(self.network)
         self.packed = True
 
-    def rows(self, most: int) -> int:
+    def prefill_piece(self) -> int:
+        """How many tokens of prompts one pass may read."""
+        if self.device.type != "cuda":
+            return CPU_PIECE
+        return GPU_PIECE if all(map(processor.is_ampere, self._gpus)) else OLD_GPU_PIECE
+
+    def rows(self, most: int, piece: int) -> int:
         """How many contexts the key/value cache can hold, `most` at the most, given the memory that is free now.
 
-        Where not one fits, the context is shortened to what does. Raises UserError where that is next to nothing.
+        piece: the tokens that one pass over prompts computes. Where not one context fits, it is shortened to what
+        does. Raises UserError where that is next to nothing.
         """
-        free = {device: _free(device) for device in self.token_bytes}
+        free = {device: int(psutil.virtual_memory().available * CPU_SHARE) for device in self.token_bytes}
+        if self._gpus:
+            kept = reserve(self.network, piece, most, self.context, fused=all(map(processor.is_ampere, self._gpus)))
+            print(
+                f"De cada GPU se apartan {_mega(kept.prefill)} para leer preguntas, {_mega(kept.graphs)} para los "
+                f"grafos y {_mega(kept.workspaces)} para las bibliotecas"
+            )
+            free |= {d: max(0, int(torch.cuda.mem_get_info(d)[0] * GPU_SHARE) - kept.total) for d in self._gpus}
         if rows := rows_that_fit(self.token_bytes, free, self.context, most):
             return rows
         fits = min(free[device] // size for device, size in self.token_bytes.items()) // 256 * 256
@@ -134,6 +156,14 @@ class Model:
         print(f"La memoria libre no alcanza para un contexto de {self.context} tokens: se usan {fits}")
         self.context = fits
         return 1
+
+    @property
+    def _gpus(self) -> list[torch.device]:
+        return [device for device in self.token_bytes if device.type == "cuda"]
+
+
+def _mega(size: int) -> str:
+    return f"{size / 1e6:.0f} MB"
 
 
 def _parameters(network: PreTrainedModel) -> str:
@@ -181,10 +211,3 @@ def _stop_ids(network: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> f
     named = configured if isinstance(configured, list) else [configured]
     control = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
     return frozenset(id for id in [tokenizer.eos_token_id, *named] if id in control)
-
-
-def _free(device: torch.device) -> int:
-    """Bytes of a device that the key/value cache may take."""
-    if device.type == "cuda":
-        return max(0, int(torch.cuda.mem_get_info(device)[0] * 0.95) - GPU_MARGIN)
-    return int(psutil.virtual_memory().available * CPU_SHARE)

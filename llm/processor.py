@@ -28,8 +28,8 @@ def best_dtype() -> torch.dtype:
     """bfloat16 where the processor computes in it, else float16 on a GPU and float32 on a CPU."""
     if torch.cuda.is_available():
         # a spread model computes in one dtype, so every GPU has to know it
-        newest = min(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
-        return torch.bfloat16 if newest >= (8, 0) else torch.float16
+        every = all(is_ampere(torch.device("cuda", i)) for i in range(torch.cuda.device_count()))
+        return torch.bfloat16 if every else torch.float16
     return torch.bfloat16 if torch.backends.mps.is_available() or computes_in_bfloat16() else torch.float32
 
 
@@ -37,6 +37,16 @@ def computes_in_bfloat16() -> bool:
     """Whether the CPU has instructions for it; else it is slower in bfloat16 than in float32."""
     cpuinfo = Path("/proc/cpuinfo")
     return cpuinfo.exists() and not BFLOAT16_FLAGS.isdisjoint(cpuinfo.read_text().split())
+
+
+def is_ampere(gpu: torch.device) -> bool:
+    """Whether a GPU is of that generation or newer: it computes in bfloat16, and has kernels for all attention."""
+    return torch.cuda.get_device_capability(gpu) >= (8, 0)
+
+
+def use_steady_kernels() -> None:
+    """Leave out cuDNN's attention, which plans anew for each shape: the lengths here change from pass to pass."""
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def use_physical_cores() -> int:

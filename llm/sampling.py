@@ -1,4 +1,7 @@
-"""Logits to next ids, each row by its own parameters. Knows nothing of requests or of text."""
+"""Logits to next ids, each row by its own parameters. Knows nothing of requests or of text.
+
+A step of it is captured in CUDA graphs: it reads nothing back to the host and makes no tensor from the host's numbers.
+"""
 
 from dataclasses import dataclass
 
@@ -21,6 +24,10 @@ class Sampling:
         return self.temperature == 0
 
 
+NOT_A_NUMBER = -1
+"""The id of a row whose likeliest logit is NaN or infinite."""
+
+
 @dataclass
 class SamplingRows:
     """The same parameters on the device, one row a request. All (rows,), float32 but top_k and seed, int64."""
@@ -30,6 +37,7 @@ class SamplingRows:
     top_k: Tensor
     repetition_penalty: Tensor
     seed: Tensor
+    """Mixed once, here, instead of at every token."""
 
     @classmethod
     def empty(cls, rows: int, device: torch.device) -> "SamplingRows":
@@ -42,8 +50,10 @@ class SamplingRows:
         )
 
     def put(self, row: int, sampling: Sampling) -> None:
+        values = vars(sampling) | {"seed": _signed(_mix((sampling.seed + _GAMMA) % 2**64))}
         for name, tensor in vars(self).items():
-            tensor[row] = getattr(sampling, name)
+            # a fill: to assign a number to one element would make the host wait for the device
+            tensor[row : row + 1].fill_(values[name])
 
     def move(self, source: int, target: int) -> None:
         for tensor in vars(self).values():
@@ -87,44 +97,59 @@ def nucleus(logits: Tensor, rows: SamplingRows, width: int) -> tuple[Tensor, Ten
     # summed from the unlikeliest up, as transformers does, so that the rounding is the same
     tail = top.softmax(-1).flip(-1).cumsum(-1).flip(-1)
     cut = tail <= 1 - rows.top_p[:, None]
-    cut[:, 0] = False
+    cut[:, :1].fill_(False)
     return ids, top.masked_fill(cut, -torch.inf).softmax(-1)
 
 
 def gumbel(seed: Tensor, position: Tensor, ids: Tensor) -> Tensor:
     """A number of the standard Gumbel distribution for each id of each row, the same wherever it is computed.
 
-    seed, position (rows,) int64; ids (rows, width) int64. Returns (rows, width) float32. The bits are those of
-    SplitMix64 (Steele, Lea and Flood, 2014), counted by seed, position and id: nothing is kept between steps.
+    seed, position (rows,) int64, the seed as SamplingRows has it; ids (rows, width) int64. Returns (rows, width)
+    float32. The bits are those of SplitMix64 (Steele, Lea and Flood, 2014) from that seed after `position` steps,
+    its state moved on by the id: nothing is kept between steps.
     """
-    bits = _mix(_mix(_mix(seed) + position)[:, None] + ids)
+    bits = _mixed((seed + position * _signed(_GAMMA))[:, None] + ids)
     # 23 bits and a half: never 0 or 1 in float32
     uniform = (((bits >> 41) & 0x7FFFFF) + 0.5) * 2.0**-23
     return -torch.log(-torch.log(uniform))
 
 
-def _mix(bits: Tensor) -> Tensor:
-    bits = bits + _GAMMA
-    # torch shifts int64 with its sign
-    bits = (bits ^ ((bits >> 30) & (1 << 34) - 1)) * _FIRST
-    bits = (bits ^ ((bits >> 27) & (1 << 37) - 1)) * _SECOND
+_GAMMA, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+
+
+def _mix(bits: int) -> int:
+    """SplitMix64's function of its state, 64 bits without a sign."""
+    bits = (bits ^ bits >> 30) * _FIRST % 2**64
+    bits = (bits ^ bits >> 27) * _SECOND % 2**64
+    return bits ^ bits >> 31
+
+
+def _mixed(bits: Tensor) -> Tensor:
+    """The same of each element of an int64 tensor, which torch shifts with its sign."""
+    bits = (bits ^ ((bits >> 30) & (1 << 34) - 1)) * _signed(_FIRST)
+    bits = (bits ^ ((bits >> 27) & (1 << 37) - 1)) * _signed(_SECOND)
     return bits ^ ((bits >> 31) & (1 << 33) - 1)
 
 
-_GAMMA, _FIRST, _SECOND = (n - (1 << 64) for n in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+def _signed(bits: int) -> int:
+    """The int64 of the same 64 bits."""
+    return bits - 2**64 if bits >= 2**63 else bits
 
 
 def sample(logits: Tensor, history: Tensor, rows: SamplingRows, position: Tensor, width: int) -> Tensor:
     """The next id of each row: the likeliest where its temperature is 0, else drawn by its seed and position.
 
     logits (rows, vocab) float32; history (rows, length) int64; position (rows,) int64, where the id will stand.
-    Returns (rows,) int64. It draws by the Gumbel-max trick (Maddison et al., 2014): which token wins hardly depends
-    on the last bits of the logits, which differ with the number of rows that are computed together.
+    Returns (rows,) int64, NOT_A_NUMBER where there is nothing to choose from. It draws by the Gumbel-max trick
+    (Maddison et al., 2014): which token wins hardly depends on the last bits of the logits, which differ with the
+    number of rows that are computed together.
     """
     logits = penalize(logits, history, rows.repetition_penalty)
-    likeliest = logits.argmax(-1)
-    if width == 0:
-        return likeliest
-    ids, probabilities = nucleus(logits, rows, width)
-    winner = (probabilities.log() + gumbel(rows.seed, position, ids)).argmax(-1, keepdim=True)
-    return torch.where(rows.temperature == 0, likeliest, ids.gather(1, winner)[:, 0])
+    largest, likeliest = logits.max(-1)
+    chosen = likeliest
+    if width:
+        ids, probabilities = nucleus(logits, rows, width)
+        winner = (probabilities.log() + gumbel(rows.seed, position, ids)).argmax(-1, keepdim=True)
+        chosen = torch.where(rows.temperature == 0, likeliest, ids.gather(1, winner)[:, 0])
+    # a NaN is the largest of any, and no comparison with one is true
+    return torch.where(largest.abs() < torch.inf, chosen, NOT_A_NUMBER)

@@ -1,6 +1,5 @@
 """The key/value cache: one row for each running request. Knows rows and positions, nothing of requests."""
 
-from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -121,11 +120,17 @@ class Slots(Cache):
                     layer.resize(*self.room)
         return self.room[1]
 
-    def move(self, source: int, target: int) -> None:
-        """Copy one row over another."""
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` positions of a row over another's."""
         for layer in self.slot_layers:
-            layer.keys[target] = layer.keys[source]
-            layer.values[target] = layer.values[source]
+            for tensor in (layer.keys, layer.values):
+                tensor[target, :, :length] = tensor[source, :, :length]
+
+    def clear(self, row: int) -> None:
+        """Write zeros over a row that holds NaN: a masked position is multiplied by 0, and NaN would stay NaN."""
+        for layer in self.slot_layers:
+            layer.keys[row : row + 1].fill_(0)
+            layer.values[row : row + 1].fill_(0)
 
     def keep(self, row: int, length: int) -> None:
         """Keep the first `length` positions of a row, for `recall`."""
@@ -137,11 +142,3 @@ class Slots(Cache):
         for layer in self.slot_layers:
             for tensor, kept in zip((layer.keys, layer.values), layer.kept, strict=True):
                 tensor[row, :, : kept.shape[1]] = kept
-
-
-def rows_that_fit(token_bytes: Counter[torch.device], free: dict[torch.device, int], context: int, most: int) -> int:
-    """How many contexts fit on every device, `most` at the most.
-
-    token_bytes: what one token of one row takes on each device; free: what the cache may take there, both in bytes.
-    """
-    return min(most, *(free[device] // (size * context) for device, size in token_bytes.items()))

@@ -1,6 +1,7 @@
 """The engine on real models: it computes what transformers computes, for whoever comes, leaves or fails beside it."""
 
 import random
+import re
 from asyncio import CancelledError
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +11,17 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import (
+    AutoModelForCausalLM,
+    FalconConfig,
+    FalconForCausalLM,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
 from llm.engine import Engine, Request
 from llm.errors import UserError
@@ -27,6 +38,9 @@ def plain_call(step: Callable[[], None]) -> Replay:
     """Stands for CUDA's capture: buckets, order and reading one step late are as on a GPU, the graphs are calls."""
     step()
     return step
+
+
+BOTH = pytest.mark.parametrize("options", [{}, {"capture": plain_call}], ids=["plain", "graphs"])
 
 
 def ended(engine: Engine, prompt: list[int], max_tokens: int, sampling: Sampling = GREEDY) -> list[int]:
@@ -75,6 +89,20 @@ def falcon_model(falcon: Path) -> Model:
 @pytest.fixture(scope="module")
 def falcon_reference(falcon: Path, falcon_model: Model) -> Reference:
     return Reference(falcon, falcon_model)
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[dict[int, int]]:
+    """Of each pass over prompts, how many tokens of each row it was asked to read."""
+    counts_of: list[dict[int, int]] = []
+    prefill = Runner.prefill
+
+    def noted(runner: Runner, counts: dict[int, int]) -> Any:
+        counts_of.append(counts)
+        return prefill(runner, counts)
+
+    monkeypatch.setattr(Runner, "prefill", noted)
+    return counts_of
 
 
 @pytest.fixture(scope="module")
@@ -241,67 +269,125 @@ def _noted(steps: list[str], name: str, pass_: Callable[..., Any], *arguments: A
     return pass_(*arguments)
 
 
-@pytest.mark.parametrize("options", [{}, {"capture": plain_call}])
+@BOTH
 def test_a_prefix_is_read_once_and_its_prompts_go_on_as_generate_does(
-    falcon_model: Model, falcon_reference: Reference, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+    falcon_model: Model, falcon_reference: Reference, passes: list[dict[int, int]], options: dict[str, Any]
 ) -> None:
     (prefix,) = prompts((PIECE + 9,), checkpoints.TOKENS, seed=3)
     endings = prompts((1, 2, 70, 5, 3 * PIECE), checkpoints.TOKENS, seed=4)
     asked = [*(prefix + ending for ending in endings), prefix, prefix[:-1], prefix[:7], [5, *prefix]]
     engine = Engine(falcon_model, 4, piece=PIECE, **options)
     engine.start(prefix)
-    read: list[int] = []
-    prefill = Runner.prefill
-
-    def noted(runner: Runner, counts: dict[int, int]) -> Any:
-        read.extend(counts.values())
-        return prefill(runner, counts)
-
-    monkeypatch.setattr(Runner, "prefill", noted)
+    passes.clear()
     with ThreadPoolExecutor(len(asked)) as clients:
         found = list(clients.map(lambda prompt: ended(engine, prompt, 24), asked))
     assert found == [falcon_reference(prompt, 24) for prompt in asked]
-    assert sum(read) == sum(map(len, endings)) + sum(map(len, asked[len(endings) :]))
+    read = sum(sum(counts.values()) for counts in passes)
+    assert read == sum(map(len, endings)) + sum(map(len, asked[len(endings) :]))
 
 
-def test_short_prompts_that_wait_are_read_in_one_pass(falcon_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = Engine(falcon_model, 8, piece=PIECE)
-    passes: list[dict[int, int]] = []
-    prefill = Runner.prefill
-
-    def noted(runner: Runner, counts: dict[int, int]) -> Any:
-        passes.append(counts)
-        return prefill(runner, counts)
-
-    monkeypatch.setattr(Runner, "prefill", noted)
-    generations = [engine.generate(Request([5] * length, 2, GREEDY)) for length in (4, 9, 6, 13)]
-    engine.start()
-    for generation in generations:
-        list(generation)
-    assert [sorted(counts.values()) for counts in passes[1:]] == [[4, 6, 9, 13]]
-
-
-@pytest.mark.parametrize("options", [{}, {"capture": plain_call}])
-def test_a_step_that_fails_ends_its_requests_and_the_engine_goes_on(
-    falcon_model: Model, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+@pytest.mark.parametrize(
+    ("options", "lengths", "expected"),
+    [
+        # what is computed for them: as many tokens for each as the longest has
+        ({"piece": 52}, (4, 9, 6, 13), [[4, 6, 9, 13]]),
+        ({"piece": 51}, (4, 9, 6, 13), [[4, 6, 9], [13]]),
+        ({"piece": 64}, (60, 2, 2, 3), [[60], [2, 2, 3]]),
+        # as on a GPU: filled up to a multiple of 8
+        ({"piece": 64, "capture": plain_call}, (4, 9, 6, 13), [[4, 6, 9, 13]]),
+        ({"piece": 63, "capture": plain_call}, (4, 9, 6, 13), [[4, 6, 9], [13]]),
+    ],
+)
+def test_short_prompts_that_wait_are_read_in_one_pass(
+    falcon_model: Model,
+    falcon_reference: Reference,
+    passes: list[dict[int, int]],
+    options: dict[str, Any],
+    lengths: tuple[int, ...],
+    expected: list[list[int]],
 ) -> None:
+    engine = Engine(falcon_model, 8, **options)
+    chosen = prompts(lengths, checkpoints.TOKENS, seed=9)
+    generations = [engine.generate(Request(prompt, 2, GREEDY)) for prompt in chosen]
+    engine.start()
+    assert [list(g) for g in generations] == [falcon_reference(prompt, 2) for prompt in chosen]
+    assert [sorted(counts.values()) for counts in passes[1:]] == expected
+
+
+@pytest.mark.parametrize("piece", [13, 32, 100])
+def test_no_pass_computes_more_than_a_piece(falcon_model: Model, monkeypatch: pytest.MonkeyPatch, piece: int) -> None:
+    """Padding included, whatever comes: a pass over one long prompt and many short ones is what ended every stream."""
+    engine = Engine(falcon_model, 8, piece=piece, capture=plain_call)
+    computed: list[int] = []
+    logits = Runner._logits
+
+    def noted(runner: Runner, ids: torch.Tensor, *arguments: Any, **named: Any) -> torch.Tensor:
+        if named.get("keep") is not None:
+            computed.append(ids.numel())
+        return logits(runner, ids, *arguments, **named)
+
+    monkeypatch.setattr(Runner, "_logits", noted)
+    (prefix,) = prompts((11,), checkpoints.TOKENS, seed=10)
+    chosen = [*prompts((200, 3, 3, 9, 70, 1, 3), checkpoints.TOKENS, seed=11), *([*prefix, n] for n in range(4))]
+    generations = [engine.generate(Request(prompt, 2, GREEDY)) for prompt in chosen]
+    engine.start(prefix)
+    for generation in generations:
+        assert len(list(generation)) == 2
+    # the first two are the warm-up and the prefix
+    assert max(computed[2:]) <= piece
+
+
+def failing(step: Callable[..., Any], *errors: BaseException | None) -> Callable[..., Any]:
+    """The step, which raises these one after another, where there is one, and then does its work."""
+    left = iter(errors)
+
+    def run(*arguments: Any) -> Any:
+        if error := next(left, None):
+            raise error
+        return step(*arguments)
+
+    return run
+
+
+@BOTH
+@pytest.mark.parametrize("name", ["put", "prefill", "decode", "move"])
+@pytest.mark.parametrize("error", [RuntimeError, ValueError])
+def test_a_step_that_fails_ends_its_requests_and_the_engine_goes_on(
+    falcon_model: Model,
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any],
+    name: str,
+    error: type[Exception],
+) -> None:
+    """Whatever fails in it: no client waits for ever, and no row is lost."""
     engine = started(falcon_model, rows=2, **options)
     expected = ended(engine, [7, 8, 9], 10)
-    decode = engine._runner.decode
-    failing = iter([False, True])
+    step = getattr(engine._runner, name)
+    monkeypatch.setattr(engine._runner, name, failing(step, error("the device said no\nand more")))
+    # the first ends before the second, which then moves to its row
+    generations = [engine.generate(Request([7, 8, 9], tokens, GREEDY)) for tokens in (5, 10, 10, 10)]
+    found = []
+    for generation in generations:
+        try:
+            found.append(list(generation))
+        except UserError as refused:
+            assert re.search(r"falló.*\(the device said no\): vuelva a intentarlo", str(refused))
+    assert len(found) < 4 and all(tokens == expected[: len(tokens)] for tokens in found)
+    assert ended(engine, [7, 8, 9], 10) == expected
+    assert engine.lost is None and not engine.rows and not engine._runner.rows
 
-    def fails_once() -> Any:
-        if next(failing, False):
-            raise RuntimeError("the device said no\nand more")
-        return decode()
 
-    monkeypatch.setattr(engine._runner, "decode", fails_once)
-    generations = [engine.generate(Request([7, 8, 9], 10, GREEDY)) for _ in range(3)]
-    for generation in generations[:2]:
-        with pytest.raises(UserError, match=r"falló.*\(the device said no\): vuelva a intentarlo"):
-            list(generation)
-    assert list(generations[2]) == expected, "the one that waited"
-    assert engine.lost is None
+def test_steps_that_fail_again_and_again_end_each_its_own_requests(
+    falcon_model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = started(falcon_model, rows=2)
+    expected = ended(engine, [7, 8, 9], 10)
+    errors = [RuntimeError("no")] * 20
+    monkeypatch.setattr(engine._runner, "decode", failing(engine._runner.decode, *errors))
+    for _ in errors:
+        with pytest.raises(UserError, match="falló"):
+            ended(engine, [7, 8, 9], 10)
+    assert ended(engine, [7, 8, 9], 10) == expected
 
 
 def test_a_lost_device_refuses_what_comes(falcon_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -319,6 +405,197 @@ def test_a_lost_device_refuses_what_comes(falcon_model: Model, monkeypatch: pyte
     assert engine.lost
     with pytest.raises(UserError, match="hay que reiniciar"):
         engine.generate(Request([7], 1, GREEDY))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_whatever_ends_the_engines_thread_ends_every_request(
+    falcon_model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = started(falcon_model, rows=1)
+    monkeypatch.setattr(engine._runner, "decode", failing(engine._runner.decode, SystemExit("out")))
+    generations = [engine.generate(Request([7, 8, 9], 10, GREEDY)) for _ in range(2)]
+    for generation in generations:
+        with pytest.raises(UserError, match=r"El motor se detuvo \(out\): hay que reiniciar"):
+            list(generation)
+    assert engine.lost
+    with pytest.raises(UserError, match="hay que reiniciar"):
+        engine.generate(Request([7], 1, GREEDY))
+
+
+@pytest.mark.parametrize("request_", [Request([], 5, GREEDY), Request([5], 0, GREEDY), Request([5] * 2048, 1, GREEDY)])
+def test_what_no_token_can_come_of_is_refused(engine: Engine, request_: Request) -> None:
+    with pytest.raises(ValueError, match="ids of 2048"):
+        engine.generate(request_)
+    assert len(ended(engine, [5] * 2047, 9)) == 1
+
+
+def out_of_memory() -> torch.OutOfMemoryError:
+    return torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 11 GiB")
+
+
+@BOTH
+def test_prompts_for_which_there_was_no_memory_are_read_again_alone_and_in_smaller_pieces(
+    falcon_model: Model,
+    falcon_reference: Reference,
+    passes: list[dict[int, int]],
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any],
+) -> None:
+    engine = started(falcon_model, rows=8, piece=256, **options)
+    chosen = prompts((20, 60, 31), checkpoints.TOKENS, seed=12)
+    # it is on its way while the others' prompts find no memory
+    (beside,) = prompts((40,), checkpoints.TOKENS, seed=13)
+    running = engine.generate(Request(beside, 60, GREEDY))
+    first = next(iter(running))
+    prefill = engine._runner.prefill
+    monkeypatch.setattr(engine._runner, "prefill", failing(prefill, out_of_memory(), out_of_memory()))
+    passes.clear()
+    generations = [engine.generate(Request(prompt, 20, GREEDY)) for prompt in chosen]
+    assert [list(g) for g in generations] == [falcon_reference(prompt, 20) for prompt in chosen]
+    assert [first, *running] == falcon_reference(beside, 60)
+    # 256, then 64, then 16
+    assert all(len(counts) == 1 or min(counts.values()) > 0 for counts in passes)
+    assert max(max(counts.values()) for counts in passes) <= 16
+    assert engine.most_rows == 2
+    assert engine.lost is None
+
+
+def test_a_prompt_for_which_there_is_never_memory_fails_and_the_others_go_on(
+    falcon_model: Model, falcon_reference: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = started(falcon_model, rows=4, piece=256, capture=plain_call)
+    (beside, large) = prompts((40, 200), checkpoints.TOKENS, seed=14)
+    running = engine.generate(Request(beside, 60, GREEDY))
+    first = next(iter(running))
+    prefill = engine._runner.prefill
+    monkeypatch.setattr(engine._runner, "prefill", failing(prefill, *(out_of_memory() for _ in range(3))))
+    with pytest.raises(UserError, match="La GPU se quedó sin memoria: vuelva a intentarlo"):
+        ended(engine, large, 5)
+    assert [first, *running] == falcon_reference(beside, 60)
+    assert ended(engine, large, 5) == falcon_reference(large, 5)
+
+
+@BOTH
+def test_a_decode_step_without_memory_ends_its_requests_and_fewer_run_from_then_on(
+    falcon_model: Model, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    engine = started(falcon_model, rows=4, **options)
+    expected = ended(engine, [7, 8, 9], 10)
+    monkeypatch.setattr(engine._runner, "decode", failing(engine._runner.decode, out_of_memory()))
+    with pytest.raises(UserError, match="La GPU se quedó sin memoria"):
+        ended(engine, [7, 8, 9], 10)
+    assert engine.most_rows == 2
+    generations = [engine.generate(Request([7, 8, 9], 10, GREEDY)) for _ in range(5)]
+    assert [list(g) for g in generations] == [expected] * 5
+
+
+@BOTH
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_logits_that_are_no_numbers_fail_their_request_alone(
+    falcon_model: Model,
+    falcon_reference: Reference,
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any],
+    bad: float,
+) -> None:
+    """Its keys and values are no numbers either: who comes into that row next does not meet them."""
+    engine = started(falcon_model, rows=2, **options)
+    broken, beside, next_ = prompts((9, 30, 5), checkpoints.TOKENS, seed=15)
+    logits = Runner._logits
+
+    def noted(runner: Runner, ids: torch.Tensor, *arguments: Any, **named: Any) -> torch.Tensor:
+        found = logits(runner, ids, *arguments, **named)
+        row = [i for i, row in runner.rows.items() if row.prompt == len(broken) and row.length == len(broken) + 4]
+        if row:
+            found[row] = bad
+            for layer in runner.slots.slot_layers:
+                layer.keys[row], layer.values[row] = bad, bad
+        return found
+
+    monkeypatch.setattr(Runner, "_logits", noted)
+    running = [engine.generate(Request(prompt, 40, GREEDY)) for prompt in (broken, beside)]
+    tokens = []
+    with pytest.raises(UserError, match="ningún número en el token 5 de la respuesta"):
+        for token in running[0]:
+            tokens.append(token)
+    assert tokens == falcon_reference(broken, 4)
+    monkeypatch.setattr(Runner, "_logits", logits)
+    assert ended(engine, next_, 40) == falcon_reference(next_, 40)
+    assert list(running[1]) == falcon_reference(beside, 40)
+
+
+def refused_capture(step: Callable[[], None]) -> Replay:
+    """As CUDA's, which refuses a step that makes tensors from the host's numbers or reads any back."""
+
+    class Refusing(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func._schema.name.removeprefix("aten::") in ("lift_fresh", "item", "is_nonzero", "nonzero"):
+                raise RuntimeError("operation not permitted when stream is capturing\nand more")
+            return func(*args, **(kwargs or {}))
+
+    step()
+    with Refusing():
+        step()
+    return step
+
+
+@pytest.mark.parametrize("kind", ["falcon", "multi-query falcon", "gpt-neo", "dynamic llama"])
+def test_a_model_that_cannot_be_captured_is_served_without_graphs(
+    falcon: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = falcon if kind == "falcon" else uncapturable(tmp_path / "model", kind)
+    model = Model.read(folder, torch.float32)
+    engine = started(model, rows=2, piece=PIECE, capture=refused_capture)
+    said = capsys.readouterr().out
+    (prompt,) = prompts((PIECE + 5,), 250, seed=16)
+    assert ended(engine, prompt, 12) == Reference(folder, model)(prompt, 12)
+    if kind == "falcon":
+        assert "Sin grafos" not in said and "grafos CUDA capturados en" in said
+        assert engine._runner.graphs
+    else:
+        (line,) = [line for line in said.splitlines() if "grafos" in line]
+        assert line.startswith("Sin grafos CUDA, cada paso va más despacio: este modelo no se deja capturar (operation")
+        assert not engine._runner.graphs
+
+
+def uncapturable(folder: Path, kind: str) -> Path:
+    """Models whose forward reads the host: they index with a list, or make tensors of numbers."""
+    torch.manual_seed(0)
+    size: dict[str, Any] = {"vocab_size": checkpoints.TOKENS, "initializer_range": 0.3}
+    network: PreTrainedModel
+    if kind == "multi-query falcon":
+        network = FalconForCausalLM(FalconConfig(**size, hidden_size=64, num_hidden_layers=2, num_attention_heads=4))
+    elif kind == "gpt-neo":
+        layers: Any = [[["global"], 2]]
+        network = GPTNeoForCausalLM(
+            GPTNeoConfig(**size, hidden_size=64, num_layers=2, num_heads=4, attention_types=layers)
+        )
+    else:
+        rope: Any = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+        network = LlamaForCausalLM(
+            LlamaConfig(
+                **size,
+                hidden_size=64,
+                intermediate_size=96,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                max_position_embeddings=512,
+                rope_parameters=rope,
+            )
+        )
+    network.save_pretrained(folder)
+    checkpoints.tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_a_capture_without_memory_is_served_without_graphs(
+    falcon_model: Model, falcon_reference: Reference, capsys: pytest.CaptureFixture[str]
+) -> None:
+    captures = failing(plain_call, None, None, out_of_memory())
+    engine = started(falcon_model, rows=2, capture=captures)
+    assert "Sin grafos CUDA" in capsys.readouterr().out
+    assert ended(engine, [7, 8, 9], 10) == falcon_reference([7, 8, 9], 10)
 
 
 def test_rows_are_only_as_long_as_the_longest_needs(falcon_model: Model) -> None:

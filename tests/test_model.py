@@ -4,7 +4,9 @@ import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from transformers import (
@@ -18,8 +20,8 @@ from transformers import (
 
 from llm import model as model_module
 from llm.errors import UserError
+from llm.memory import rows_that_fit
 from llm.model import Model
-from llm.slots import rows_that_fit
 from tests import checkpoints
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -131,10 +133,11 @@ def test_a_context_that_does_not_fit_is_shortened(
 ) -> None:
     model = Model.read(falcon, torch.float32)
     token = model.token_bytes[CPU]
-    monkeypatch.setattr(model_module, "_free", lambda device: token * 900)
-    assert model.rows(32) == 1
+    free = SimpleNamespace(available=token * 900 / model_module.CPU_SHARE)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
+    assert model.rows(32, piece=256) == 1
     assert model.context == 768
     assert "contexto de 2048 tokens: se usan 768" in capsys.readouterr().out
-    monkeypatch.setattr(model_module, "_free", lambda device: token * 200)
+    free.available = token * 200 / model_module.CPU_SHARE
     with pytest.raises(UserError, match="No queda memoria para el contexto"):
-        model.rows(32)
+        model.rows(32, piece=256)

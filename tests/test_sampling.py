@@ -10,7 +10,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from llm.sampling import Sampling, SamplingRows, gumbel, nucleus, penalize, sample, width
+from llm.sampling import NOT_A_NUMBER, Sampling, SamplingRows, gumbel, nucleus, penalize, sample, width
 
 VOCABULARY = 5000
 
@@ -101,9 +101,10 @@ def test_numbers_of_neighbouring_seeds_positions_and_ids_have_nothing_in_common(
     count = 100_000
     steps = torch.arange(count)
     one = torch.zeros(1, dtype=torch.long)
-    by_id = gumbel(one, one, steps[None])[0]
-    by_position = gumbel(one.expand(count), steps, one.expand(count)[:, None])[:, 0]
-    by_seed = gumbel(steps, one.expand(count), one.expand(count)[:, None])[:, 0]
+    seeds = rows_of([Sampling(seed=seed) for seed in range(count)]).seed
+    by_id = gumbel(seeds[:1], one, steps[None])[0]
+    by_position = gumbel(seeds[:1].expand(count), steps, one.expand(count)[:, None])[:, 0]
+    by_seed = gumbel(seeds, one.expand(count), one.expand(count)[:, None])[:, 0]
     assert torch.isfinite(torch.stack([by_id, by_position, by_seed])).all()
     for numbers in (by_id, by_position, by_seed):
         # of the standard Gumbel distribution, the mean is Euler's constant and the variance pi**2 / 6
@@ -111,6 +112,35 @@ def test_numbers_of_neighbouring_seeds_positions_and_ids_have_nothing_in_common(
         assert abs(numbers.var() - torch.pi**2 / 6) < 0.05
         assert abs(torch.corrcoef(torch.stack([numbers[1:], numbers[:-1]]))[0, 1]) < 0.02
     assert (torch.corrcoef(torch.stack([by_id, by_position, by_seed])).fill_diagonal_(0).abs() < 0.02).all()
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**63 - 1, -1])
+def test_the_numbers_are_those_of_splitmix64(seed: int) -> None:
+    """In Python's integers: the seed mixed, `position` steps from there, the id added, and mixed again."""
+    gamma = 0x9E3779B97F4A7C15
+
+    def mixed(bits: int) -> int:
+        bits = ((bits ^ (bits >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
+        bits = ((bits ^ (bits >> 27)) * 0x94D049BB133111EB) % 2**64
+        return bits ^ (bits >> 31)
+
+    found = gumbel(rows_of([Sampling(seed=seed)]).seed, torch.tensor([7]), torch.tensor([[50256]]))
+    bits = mixed((mixed((seed + gamma) % 2**64) + 7 * gamma + 50256) % 2**64)
+    uniform = torch.tensor([[((bits >> 41) + 0.5) * 2.0**-23]])
+    torch.testing.assert_close(found, -torch.log(-torch.log(uniform)))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("sampling", [Sampling(temperature=0), SAMPLINGS[1]])
+def test_a_row_without_numbers_is_told_and_the_others_are_chosen(bad: float, sampling: Sampling) -> None:
+    logits, history = logits_and_history(3, seed=9)
+    rows, position = rows_of([sampling] * 3), torch.arange(3)
+    expected = sample(logits, history, rows, position, width([sampling], VOCABULARY))
+    logits[1, 17] = bad
+    found = sample(logits, history, rows, position, width([sampling], VOCABULARY))
+    assert found.tolist() == [expected[0], NOT_A_NUMBER, expected[2]]
+    logits[1] = -torch.inf
+    assert sample(logits, history, rows, position, width([sampling], VOCABULARY))[1] == NOT_A_NUMBER
 
 
 def test_each_row_is_as_it_would_be_alone() -> None:

@@ -1,0 +1,381 @@
+"""What the GPU path asks of a device, seen without one: on meta tensors every operation, its shapes and its devices are
+those of a GPU, and nothing is computed."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import FalconConfig, FalconForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from llm import model as model_module
+from llm import processor, runner
+from llm.memory import reserve
+from llm.model import Model
+from llm.runner import Runner
+from llm.sampling import Sampling
+from tests import checkpoints
+
+META = torch.device("meta")
+CONTEXT = 2048
+READS = {"item", "_local_scalar_dense", "is_nonzero", "nonzero", "equal", "masked_select"}
+"""What makes the host wait for the device."""
+DRAWN = Sampling(0.7, 0.95, 50, 1.1, 3)
+
+
+class Watch(TorchDispatchMode):
+    """The operations within, and what of them a capture forbids or the host waits for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernels: Counter[str] = Counter()
+        self.forbidden: list[str] = []
+        self.copies: list[bool] = []
+        """Of each copy from the host to the device, whether it is non-blocking."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.removeprefix("aten::")
+        result = func(*args, **(kwargs or {}))
+        taken = {leaf.device.type for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
+        made = {leaf.device.type for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)}
+        if name in READS and "meta" in taken:
+            self.forbidden.append(name)
+        elif "cpu" in taken and "meta" in made:
+            self.copies.append((kwargs or {}).get("non_blocking", False) or True in args[2:])
+        elif {"cpu", "meta"} <= taken | made:
+            self.forbidden.append(name)
+        if made and not func.is_view:
+            self.kernels[name] += 1
+        return result
+
+    def __enter__(self) -> "Watch":
+        self._assignments = Assignments(self.forbidden)
+        self._assignments.__enter__()
+        return super().__enter__()  # type: ignore[no-any-return]
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._assignments.__exit__(*error)
+
+
+class Assignments(TorchFunctionMode):
+    """What torch does on CUDA alone, out of a dispatcher's sight: numbers copied from memory that is not pinned."""
+
+    def __init__(self, forbidden: list[str]) -> None:
+        super().__init__()
+        self._forbidden = forbidden
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.Tensor.__setitem__ and not isinstance(args[2], torch.Tensor) and args[0].device == META:
+            self._forbidden.append("setitem")
+        if func is torch.tensor and torch.device(kwargs.get("device", "cpu")) == META:
+            self._forbidden.append("tensor")
+        return func(*args, **kwargs)
+
+
+class Unread:
+    """In place of Ids, whose reading is the one wait that is meant."""
+
+    def __init__(self, ids: torch.Tensor) -> None:
+        self.shape = ids.shape
+
+
+def network(kind: str, layers: int = 2, width: int = 128, heads: int = 4) -> PreTrainedModel:
+    """On the meta device, in bfloat16."""
+    with META:
+        if kind == "falcon":
+            falcon = FalconConfig(
+                vocab_size=checkpoints.VOCABULARY,
+                hidden_size=width,
+                num_hidden_layers=layers,
+                num_attention_heads=heads,
+                alibi=True,
+                bias=True,
+                multi_query=False,
+                parallel_attn=False,
+                new_decoder_architecture=False,
+            )
+            return FalconForCausalLM(falcon).bfloat16().eval()  # type: ignore[no-any-return]
+        llama = LlamaConfig(
+            vocab_size=checkpoints.TOKENS,
+            hidden_size=width,
+            intermediate_size=3 * width,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=heads // 2,
+            max_position_embeddings=CONTEXT,
+        )
+        return LlamaForCausalLM(llama).bfloat16().eval()  # type: ignore[no-any-return]
+
+
+def model_of(network: PreTrainedModel, device: torch.device = META, token_bytes: int = 1) -> Model:
+    return Model(
+        network=network,
+        tokenizer=None,  # type: ignore[arg-type]  # no text here
+        device=device,
+        spread=False,
+        context=CONTEXT,
+        vocabulary=checkpoints.TOKENS,
+        stop_ids=frozenset(),
+        layers=network.config.num_hidden_layers,
+        token_bytes=Counter({device: token_bytes}),
+    )
+
+
+@pytest.fixture(params=["falcon", "llama"])
+def on_a_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Runner]:
+    """A runner of eight rows; three have read their prompts, and one has some of its own before it."""
+    monkeypatch.setattr(runner, "Ids", Unread)
+    with torch.inference_mode():
+        found = Runner(model_of(network(request.param)), 8, capture=lambda step: step)
+        for row, length in enumerate((7, 300, 20, 40)):
+            found.put(row, [5] * length, DRAWN)
+        for row, length in enumerate((7, 300, 20, 16)):
+            found.prefill({row: length})
+        yield found
+
+
+def test_a_captured_step_reads_nothing_back_and_takes_nothing_from_the_host(on_a_gpu: Runner) -> None:
+    for rows, length in ((1, 256), (8, 2048)):
+        for width in (0, 128, checkpoints.TOKENS):
+            with Watch() as watch:
+                on_a_gpu._forward(rows, length)
+                on_a_gpu._choose(rows, width)
+            assert watch.forbidden == [] and watch.copies == []
+
+
+@pytest.mark.parametrize(
+    ("step", "copies"),
+    [
+        (lambda r: r.put(4, [5] * 30, DRAWN), 1),
+        (lambda r: r.prefill({3: 24}), 1),
+        (lambda r: r.decode(), 0),
+        (lambda r: r.move(2, 5), 0),
+        (lambda r: r.release(2), 0),
+        (lambda r: r.clear(2), 0),
+    ],
+    ids=["put", "prefill", "decode", "move", "release", "clear"],
+)
+def test_nothing_but_the_reading_of_ids_waits_for_the_device(
+    on_a_gpu: Runner, step: Callable[[Runner], object], copies: int
+) -> None:
+    with Watch() as watch:
+        step(on_a_gpu)
+    assert watch.forbidden == []
+    assert watch.copies == [True] * copies, "lists travel from pinned memory, numbers in a kernel's arguments"
+
+
+def test_a_watch_sees_what_would_wait(on_a_gpu: Runner) -> None:
+    with Watch() as watch:
+        on_a_gpu.positions[2] = 7
+        torch.tensor([1, 2], device=META)
+        torch.tensor([1, 2]).to(META)
+    assert watch.forbidden == ["setitem", "tensor"] and watch.copies == [False]
+    with pytest.raises((RuntimeError, NotImplementedError)), Watch() as watch:
+        on_a_gpu.positions.max().item()
+
+
+def test_what_is_read_is_a_multiple_of_8_wherever_a_prompt_ends(
+    on_a_gpu: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths = []
+    for row, length in ((4, 1), (5, 13), (6, 2047)):
+        on_a_gpu.put(row, [5] * length, DRAWN)
+        on_a_gpu.prefill({row: length})
+        lengths.append(on_a_gpu.slots.window.length)
+    on_a_gpu.prefill({3: 24})
+    assert [*lengths, on_a_gpu.slots.window.length] == [8, 16, 2048, 40]
+
+
+def test_to_draw_a_token_takes_few_kernels(on_a_gpu: Runner) -> None:
+    """Each is launched at every token. The seed was mixed when the row was given."""
+    with Watch() as drawn:
+        on_a_gpu._choose(8, 128)
+    with Watch() as likeliest:
+        on_a_gpu._choose(8, 0)
+    assert drawn.kernels.total() <= 66
+    assert likeliest.kernels.total() <= 20
+
+
+def test_a_move_copies_what_is_in_use(on_a_gpu: Runner) -> None:
+    with Watch() as watch, Bytes() as copied:
+        on_a_gpu.move(2, 5)
+    assert watch.forbidden == []
+    layer = on_a_gpu.slots.slot_layers[0]
+    heads, size = layer.keys.shape[1], layer.keys.shape[3]
+    in_use = 20 * heads * size * 2 * 2 * on_a_gpu.model.layers
+    assert in_use <= copied.total <= in_use + 8 * CONTEXT + 100
+
+
+class Bytes(TorchDispatchMode):
+    """How many bytes are copied within."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._schema.name == "aten::copy_":
+            self.total += args[0].numel() * args[0].element_size()
+        return func(*args, **(kwargs or {}))
+
+
+def test_graphs_share_one_stream_and_a_failed_capture_leaves_none_current(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuBLAS keeps a workspace for each stream that it meets."""
+    streams: list[object] = []
+    current = ["default"]
+    fails = [False]
+
+    class Stream:
+        def __init__(self) -> None:
+            streams.append(self)
+
+        def wait_stream(self, other: object) -> None: ...
+
+    class Default(Stream):
+        def __init__(self) -> None: ...
+
+    default = Default()
+
+    @contextmanager
+    def graph(_: object, pool: object, stream: object) -> Iterator[None]:
+        assert pool == "pool" and stream is streams[0]
+        current[0] = "capturing"
+        yield
+        if fails[0]:
+            raise RuntimeError("operation failed due to a previous error during capture")
+        current[0] = "default"
+
+    @contextmanager
+    def stream(chosen: object) -> Iterator[None]:
+        assert chosen is streams[0]
+        yield
+
+    cuda = torch.cuda
+    monkeypatch.setattr(cuda, "graph_pool_handle", lambda: "pool")
+    monkeypatch.setattr(cuda, "Stream", Stream)
+    monkeypatch.setattr(cuda, "stream", stream)
+    monkeypatch.setattr(cuda, "graph", graph)
+    monkeypatch.setattr(cuda, "current_stream", lambda: default)
+    monkeypatch.setattr(
+        cuda, "set_stream", lambda chosen: current.__setitem__(0, "default" if chosen is default else "?")
+    )
+    monkeypatch.setattr(cuda, "CUDAGraph", lambda: type("Graph", (), {"replay": None}))
+    capture = runner.cuda_capture()
+    for _ in range(5):
+        capture(lambda: None)
+    fails[0] = True
+    with pytest.raises(RuntimeError, match="previous error"):
+        capture(lambda: None)
+    assert len(streams) == 1 and current == ["default"]
+
+
+# memory
+
+
+class Peak(TorchDispatchMode):
+    """The most bytes that tensors made within hold at once."""
+
+    def __init__(self, before: Runner) -> None:
+        super().__init__()
+        kept = [*before.model.network.state_dict().values(), before.history, before.logits, before.positions]
+        kept += [tensor for layer in before.slots.slot_layers for tensor in (layer.keys, layer.values)]
+        self._before = {tensor.untyped_storage()._cdata for tensor in kept}
+        self._live: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor) and leaf.device == META:
+                storage = leaf.untyped_storage()
+                if storage._cdata not in self._before:
+                    self._live[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        self._live = {key: (ref, size) for key, (ref, size) in self._live.items() if not ref.expired()}
+        self.bytes = max(self.bytes, sum(size for _, size in self._live.values()))
+        return result
+
+
+def fused(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
+    """What a fused kernel makes; on meta tensors torch would make all scores."""
+    return query.new_empty(*query.shape[:-1], value.shape[-1])
+
+
+@pytest.mark.parametrize("kind", ["falcon", "llama"])
+@pytest.mark.parametrize("lengths", [(2047, 2047), (2040,), (1000, 1000, 1000, 1000), (128,) * 32])
+def test_the_largest_passes_stay_within_what_is_left_for_them(
+    monkeypatch: pytest.MonkeyPatch, kind: str, lengths: tuple[int, ...]
+) -> None:
+    """At falcon-rw-1b's size, prompts as many as a piece takes; then a decode step of 32 whole contexts."""
+    monkeypatch.setattr(runner, "Ids", Unread)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", fused)
+    model = model_of(network(kind, layers=24, width=2048, heads=32))
+    kept = reserve(model.network, model_module.GPU_PIECE, 32, CONTEXT, fused=True)
+    with torch.inference_mode():
+        found = Runner(model, 32, capture=lambda step: step)
+        found.put(0, [5] * 9, DRAWN)
+        found.prefill({0: 9})
+        found.release(0)
+        for row, length in enumerate(lengths):
+            found.put(row, [5] * length, Sampling())
+        counts = dict(enumerate(lengths))
+        assert found.tokens(counts) <= model_module.GPU_PIECE
+        with Peak(found) as peak:
+            found.prefill(counts)
+        assert kept.prefill / 10 < peak.bytes < kept.prefill
+        with Peak(found) as peak:
+            found._forward(32, CONTEXT)
+            found._choose(32, checkpoints.TOKENS)
+        assert peak.bytes < kept.graphs
+
+
+@pytest.mark.parametrize(
+    ("total", "capability", "piece", "rows"),
+    [
+        # a T4: float16, and 1,024 tokens a pass
+        (15.6e9, (7, 5), 1024, 26),
+        # an L4
+        (23.6e9, (8, 9), 4096, 32),
+        # an A100 that another program nearly fills
+        (6.2e9, (8, 0), 4096, 4),
+    ],
+)
+def test_the_cache_of_falcon_leaves_room_for_what_a_gpu_computes(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    total: float,
+    capability: tuple[int, int],
+    piece: int,
+    rows: int,
+) -> None:
+    gpu = torch.device("cuda", 0)
+    falcon = network("falcon", layers=24, width=2048, heads=32)
+    token = 24 * 2 * 2048 * 2
+    model = model_of(falcon, device=gpu, token_bytes=token)
+    weights = sum(p.numel() for p in falcon.parameters()) * 2
+    free = int(total - weights - 400e6)  # what CUDA itself takes of a GPU
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, int(total)))
+    assert model.prefill_piece() == piece
+    assert model.rows(32, piece) == rows
+    kept = reserve(falcon, piece, 32, CONTEXT, fused=capability >= (8, 0))
+    assert rows * CONTEXT * token + kept.total < free
+    said = capsys.readouterr().out
+    for part in (kept.prefill, kept.graphs, kept.workspaces):
+        assert f"{part / 1e6:.0f} MB" in said
+
+
+def test_attention_that_plans_for_each_shape_is_off() -> None:
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        processor.use_steady_kernels()
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+        assert torch.backends.cuda.mem_efficient_sdp_enabled() and torch.backends.cuda.flash_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
