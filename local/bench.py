@@ -14,9 +14,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import date
 from importlib.metadata import version
@@ -82,7 +82,7 @@ def measure(settings: Settings, rounds: int, tokens: int) -> Report:
         "MODEL_REVISION": settings.revision or "",
         "WEIGHTS_DIR": str(settings.weights_dir),
     }
-    steps = (rounds + 1) * (1 + len(AT_ONCE)) + 1 + rounds * len(AT_ONCE)
+    steps = (rounds + 1) * (1 + len(AT_ONCE)) + rounds + 1 + rounds * len(AT_ONCE)
     with tqdm(total=steps, unit="", disable=None, bar_format="{desc}: {percentage:.0f}%|{bar}| {elapsed}") as bar:
         contest = _contest(environment, rounds, tokens, bar)
         service = _serve(environment, rounds, tokens, bar)
@@ -110,6 +110,7 @@ def measure(settings: Settings, rounds: int, tokens: int) -> Report:
         rows=facts["rows"],
         generate=contest.generate,
         engine=contest.engine,
+        beside=contest.beside,
         server=service.loads,
         setup=service.setup,
         ready=service.ready,
@@ -123,6 +124,7 @@ class Contest:
 
     generate: Speed
     engine: tuple[Speed, ...]
+    beside: Speed
     facts: dict[str, Any]
     peak_bytes: int | None
     gpu_bytes: int | None
@@ -143,6 +145,7 @@ def _contest(environment: dict[str, str], rounds: int, tokens: int, bar: tqdm) -
                 engine.generate(prompts[:requests], 4)
                 bar.update()
             alone: list[tuple[float, float]] = []
+            beside: list[tuple[float, float]] = []
             together: dict[int, list[tuple[float, float]]] = {requests: [] for requests in AT_ONCE}
             for number in range(1, rounds + 1):
                 bar.set_description(f"Ronda {number} de {rounds}, generate")
@@ -152,13 +155,30 @@ def _contest(environment: dict[str, str], rounds: int, tokens: int, bar: tqdm) -
                     bar.set_description(f"Ronda {number} de {rounds}, motor con {requests}")
                     together[requests].append(_timed(engine, prompts[:requests], tokens))
                     bar.update()
+                bar.set_description(f"Ronda {number} de {rounds}, motor junto a otro proceso")
+                with busy_core():
+                    beside.append(_timed(engine, prompts[:1], tokens))
+                bar.update()
             return Contest(
                 _speed(1, alone),
                 tuple(_speed(requests, rates) for requests, rates in together.items()),
+                _speed(1, beside),
                 engine.facts,
                 _peak_bytes(engine.pid),
                 engine.gpu_bytes,
             )
+
+
+@contextmanager
+def busy_core() -> Iterator[None]:
+    """Beside a process that only counts, on one core. Should this one be killed, it ends too."""
+    counts = f"import os\nwhile os.getppid() == {os.getpid()}: pass"
+    # a Ctrl-C reaches the command alone, which ends this one
+    with subprocess.Popen([sys.executable, "-c", counts], start_new_session=True) as process:
+        try:
+            yield
+        finally:
+            process.kill()
 
 
 def _timed(contender: Contender, prompts: list[list[int]], tokens: int) -> tuple[float, float]:

@@ -18,6 +18,7 @@ from typing import IO, Any, Literal
 
 from llm.errors import UserError
 from llm.settings import ROOT, Settings
+from local.server import WAITING
 
 Name = Literal["engine", "generate"]
 _SPANISH: dict[Name, str] = {"engine": "del motor", "generate": "de generate"}
@@ -81,7 +82,8 @@ def contending(name: Name, environment: Mapping[str, str]) -> Iterator[Contender
         process = subprocess.Popen(
             [sys.executable, "-m", "local.contenders", name],
             cwd=ROOT,
-            env={**os.environ, **environment},
+            # generate as it comes
+            env={**(WAITING if name == "engine" else {}), **os.environ, **environment},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,

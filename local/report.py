@@ -106,6 +106,8 @@ class Report:
     generate: Speed
     """Of one request: several go one after another, at the same rate."""
     engine: tuple[Speed, ...]
+    beside: Speed
+    """Of one request to the engine, while another process has a core to itself."""
     server: tuple[Load, ...]
     setup: dict[str, float]
     """Seconds of each part of the predictor's setup(), in the words of its log; the last is all of it."""
@@ -119,16 +121,26 @@ class Report:
         """What computes: the GPU's name, or the processor's."""
         return " + ".join(self.machine.gpus) if self.device != "cpu" and self.machine.gpus else self.machine.processor
 
+    @property
+    def kept(self) -> Rounds:
+        """What share of its speed one request keeps beside another process."""
+        return self.beside.decode / self.engine[0].decode
+
     def figures(self) -> dict[str, Any]:
         """Everything, as JSON has it."""
         return {
-            **{name: value for name, value in vars(self).items() if name not in ("machine", "engine", "server")},
+            **{
+                name: value
+                for name, value in vars(self).items()
+                if name not in ("machine", "engine", "beside", "server")
+            },
             "machine": vars(self.machine),
             "generate": self.generate.figures(),
             "engine": [
                 {**speed.figures(), "decode_ratio_to_generate": (speed.decode / self.generate.decode).figures()}
                 for speed in self.engine
             ],
+            "beside": {**self.beside.figures(), "decode_ratio_to_quiet": self.kept.figures()},
             "server": [load.figures() for load in self.server],
         }
 
@@ -196,6 +208,8 @@ def markdown(report: Report, image: str) -> str:
             ["Peticiones a la vez", "Tokens/s, leídas las preguntas", "Tokens/s en total", "Veces `generate`"],
             [["1, con `generate`", str(alone.decode), str(alone.whole), ""], *engine],
         ),
+        f"Mientras otro proceso ocupa del todo un núcleo, una petición sola va a {report.beside.decode} tokens/s, "
+        f"leída la pregunta: {report.kept} veces su ritmo.",
         "## El servidor",
         "Clientes que preguntan a la vez, por HTTP: tokens por segundo en total, entre todos, y segundos hasta el "
         "primer texto, la mediana (p50) y lo que no superan 95 respuestas de cada 100 (p95).",

@@ -26,6 +26,10 @@ from llm.settings import ROOT
 from local import schema
 
 HOST = "127.0.0.1"
+WAITING = {"GOMP_SPINCOUNT": "10000"}
+"""How long a step's threads spin for each other before they sleep, as in cog.yaml: with GNU's own 300,000 turns they
+stand almost still beside a program that has one of their cores. GNU's OpenMP reads it once, when it is loaded; no other
+knows it."""
 
 _LISTENING = re.compile(r"Starting coglet server on .*:(\d+)")
 # the worker's last word on setup(), behind all that was printed in it, which comes a little after READY
@@ -62,6 +66,7 @@ def running(
     variables = {
         # Cog calls Predictor and predict() deprecated at each start.
         "PYTHONWARNINGS": "ignore::DeprecationWarning",
+        **WAITING,
         **os.environ,
         **(environment or {}),
         "COG_PREDICT_TYPE_STUB": f"predict.py:{schema.TARGET}",
@@ -175,8 +180,9 @@ class Server:
                 self._port = int(listening[1])
             if (event["target"], message) == _SETUP_OVER:
                 self._setup_over.set()
-            if source:
-                self._log(Line(message, source == "Stdout", self._setup_over.is_set()))
+            # setup()'s last lines may reach the server when it is already over: they then have no source
+            if source or (event["target"] == "coglet::user" and not self._setup_over.is_set()):
+                self._log(Line(message, source != "Stderr", self._setup_over.is_set()))
 
 
 def error_text(error: str) -> str:

@@ -1,5 +1,6 @@
 """What several files of tests share: the models' folders, and the genuine server over each, started once."""
 
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,9 +10,12 @@ import pytest
 
 from llm.settings import Settings
 from local import demo, server
-from tests import checkpoints
 from tests.client import Client
 from tests.processes import FINALLY, Marked
+
+# Tests compute too, beside whatever else runs. It has to be there before torch is imported: nothing above does.
+for _name, _value in server.WAITING.items():
+    os.environ.setdefault(_name, _value)
 
 # What this process ignores its children ignore too: behind nohup or `&` no test could interrupt a command.
 for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
@@ -33,6 +37,8 @@ def processes() -> Iterator[Marked]:
 @pytest.fixture(scope="session")
 def falcon(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny falcon-rw-1b, in a weights folder of its own and without a manifest, as a user's."""
+    from tests import checkpoints
+
     return checkpoints.falcon(tmp_path_factory.mktemp("weights") / "falcon-rw-1b")
 
 

@@ -22,6 +22,7 @@ from llm.settings import ROOT
 from local import bench
 from local.contenders import Name, Run, contending
 from local.report import Rounds, number, percentile
+from local.server import WAITING
 from tests.processes import FINALLY, Marked
 
 ROUNDS, TOKENS = 2, 6
@@ -92,6 +93,7 @@ def test_each_figure_is_there_for_each_round(figures: dict[str, Any]) -> None:
     names = ["decode_tokens_per_second", "whole_tokens_per_second"]
     spreads = [figures["generate"][name] for name in names]
     spreads += [speed[name] for speed in figures["engine"] for name in [*names, "decode_ratio_to_generate"]]
+    spreads += [figures["beside"][name] for name in [*names, "decode_ratio_to_quiet"]]
     spreads += [load["tokens_per_second"] for load in figures["server"]]
     for spread in spreads:
         assert len(spread["rounds"]) == ROUNDS and all(map(math.isfinite, spread["rounds"]))
@@ -104,6 +106,9 @@ def test_the_ratios_are_those_of_each_round(figures: dict[str, Any]) -> None:
         ours = speed["decode_tokens_per_second"]["rounds"]
         expected = [a / b for a, b in zip(ours, theirs, strict=True)]
         assert speed["decode_ratio_to_generate"]["rounds"] == pytest.approx(expected)
+    beside, quiet = (speed["decode_tokens_per_second"]["rounds"] for speed in (figures["beside"], figures["engine"][0]))
+    expected = [a / b for a, b in zip(beside, quiet, strict=True)]
+    assert figures["beside"]["decode_ratio_to_quiet"]["rounds"] == pytest.approx(expected)
 
 
 def test_the_clients_of_the_server_get_their_tokens(figures: dict[str, Any]) -> None:
@@ -141,6 +146,7 @@ def test_the_table_shows_the_figures(written: list[Path], figures: dict[str, Any
         assert row[2:4] == [number(load["first_text_p50_s"]), number(load["first_text_p95_s"])]
     assert ["READY", number(figures["ready"])] in rows
     assert ["cog", figures["versions"]["cog"]] in rows
+    assert f": {Rounds(figures['beside']['decode_ratio_to_quiet']['rounds'])} veces su ritmo." in text
 
 
 def test_the_plot_is_an_image(written: list[Path]) -> None:
@@ -167,6 +173,21 @@ def test_the_parts_of_setup_are_read_from_its_log() -> None:
     assert bench.setup_parts(log) == {"Cargado en cpu": 1.4, "9 grafos CUDA capturados": 12.0}
 
 
+def test_the_busy_process_takes_a_core_and_ends(tmp_path: Path) -> None:
+    with bench.busy_core():
+        (process,) = psutil.Process().children()
+        while process.cpu_times().user < 0.5:
+            assert process.is_running()
+    assert not process.is_running()
+
+
+def test_the_busy_process_ends_with_the_bench(processes: Marked) -> None:
+    killed = "import os; from local.bench import busy_core\nwith busy_core(): os.kill(os.getpid(), 9)"
+    environment = {**os.environ, **processes.environment}
+    assert subprocess.run([sys.executable, "-c", killed], cwd=ROOT, env=environment).returncode == -signal.SIGKILL
+    assert not psutil.wait_procs(processes.alive(), timeout=FINALLY)[1]
+
+
 @pytest.fixture(scope="module")
 def ending(falcon: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The environment of a falcon whose greedy text would end at its second token."""
@@ -186,8 +207,14 @@ def ending(falcon: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 
 
 @pytest.mark.parametrize("name", ["engine", "generate"])
-def test_a_contender_makes_each_token_and_says_why_it_ended(ending: dict[str, str], name: Name) -> None:
+def test_a_contender_makes_each_token_and_says_why_it_ended(
+    ending: dict[str, str], monkeypatch: pytest.MonkeyPatch, name: Name
+) -> None:
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
     with contending(name, ending) as contender:
+        # generate is measured as it comes
+        waiting = psutil.Process(contender.pid).environ().get("GOMP_SPINCOUNT")
+        assert waiting == (WAITING["GOMP_SPINCOUNT"] if name == "engine" else None)
         assert contender.generate([[5, 6], [5, 6]], TOKENS).tokens == 2 * TOKENS
         os.kill(contender.pid, signal.SIGKILL)
         with pytest.raises(UserError, match=r"El proceso .* se cerró, casi siempre por falta de memoria"):

@@ -14,7 +14,7 @@ import yaml
 from pathspec import GitIgnoreSpec
 
 from llm.settings import FALCON, ROOT
-from local import schema
+from local import schema, server
 
 # keys and types of what is used here; any other is an error
 ALLOWED: dict[str, Any] = {
@@ -107,6 +107,8 @@ def test_the_environment(config: dict[str, Any]) -> None:
     assert not any(reserved(name) for name in variables)
     assert not any("TOKEN" in name for name in variables)
     assert variables["MODEL_ID"] == FALCON
+    # what it runs with on one's own computer
+    assert server.WAITING.items() <= variables.items()
 
 
 def test_a_reserved_name_is_seen() -> None:

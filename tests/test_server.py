@@ -1,6 +1,8 @@
 """The HTTP contract, on the genuine server with the real predictor and a tiny falcon."""
 
 import json
+import subprocess
+import sys
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -164,6 +166,36 @@ def test_a_setup_that_fails_is_one_line_in_the_health_check(tmp_path: Path) -> N
     assert health["status"] == "SETUP_FAILED"
     assert health["setup"]["logs"].endswith(f"UserError: {raised.value}")
     assert "\n" not in health["setup"]["logs"]
+
+
+def test_the_last_line_of_setup_is_logged_even_when_it_comes_late() -> None:
+    log: list[server.Line] = []
+    events = [
+        {"fields": {"message": "Caché", "source": "Stdout"}, "target": "coglet::setup"},
+        {"fields": {"message": "Loading weights", "source": "Stderr"}, "target": "coglet::setup"},
+        {"fields": {"message": "Setup complete, now accepting requests"}, "target": "coglet"},
+        {"fields": {"message": "Listo"}, "target": "coglet::user"},
+        {"fields": {"message": "Setup complete"}, "target": "coglet::worker_bridge"},
+    ]
+    # as the genuine one says it when its two processes are quick, which no test can make them be
+    says = f"print({json.dumps(chr(10).join(map(json.dumps, events)))})"
+    with subprocess.Popen([sys.executable, "-c", says], stdout=subprocess.PIPE, encoding="utf-8") as process:
+        running = server.Server(process, log.append)
+        with pytest.raises(UserError, match=r"Setup complete$"):
+            running.wait()
+    assert [(line.text, line.ours) for line in log] == [("Caché", True), ("Loading weights", False), ("Listo", True)]
+
+
+@pytest.mark.parametrize("own", [None, "7"])
+def test_its_threads_spin_for_a_bounded_time_or_the_users_own(
+    processes: Marked, monkeypatch: pytest.MonkeyPatch, own: str | None
+) -> None:
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    if own:
+        monkeypatch.setenv("GOMP_SPINCOUNT", own)
+    with server.running(environment=processes.environment):
+        (process,) = processes.alive("cog.server.http")
+        assert process.environ()["GOMP_SPINCOUNT"] == (own or server.WAITING["GOMP_SPINCOUNT"])
 
 
 @pytest.mark.parametrize(
