@@ -35,7 +35,7 @@ class Reserve:
 def reserve(network: PreTrainedModel, piece: int, rows: int, context: int, fused: bool) -> Reserve:
     """Bounds from the model's shape, for passes of `piece` tokens with padding, and `rows` contexts.
 
-    fused: whether the GPU has a kernel for attention with grouped queries; without, torch computes in float32.
+    fused: whether the GPU has a kernel for all of attention; without, torch computes its scores in float32.
     """
     config = network.config.get_text_config()
     size = network.dtype.itemsize
@@ -47,7 +47,7 @@ def reserve(network: PreTrainedModel, piece: int, rows: int, context: int, fused
     # between two layers, and within the widest one: its input, its product and what an activation makes of it
     activations = (6 * width + 3 * widest) * size
     # a bias for each head, as of ALiBi, or scores where no kernel is fused: themselves, their mask, their softmax
-    scores = context * heads * (size if fused else 3 * 4)
+    scores = context * heads * (size if fused and config._attn_implementation == "sdpa" else 3 * 4)
     sampling = SAMPLING_TENSORS * rows * vocabulary * 4
     decode = rows * (activations + context * heads * size)
     inputs = rows * (context * 8 + vocabulary * 4)

@@ -370,6 +370,16 @@ def test_the_cache_of_falcon_leaves_room_for_what_a_gpu_computes(
         assert f"{part / 1e6:.0f} MB" in said
 
 
+def test_scores_that_no_kernel_fuses_are_left_room_for() -> None:
+    """As on a T4 with grouped queries, and of models that transformers computes step by step."""
+    llama = network("llama", layers=24, width=2048, heads=32)
+    kept = reserve(llama, 1024, 32, CONTEXT, fused=True).prefill
+    scores = 1024 * CONTEXT * 32 * 4
+    assert reserve(llama, 1024, 32, CONTEXT, fused=False).prefill > kept + 2 * scores
+    llama.set_attn_implementation("eager")
+    assert reserve(llama, 1024, 32, CONTEXT, fused=True).prefill > kept + 2 * scores
+
+
 def test_attention_that_plans_for_each_shape_is_off() -> None:
     before = torch.backends.cuda.cudnn_sdp_enabled()
     try:
