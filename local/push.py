@@ -45,7 +45,7 @@ def push(name: str, options: list[str]) -> int:
             "sh <(curl -fsSL https://cog.run/install.sh) (Linux), y repita"
         )
     settings = image_settings()
-    left_out = _dockerignore()
+    left_out = dockerignore()
     place = Path("weights", settings.folder.name)
     if left_out(place):
         raise UserError(
@@ -57,7 +57,7 @@ def push(name: str, options: list[str]) -> int:
         # beside the weights, where a link to them can be
         with tempfile.TemporaryDirectory(prefix=".push-", dir=settings.weights_dir) as directory:
             folder = Path(directory)
-            _stage(folder, lambda path: left_out(path) or ROOT / path == settings.weights_dir)
+            stage(folder, lambda path: left_out(path) or ROOT / path == settings.weights_dir)
             shutil.copytree(model.folder, folder / place, copy_function=_link)
             print(f"Publicando {model.origin} en {name}", flush=True)
             return subprocess.run(["cog", "push", "--separate-weights", name, *options], cwd=folder).returncode
@@ -79,7 +79,7 @@ def image_settings() -> Settings:
     return Settings.read()
 
 
-def _dockerignore() -> Callable[[Path], bool]:
+def dockerignore() -> Callable[[Path], bool]:
     """Whether Docker leaves a path of the project out of the image."""
     lines = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
     # Docker's rules start at the project's folder; git's, without a slash, would match anywhere.
@@ -87,7 +87,9 @@ def _dockerignore() -> Callable[[Path], bool]:
     return GitIgnoreSpec.from_lines(rules).match_file
 
 
-def _stage(folder: Path, left_out: Callable[[Path], bool]) -> None:
+def stage(folder: Path, left_out: Callable[[Path], bool]) -> None:
+    """Copy the project into a folder, without the weights and what is `left_out`."""
+
     def ignored(directory: str, names: list[str]) -> list[str]:
         paths = [Path(directory, name).relative_to(ROOT) for name in names]
         # Cog makes its own .cog, and the weights come apart

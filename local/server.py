@@ -52,15 +52,21 @@ class Line:
 
 @contextmanager
 def running(
-    *, port: int = 0, environment: Mapping[str, str] | None = None, log: Callable[[Line], None] = lambda line: None
+    *,
+    port: int = 0,
+    environment: Mapping[str, str] | None = None,
+    log: Callable[[Line], None] = lambda line: None,
+    folder: Path = ROOT,
+    python: Path = Path(sys.executable),
 ) -> Iterator["Server"]:
     """Start the server; stop it, and all that it started, on the way out, whatever the way.
 
-    Port 0 takes a free one. `environment` goes over this process's own. `log` is called from another thread.
+    Port 0 takes a free one. `environment` goes over this process's own. `log` is called from another thread. `folder`
+    holds predict.py, and `python` runs it.
     SIGTERM and SIGHUP, which would end this process at once, become SystemExit. Raises UserError.
     """
-    interface = schema.read(ROOT / "predict.py")
-    schema.write(interface, ROOT)
+    interface = schema.read(folder / "predict.py")
+    schema.write(interface, folder)
     if port:
         _refuse_if_taken(port)
     variables = {
@@ -73,7 +79,7 @@ def running(
         "COG_MAX_CONCURRENCY": str(interface.concurrency),
         "PORT": str(port),
         # The server starts its worker as `python`: another one would lack Cog.
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
+        "PATH": os.pathsep.join([str(python.parent), os.environ.get("PATH", os.defpath)]),
         # _read takes its log as JSON, one line of each kind.
         "LOG_FORMAT": "json",
         "COG_LOG_LEVEL": "info",
@@ -81,8 +87,8 @@ def running(
     variables.pop("RUST_LOG", None)
     with _signals_as_exits():
         process = subprocess.Popen(
-            [sys.executable, "-m", "cog.server.http", "--host", HOST],
-            cwd=ROOT,
+            [python, "-m", "cog.server.http", "--host", HOST],
+            cwd=folder,
             env=variables,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

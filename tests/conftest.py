@@ -43,6 +43,15 @@ def falcon(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def bfloat16_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A falcon for tests/logits.py."""
+    from tests import checkpoints
+
+    # heads of 64, as falcon-rw-1b's: their square root divides ALiBi without rounding, in every attention
+    return checkpoints.falcon(tmp_path_factory.mktemp("bfloat16") / "falcon", layers=3, width=256, heads=4)
+
+
+@pytest.fixture(scope="session")
 def falcon_environment(falcon: Path) -> dict[str, str]:
     """What makes a server, or a command, take the tiny falcon, whatever the developer's .env says."""
     return {"MODEL_ID": "tiiuae/falcon-rw-1b", "WEIGHTS_DIR": str(falcon.parent), "DTYPE": "float32"}

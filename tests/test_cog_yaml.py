@@ -135,6 +135,7 @@ def ignored() -> GitIgnoreSpec:
         ".env.example",
         ".git/config",
         ".venv/bin/python",
+        ".venv-image/bin/python",
         ".ci/run",
         "tests/test_engine.py",
         "local/server.py",

@@ -56,7 +56,8 @@ def project(tmp_path: Path) -> Path:
     for name in ("llm", "local", "script", "tests"):
         shutil.copytree(ROOT / name, folder / name)
     for path in ROOT.iterdir():
-        if path.is_file() and path.name != ".env":
+        # in a worktree .git is a file
+        if path.is_file() and path.name not in (".env", ".git"):
             shutil.copy(path, folder)
     python = folder / ".venv" / "bin" / "python"
     large(python.with_name("ruff"))

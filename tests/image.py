@@ -1,0 +1,79 @@
+"""The image's own packages, over a folder that holds what goes into the image: the server's contract, and the logits.
+
+.ci/image runs it, having made the environment that it needs; `script/test` alone does not.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from llm import processor
+from llm.settings import ROOT
+from local import push, server
+from tests import logits
+from tests.client import Client
+from tests.test_server import (  # noqa: F401
+    test_a_client_that_goes_makes_room_for_another,
+    test_a_whole_float_is_an_integer,
+    test_one_prediction,
+    test_openapi_is_the_schema_of_predict_py,
+    test_the_answer_streams_and_a_cancel_ends_it,
+    test_the_same_seed_gives_the_same_text,
+    test_the_setup_log_says_what_was_loaded,
+    test_what_is_no_json_is_400,
+    test_what_the_predictor_refuses_fails_with_its_line,
+    test_what_the_schema_forbids_is_422_with_the_field,
+)
+
+PYTHON = ROOT / ".venv-image" / "bin" / "python"
+
+
+@pytest.fixture(scope="module")
+def config() -> dict[str, Any]:
+    content: dict[str, Any] = yaml.safe_load((ROOT / "cog.yaml").read_text(encoding="utf-8"))
+    return content
+
+
+@pytest.fixture(scope="module")
+def image(falcon: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What .dockerignore lets into the image, and a tiny falcon where its model goes."""
+    folder = tmp_path_factory.mktemp("image")
+    push.stage(folder, push.dockerignore())
+    shutil.copytree(falcon, folder / "weights" / falcon.name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def falcon_server(image: Path, config: dict[str, Any]) -> Iterator[Client]:
+    """In place of the one that test_server.py's tests have elsewhere."""
+    # what the developer's environment may say otherwise
+    unset = {"MODEL_REVISION": "", "WEIGHTS_DIR": "", "DTYPE": ""}
+    environment = unset | dict(line.split("=", 1) for line in config["environment"])
+    with server.running(python=PYTHON, folder=image, environment=environment) as running:
+        running.wait_until_ready()
+        yield Client(running)
+
+
+def test_it_is_the_images_python(falcon_server: Client, config: dict[str, Any]) -> None:
+    version = falcon_server.get("/health-check")["version"]
+    assert version["python"].startswith(config["build"]["python_version"] + ".")
+    assert version["coglet"] == config["build"]["sdk_version"]
+
+
+def test_logits_are_as_near_to_float32_as_those_of_transformers(image: Path, bfloat16_folder: Path) -> None:
+    program = ROOT / "tests" / "logits.py"
+    run = subprocess.run(
+        [PYTHON, program, bfloat16_folder], env={**os.environ, "PYTHONPATH": str(image)}, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout)
+    assert f"torch=={found['torch'].partition('+')[0]}" in (ROOT / "requirements.txt").read_text().splitlines()
+    assert len(found["distances"]) == len(logits.CASES) / (1 if processor.computes_in_bfloat16() else 2)
+    assert max(found["distances"]) < logits.MOST

@@ -1,0 +1,79 @@
+"""How far our bfloat16 logits are from transformers' float32 ones, against how far transformers' own bfloat16 ones are.
+
+Needs the image's packages alone: as a program, `python tests/logits.py FOLDER`, it runs in the image's environment.
+"""
+
+import json
+import sys
+from itertools import product
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from llm import processor
+from llm.model import Model
+from llm.runner import Runner
+from llm.sampling import Sampling
+
+CASES = tuple(product([150, 1200], [1, 8], [False, True]))
+"""Tokens of the text, rows, whether the model is packed."""
+MOST = 2
+"""Not 1: a step rounds elsewhere than one pass over the whole text, and its scores too. A wrong ALiBi: 5."""
+
+STEPS = 40
+GREEDY = Sampling(temperature=0)
+
+
+def reference(folder: Path, text: torch.Tensor, vocabulary: int, dtype: torch.dtype) -> torch.Tensor:
+    """transformers' logits after each of the last STEPS + 1 ids of the text: (STEPS + 1, vocabulary) float32."""
+    network = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    with torch.inference_mode():
+        logits: torch.Tensor = network(text[None]).logits[0, -STEPS - 1 :, :vocabulary].float()
+    return logits
+
+
+def walked(model: Model, text: torch.Tensor, rows: int) -> torch.Tensor:
+    """Our logits at the same places, decoding along the text in so many rows: (rows, STEPS + 1, vocabulary) float32.
+
+    Row r has a prompt r tokens shorter, and stays r steps behind. What it has not reached is left out as NaN.
+    """
+    runner = Runner(model, rows)
+    prompt = len(text) - STEPS
+    found = torch.full((rows, STEPS + 1, model.vocabulary), torch.nan)
+    with torch.inference_mode():
+        for row in range(rows):
+            runner.put(row, text[: prompt - row].tolist(), GREEDY)
+        runner.prefill({row: prompt - row for row in range(rows)})
+        for step in range(STEPS):
+            for row in range(rows):
+                at = prompt - row + step
+                runner.history[row, at] = text[at]
+            runner.decode()
+            for row in range(min(rows, step + 2)):
+                found[row, step + 1 - row] = runner.logits[row]
+    return found
+
+
+def distance(folder: Path, length: int, rows: int, packed: bool) -> float:
+    """That of the row that is farthest, in units of the rounding of bfloat16: root of the mean square of each."""
+    model = Model.read(folder, torch.bfloat16)
+    if packed:
+        model.pack()
+    text = torch.randint(0, model.vocabulary, (length,), generator=torch.Generator().manual_seed(1))
+    exact = reference(folder, text, model.vocabulary, torch.float32)
+    rounding = reference(folder, text, model.vocabulary, torch.bfloat16) - exact
+    found = walked(model, text, rows) - exact
+    reached = ~found[:, :, 0].isnan()
+    assert reached.sum(1).min() >= STEPS - rows
+    return max(_size(row[at]) for row, at in zip(found, reached, strict=True)) / _size(rounding)
+
+
+def _size(difference: torch.Tensor) -> float:
+    return difference.square().mean().sqrt().item()
+
+
+if __name__ == "__main__":
+    cases = [case for case in CASES if processor.computes_in_bfloat16() or not case[-1]]
+    distances = [distance(Path(sys.argv[1]), *case) for case in cases]
+    print(json.dumps({"torch": torch.__version__, "distances": distances}))

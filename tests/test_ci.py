@@ -1,0 +1,77 @@
+""".ci/image, with a Python that only notes what it was told: which one it takes, and when it makes its environment."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from llm.settings import ROOT
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """The files that it reads, with a script/test that says its arguments."""
+    for name in (".ci/image", "cog.yaml", "requirements.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    program(tmp_path / "script" / "test", 'echo "$@"')
+    return tmp_path
+
+
+def program(path: Path, does: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{does}\n")
+    path.chmod(0o755)
+
+
+def python(path: Path, version: str) -> None:
+    """One that says its version, and makes an environment whose Python writes its arguments into the file pip."""
+    noting = """mkdir -p .venv-image/bin && cd .venv-image/bin && echo 'echo "$@" >>pip' >python && chmod +x python"""
+    program(path, f'case "$*" in *"-m venv"*) {noting};; *) echo {version};; esac')
+
+
+def image(checkout: Path) -> subprocess.CompletedProcess[str]:
+    # pyenv's names for the Pythons that it could run come first on PATH, and fail
+    for name in ("python3", "python3.13"):
+        if not (checkout / "bin" / name).exists():
+            program(checkout / "bin" / name, "exit 127")
+    environment = {"PATH": f"{checkout / 'bin'}{os.pathsep}{os.environ['PATH']}", "HOME": str(checkout)}
+    return subprocess.run([checkout / ".ci" / "image"], env=environment, capture_output=True, text=True)
+
+
+def test_without_the_images_python_one_line_says_that_it_was_not_run(checkout: Path) -> None:
+    python(checkout / "bin" / "python3", "3.12")
+    run = image(checkout)
+    assert (run.returncode, run.stdout) == (0, "")
+    assert run.stderr == "Los paquetes de la imagen no se han probado: falta Python 3.13\n"
+
+
+@pytest.mark.parametrize("place", ["bin/python3.13", "bin/python3", ".pyenv/versions/3.13.7/bin/python"])
+def test_its_environment_is_made_once_for_each_requirements_txt(checkout: Path, place: str) -> None:
+    python(checkout / place, "3.13")
+    for _ in range(2):
+        run = image(checkout)
+        assert (run.returncode, run.stdout) == (0, "tests/image.py\n"), run.stderr
+    with (checkout / "requirements.txt").open("a") as file:
+        file.write("# otra\n")
+    assert image(checkout).returncode == 0
+    notes = (checkout / "pip").read_text().splitlines()
+    assert [note.split()[:3] for note in notes] == [["-m", "pip", "install"]] * 2
+
+
+def test_an_installation_that_fails_is_not_taken_for_whole(checkout: Path) -> None:
+    python(checkout / "bin" / "python3", "3.13")
+    assert image(checkout).returncode == 0
+    pip, requirements = checkout / "pip", checkout / "requirements.txt"
+    pinned = requirements.read_text()
+    requirements.write_text("otra\n")
+    # pip's note then fails, and pip with it
+    pip.unlink()
+    pip.mkdir()
+    assert image(checkout).returncode != 0
+    pip.rmdir()
+    requirements.write_text(pinned)
+    assert image(checkout).returncode == 0
+    assert pip.read_text()
