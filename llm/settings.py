@@ -1,13 +1,15 @@
 """What the user sets: the environment and .env, read once. Nothing else in llm/ reads the environment."""
 
+import io
 import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dotenv import dotenv_values
+from dotenv.parser import parse_stream
 
 from llm.errors import UserError
+from llm.words import reason
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -48,6 +50,10 @@ class Settings:
         """
         written = {**_dotenv(root / ".env"), **os.environ}
         values = {name: value.strip() for name, value in written.items() if value and value.strip()}
+        for name in ("MODEL_ID", "MODEL_REVISION", "WEIGHTS_DIR", "DTYPE"):
+            # it would stand in a path, and in the one line of an error
+            if not values.get(name, "").isprintable():
+                raise UserError(f"{name} lleva caracteres que no se ven: escríbalo de nuevo")
 
         model_id = values.get("MODEL_ID", FALCON)
         # The id becomes a folder's name: no "..", no absolute path.
@@ -70,17 +76,42 @@ class Settings:
         if dtype is not None and dtype not in DTYPES:
             raise UserError(f"DTYPE={dtype} no vale: use {', '.join(DTYPES)}, o déjelo vacío")
 
+        try:
+            weights_dir = root / Path(values.get("WEIGHTS_DIR", "weights")).expanduser()
+        except RuntimeError as error:
+            raise UserError(
+                f"WEIGHTS_DIR={values['WEIGHTS_DIR']} no lleva a ninguna carpeta, no hay tal usuario: escríbala entera"
+            ) from error
+
         return cls(
             model_id=model_id,
             revision=values.get("MODEL_REVISION", FALCON_COMMIT if model_id == FALCON else None),
-            weights_dir=root / Path(values.get("WEIGHTS_DIR", "weights")).expanduser(),
+            weights_dir=weights_dir,
             token=token,
             dtype=dtype,
         )
 
 
 def _dotenv(path: Path) -> dict[str, str | None]:
+    if not os.path.lexists(path):
+        return {}
+    # a fifo would be waited for
+    if not path.is_file():
+        raise UserError(f"{path.name} no es un archivo: bórrelo o cámbiele el nombre")
     try:
-        return dotenv_values(path, interpolate=False)
+        # dotenv_values() tells the log, in English, of a line that it cannot read, and goes on
+        bindings = list(parse_stream(io.StringIO(path.read_text(encoding="utf-8-sig"))))
     except UnicodeDecodeError as error:
         raise UserError(f"{path.name} no está en UTF-8: guárdelo con esa codificación") from error
+    except OSError as error:
+        raise UserError(f"No se puede leer {path.name}: {reason(error)}") from error
+    for binding in bindings:
+        if binding.error:
+            # without its text, in which a token may be
+            # of what it begins with, the empty lines before it included
+            text = binding.original.string
+            line = binding.original.line + text[: len(text) - len(text.lstrip())].count("\n")
+            raise UserError(
+                f"La línea {line} de {path.name} no se entiende: se escribe NOMBRE=valor, con las comillas cerradas"
+            )
+    return {binding.key: binding.value for binding in bindings if binding.key}

@@ -2,13 +2,14 @@
 
 A model's folder holds what transformers loads, and manifest.json: the id, the revision that was asked for and the
 commit that it was, each file's size and sha256.
-It grows under another name and is renamed when whole. A folder without a manifest is the user's own: it is loaded
-as it stands.
+It grows under another name and is renamed when whole. What a manifest does not name is not loaded beside what it does.
+A folder without a manifest is the user's own: it is loaded as it stands.
 """
 
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import os
 import re
@@ -16,32 +17,36 @@ import shutil
 import time
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from pickle import UnpicklingError
+from stat import S_ISREG
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from llm.errors import UserError
 from llm.settings import ROOT, Settings
-from llm.words import decimal
+from llm.words import decimal, one_line, reason
 
 # torch and huggingface_hub are imported where they are used: a command that finds its folder whole needs neither.
 if TYPE_CHECKING:
     import torch
-    from huggingface_hub.hf_api import RepoSibling
+    from transformers import PreTrainedModel
 
 MANIFEST = "manifest.json"
 
 _SECONDS_TO_ANSWER = 10
 _LARGEST_FILE = "3GB"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 # What transformers reads beside the weights. Never code: trust_remote_code is false everywhere.
 _TEXT_FILES = re.compile(
-    r"(generation_)?config\.json|chat_template\.(jinja|json)|additional_chat_templates/[\w-]+\.jinja"
-    r"|tokenizer(_config)?\.json|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt|[\w.]+\.model"
+    r"(generation_)?config\.json|chat_template\.(jinja|json)|additional_chat_templates/[\w-]{1,99}\.jinja"
+    r"|tokenizer(_config)?\.json|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt"
+    r"|[\w.]{1,99}\.model",
+    re.ASCII,
 )
 
 
@@ -56,6 +61,27 @@ class Weights:
     """Where it comes from, for the log."""
     verified: bool
     """Every file is the one that the manifest names. False for a user's own folder, which has none."""
+
+
+@dataclass(frozen=True)
+class _HubFile:
+    """What the hub says of a file."""
+
+    name: str
+    size: int
+    digest: str
+    """sha256 of one that Git LFS keeps, git's hash of any other."""
+
+    def part(self, work: Path) -> Path:
+        """Where it grows. The hash in its name ties it to its content: another revision's part is never continued."""
+        return work / f"{self.name}.{self.digest[:16]}.part"
+
+    def is_at(self, path: Path) -> bool:
+        from huggingface_hub.utils.sha import git_hash
+
+        if not path.is_file() or path.stat().st_size != self.size:
+            return False
+        return self.digest == (_sha256(path) if _SHA256.fullmatch(self.digest) else git_hash(path.read_bytes()))
 
 
 @dataclass(frozen=True)
@@ -81,7 +107,12 @@ def ensure(settings: Settings, *, thorough: bool = False) -> Weights:
     there = os.path.lexists(settings.folder)
     if not there:
         _fetch(settings)
-    return _verify(settings, thorough and there)
+    try:
+        return _verify(settings, thorough and there)
+    except OSError as error:
+        raise UserError(
+            f"No se puede leer {shown(settings.folder)}, {reason(error)}: arréglelo, o cambie WEIGHTS_DIR"
+        ) from error
 
 
 def _verify(settings: Settings, thorough: bool) -> Weights:
@@ -105,12 +136,20 @@ def _verify(settings: Settings, thorough: bool) -> Weights:
         )
 
     way_out = f"borre {name} y se traerá de nuevo (si el cambio es suyo, borre solo {name}/{MANIFEST})"
+    entries = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if not _is_folder(path)}
+    if unnamed := sorted(entries.keys() - manifest.files.keys() - {MANIFEST}):
+        raise UserError(
+            f"{shown(folder / unnamed[0])} sobra, {MANIFEST} no lo nombra: bórrelo (si es suyo, borre solo "
+            f"{name}/{MANIFEST})"
+        )
     stamp = (folder / MANIFEST).stat().st_mtime_ns
     for file, expected in manifest.files.items():
-        path = folder / file
-        if not path.is_file():
+        if file not in entries:
             raise UserError(f"Falta {name}/{file}: {way_out}")
-        stat = path.stat()
+        path = entries[file]
+        stat = path.lstat()
+        if not S_ISREG(stat.st_mode):
+            raise UserError(f"{name}/{file} es un enlace u otra cosa, y ha de ser un archivo: {way_out}")
         if stat.st_size != expected.size:
             sizes = f"mide {_exactly(stat.st_size)} bytes en vez de {_exactly(expected.size)}"
             raise UserError(f"{name}/{file} está cortado o cambiado, {sizes}: {way_out}")
@@ -122,19 +161,39 @@ def _verify(settings: Settings, thorough: bool) -> Weights:
     return Weights(folder, manifest.commit, f"{name} ({manifest.id}, {commit})", verified=True)
 
 
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
 def _read_manifest(folder: Path) -> _Manifest | None:
     path = folder / MANIFEST
-    if not path.is_file():
+    if not os.path.lexists(path):
         return None
     try:
-        content = json.loads(path.read_text())
-        files = {name: _File(int(file["size"]), str(file["sha256"])) for name, file in content["files"].items()}
-        return _Manifest(str(content["id"]), content["revision"], str(content["commit"]), files)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if path.is_symlink() or not path.is_file():
+            raise ValueError("not a file")
+        content = json.loads(path.read_text(encoding="utf-8"))
+        files = {_checked_name(name): _File(**file) for name, file in content.pop("files").items()}
+        manifest = _Manifest(**content, files=files)
+        texts = [manifest.id, manifest.commit, manifest.revision or "", *(file.sha256 for file in files.values())]
+        if not files or not all(text.isprintable() for text in texts):
+            raise ValueError("no files, or a text that is none")
+        if not all(type(file.size) is int for file in files.values()):
+            raise TypeError("a size is a number")
+        return manifest
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{shown(path)} no se entiende: borre {shown(folder)} y se traerá de nuevo, o solo {MANIFEST} si los "
             "archivos son suyos"
         ) from error
+
+
+def _checked_name(name: str) -> str:
+    """A file's name in a manifest, as it is. Raises ValueError where it does not lead to one place in the folder."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or str(path) != name or not name.isprintable():
+        raise ValueError(name)
+    return name
 
 
 def _fetch(settings: Settings) -> None:
@@ -156,114 +215,149 @@ def _fetch(settings: Settings) -> None:
     _say(f"{settings.model_id} está en {shown(settings.folder)}: {_about(size)}, en {time.monotonic() - start:.0f} s")
 
 
-def _listing(settings: Settings) -> tuple[str, list["RepoSibling"]]:
-    """The commit that the revision names, and those of its files that are needed."""
+def _listing(settings: Settings) -> tuple[str, list[_HubFile]]:
+    """The commit that the revision names, and those of its files that are needed, config.json first."""
     from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    # token=False: without one of ours the client would look for another in the user's home.
-    info = HfApi(token=settings.token or False).model_info(
-        settings.model_id, revision=settings.revision, files_metadata=True, timeout=_SECONDS_TO_ANSWER
-    )
-    siblings = {sibling.rfilename: sibling for sibling in info.siblings or []}
-    weights = _weights_files(siblings)
-    if "config.json" not in siblings or not weights or info.sha is None:
-        raise UserError(
-            f"{settings.model_id} no tiene pesos que se puedan usar, config.json con model.safetensors o "
-            "pytorch_model.bin: elija otro MODEL_ID"
+    try:
+        # token=False: without one of ours the client would look for another in the user's home.
+        info = HfApi(token=settings.token or False).model_info(
+            settings.model_id, revision=settings.revision, files_metadata=True, timeout=_SECONDS_TO_ANSWER
         )
-    texts = sorted(name for name in siblings if _TEXT_FILES.fullmatch(name))
-    return info.sha, [siblings[name] for name in texts + weights]
+        siblings = {sibling.rfilename: sibling for sibling in info.siblings or []}
+        weights = _weights_files(siblings)
+        if "config.json" not in siblings or not weights:
+            raise UserError(
+                f"{settings.model_id} no tiene pesos que se puedan usar, config.json con model.safetensors o "
+                "pytorch_model.bin: elija otro MODEL_ID"
+            )
+        texts = {name for name in siblings if _TEXT_FILES.fullmatch(name)} - {"config.json"}
+        files = []
+        for name in ["config.json", *sorted(texts), *weights]:
+            size, lfs, digest = siblings[name].size, siblings[name].lfs, siblings[name].blob_id
+            kind, digest = (_SHA256, lfs.sha256) if lfs else (_COMMIT, digest)
+            if type(size) is not int or size < 0 or not kind.fullmatch(digest or ""):
+                raise ValueError(f"what is said of {name}")
+            files.append(_HubFile(name, size, str(digest)))
+        if not _COMMIT.fullmatch(info.sha or ""):
+            raise ValueError("a commit is a hash")
+        return str(info.sha), files
+    except (HfHubHTTPError, HFValidationError, json.JSONDecodeError):
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"{_hub()} no responde como Hugging Face: compruebe HF_ENDPOINT y MODEL_ID, o pruebe más tarde"
+        ) from error
 
 
 def _weights_files(names: Mapping[str, Any]) -> list[str]:
     """Safetensors before .bin, one file before shards, as transformers prefers them."""
     for single, shard, index in (
-        ("model.safetensors", r"model-\d+-of-\d+\.safetensors", ["model.safetensors.index.json"]),
-        ("pytorch_model.bin", r"pytorch_model-\d+-of-\d+\.bin", []),
+        ("model.safetensors", r"model-\d{1,9}-of-\d{1,9}\.safetensors", ["model.safetensors.index.json"]),
+        ("pytorch_model.bin", r"pytorch_model-\d{1,9}-of-\d{1,9}\.bin", []),
     ):
         if single in names:
             return [single]
-        shards = sorted(name for name in names if re.fullmatch(shard, name))
+        shards = sorted(name for name in names if re.fullmatch(shard, name, re.ASCII))
         if shards and all(name in names for name in index):
             return index + shards
     return []
 
 
-def _part(file: "RepoSibling", work: Path) -> Path:
-    # The hash in its name ties a part to its content: another revision's part is never continued.
-    return work / f"{file.rfilename}.{_digest(file)[:16]}.part"
-
-
-def _missing(files: list["RepoSibling"], work: Path) -> list["RepoSibling"]:
+def _missing(files: list[_HubFile], work: Path) -> list[_HubFile]:
     """The files that an earlier run did not finish. What lies in `work` and is none of them goes."""
-    wanted = {path for file in files for path in (work / file.rfilename, _part(file, work))}
+    wanted = {path for file in files for path in (work / file.name, file.part(work))}
     for path in work.rglob("*"):
-        if path not in wanted and not path.is_dir():
+        if path not in wanted and not _is_folder(path):
             path.unlink()
-    return [file for file in files if not _is_whole(work / file.rfilename, file)]
+    return [file for file in files if not file.is_at(work / file.name)]
 
 
-def _bytes_left(missing: list["RepoSibling"], work: Path) -> int:
-    parts = [_part(file, work) for file in missing]
-    return sum(file.size or 0 for file in missing) - sum(part.stat().st_size for part in parts if part.exists())
+def _bytes_left(missing: list[_HubFile], work: Path) -> int:
+    parts = [file.part(work) for file in missing]
+    return sum(file.size for file in missing) - sum(part.stat().st_size for part in parts if part.exists())
 
 
-def _converted_bytes(files: list["RepoSibling"]) -> int:
+def _converted_bytes(files: list[_HubFile]) -> int:
     """The most that the safetensors take which stand for a while beside the .bin they are made from."""
-    return sum(file.size or 0 for file in files if file.rfilename.endswith(".bin"))
+    return sum(file.size for file in files if file.name.endswith(".bin"))
 
 
-def _download(
-    settings: Settings, commit: str, files: list["RepoSibling"], missing: list["RepoSibling"], work: Path
-) -> None:
-    from huggingface_hub import hf_hub_url
+class _Part(io.BufferedWriter):
+    """A file on its way, of at most `size` bytes: each write is on the disk when it returns."""
+
+    def __init__(self, path: Path, size: int) -> None:
+        super().__init__(io.FileIO(path, "ab"))
+        self._size = size
+
+    def write(self, chunk: Any) -> int:
+        if self.tell() + len(chunk) > self._size:
+            raise _TooLong
+        written = super().write(chunk)
+        self.flush()
+        return written
+
+
+class _TooLong(Exception):
+    """More arrives of a file than the hub said that it has."""
+
+
+def _download(settings: Settings, commit: str, files: list[_HubFile], missing: list[_HubFile], work: Path) -> None:
+    from huggingface_hub import constants, hf_hub_url
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers, tqdm
 
-    total, left = sum(file.size or 0 for file in files), _bytes_left(missing, work)
+    total, left = sum(file.size for file in files), _bytes_left(missing, work)
     rest = f", de los que faltan {_about(left)}" if left < total else ""
     _say(f"Trayendo {settings.model_id} ({commit[:7]}) de {_hub()}: {_about(total)}{rest}")
 
+    # As it arrives: http_get would collect 10 MB, and lose them where an answer is cut before.
+    constants.DOWNLOAD_CHUNK_SIZE = None  # type: ignore[assignment]
     headers = build_hf_headers(token=settings.token or False, headers={"Accept-Encoding": "identity"})
     with tqdm(
         total=total, initial=total - left, desc=settings.folder.name, unit="B", unit_scale=True, disable=None
     ) as bar:
         for file in missing:
-            part = _part(file, work)
+            part = file.part(work)
             part.parent.mkdir(exist_ok=True)
-            with part.open("ab") as stream:
+            with _Part(part, file.size) as stream, suppress(_TooLong):
                 if stream.tell() != file.size:
                     # hf_hub_download throws away what an interrupted run brought; http_get, below it, continues.
                     http_get(
-                        hf_hub_url(settings.model_id, file.rfilename, revision=commit),
+                        hf_hub_url(settings.model_id, file.name, revision=commit),
                         stream,
                         resume_size=stream.tell(),
                         headers=headers,
                         tqdm_class=lambda **_: nullcontext(bar),  # type: ignore[arg-type]  # one bar for all files
                     )
-            if not _is_whole(part, file):
+            if not file.is_at(part):
                 part.unlink()
-                raise UserError(f"{file.rfilename} llegó cambiado de {_hub()}: ejecute script/weights otra vez")
-            part.rename(work / file.rfilename)
+                raise UserError(f"{file.name} llegó cambiado de {_hub()}: ejecute script/weights otra vez")
+            part.rename(work / file.name)
+            if file.name == "config.json" and _converted_bytes(files):
+                # before gigabytes are brought that nobody can convert
+                _empty_model(settings, work)
 
 
-def _digest(file: "RepoSibling") -> str:
-    """What the hub says of a file's content: sha256 of a large one, git's hash of a small one."""
-    return file.lfs.sha256 if file.lfs else file.blob_id or ""
+def _empty_model(settings: Settings, work: Path) -> "PreTrainedModel":
+    """The model of config.json without its weights. Raises UserError, and removes `work`, where there is none."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-
-def _is_whole(path: Path, file: "RepoSibling") -> bool:
-    from huggingface_hub.utils.sha import git_hash
-
-    if not path.is_file() or path.stat().st_size != file.size:
-        return False
-    return _digest(file) == (_sha256(path) if file.lfs else git_hash(path.read_bytes()))
+    try:
+        config = AutoConfig.from_pretrained(work, trust_remote_code=False)
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # a stranger's config.json may break any line of transformers
+        shutil.rmtree(work)
+        raise UserError(f"{settings.model_id} no es un modelo causal que transformers conozca: elija otro") from error
+    return model
 
 
 def _convert(settings: Settings, bins: list[Path], work: Path) -> None:
     """Replace the .bin files by bfloat16 safetensors of the same tensors."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
 
     state: dict[str, torch.Tensor] = {}
     for path in bins:
@@ -279,12 +373,7 @@ def _convert(settings: Settings, bins: list[Path], work: Path) -> None:
                 "ha borrado; elija un modelo con safetensors"
             ) from error
 
-    try:
-        config = AutoConfig.from_pretrained(work, trust_remote_code=False)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{settings.model_id} no es un modelo causal que transformers conozca: elija otro") from error
+    model = _empty_model(settings, work)
     for copy, original in model.all_tied_weights_keys.items():
         if copy in state and original in state and torch.equal(state[copy], state[original]):
             del state[copy]
@@ -323,18 +412,29 @@ def write_safetensors(state: dict[str, "torch.Tensor"], folder: Path) -> None:
 
 @contextmanager
 def workspace(folder: Path) -> Iterator[Path]:
-    """A folder beside `folder` to make it in, alone; publish() renames it. What a cut run left there is kept."""
+    """A folder beside `folder` to make it in, alone; publish() renames it. What a cut run left there is kept.
+
+    Raises UserError where another process has it, or where the system lets nothing be written in it.
+    """
     work = folder.with_name(f".{folder.name}.partial")
-    work.mkdir(parents=True, exist_ok=True)
-    lock = os.open(work, os.O_RDONLY)
     try:
+        work.mkdir(parents=True, exist_ok=True)
+        lock = os.open(work, os.O_RDONLY)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"Otro proceso está trayendo {shown(folder)}: espere a que acabe") from error
-        yield work
-    finally:
-        os.close(lock)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(f"Otro proceso está trayendo {shown(folder)}: espere a que acabe") from error
+            yield work
+        finally:
+            os.close(lock)
+    except OSError as error:
+        # the hub's client and transformers raise it with words alone, for what is not the system's
+        if error.errno is None:
+            raise
+        raise UserError(
+            f"No se puede escribir en {shown(folder.parent)}, {reason(error)}: cambie WEIGHTS_DIR"
+        ) from error
 
 
 @contextmanager
@@ -427,12 +527,8 @@ def _in_spanish(settings: Settings) -> Iterator[None]:
         raise UserError(f"{hub} responde con el error {status}: pruebe más tarde, {demo}") from error
     except OfflineModeIsEnabled as error:
         raise UserError(f"Sin conexión con {hub} porque HF_HUB_OFFLINE lo pide: quite esa variable, {demo}") from error
-    except (httpx2.RequestError, json.JSONDecodeError) as error:
+    except (httpx2.RequestError, httpx2.InvalidURL, json.JSONDecodeError) as error:
         raise UserError(f"Sin conexión con {hub}: compruebe la red y repita, que sigue donde quedó, {demo}") from error
-    except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR):
-            raise
-        raise UserError(f"No se puede escribir en {shown(settings.weights_dir)}: cambie WEIGHTS_DIR") from error
 
 
 def _hub() -> str:
@@ -449,7 +545,7 @@ def _sha256(path: Path) -> str:
 
 def shown(path: Path) -> str:
     """A path as the user would type it in the project's folder."""
-    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
+    return one_line(str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path))
 
 
 def _about(size: int) -> str:

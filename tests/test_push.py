@@ -4,9 +4,11 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ import pytest
 from llm import weights
 from llm.settings import FALCON, FALCON_COMMIT, ROOT, Settings
 from tests.hub import Hub
+from tests.processes import FINALLY, Marked
 
 Push = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -31,6 +34,9 @@ pathlib.Path(os.environ["NOTES"]).write_text(json.dumps({"arguments": sys.argv[1
 print("You are not logged in", file=sys.stderr)
 sys.exit(3)
 """
+
+SECRETS = [".env", ".env~", ".envrc", ".env.bak", ".env.local", ".env.swp", ".env.save", "#.env#", ".#.env", "._.env"]
+SECRETS += ["env.local", "env.bak", "prod.env", "token", "token.json", "hf.token", ".netrc", "settings.py~", "a.py.swp"]
 
 
 def model(weights_dir: Path, model_id: str, commit: str) -> Path:
@@ -148,14 +154,75 @@ def test_another_model_which_is_fetched_first(project: Path, push: Push, notes: 
     assert "hf_secreto" not in result.stdout + result.stderr
 
 
-def test_a_link_to_the_weights_is_followed(project: Path, push: Push, notes: Path, tmp_path: Path) -> None:
+def test_a_link_to_weights_of_the_users_own_is_followed(project: Path, push: Push, notes: Path, tmp_path: Path) -> None:
     falcon = model(project / "weights", FALCON, FALCON_COMMIT)
+    (falcon / "manifest.json").unlink()
     elsewhere = tmp_path / "blob"
     shutil.move(falcon / "model.safetensors", elsewhere)
     (falcon / "model.safetensors").symlink_to(elsewhere)
     push(NAME)
     _, files = pushed(notes)
     assert files["weights/falcon-rw-1b/model.safetensors"] == [LARGE, elsewhere.stat().st_ino]
+
+
+def test_what_editors_and_tools_leave_of_secrets_stays_here(project: Path, push: Push, notes: Path) -> None:
+    model(project / "weights", FALCON, FALCON_COMMIT)
+    secrets = {f"{folder}{name}" for folder in ("", "llm/") for name in SECRETS}
+    for name in secrets:
+        (project / name).write_text("HF_TOKEN=hf_secreto\n" if name == ".env" else "hf_secreto")
+    (project / "llm" / "env.py").write_text("")
+    assert push(NAME).returncode == 3
+    _, files = pushed(notes)
+    assert not secrets & files.keys() and "llm/env.py" in files
+
+    shutil.rmtree(project / ".git")
+    subprocess.run(["git", "init", "--quiet", project], check=True)
+    offered = subprocess.run(
+        ["git", "ls-files", "--others", "--exclude-standard"], cwd=project, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    assert not secrets & set(offered) and {".env.example", "llm/env.py"} <= {*offered}
+
+
+def test_what_is_no_file_is_passed_over(project: Path, push: Push, notes: Path) -> None:
+    model(project / "weights", FALCON, FALCON_COMMIT)
+    (project / ".#predict.py").symlink_to("ana@portatil.1234:1700000000")
+    (project / "roto.py").symlink_to("no")
+    os.mkfifo(project / "llm" / "tubo")
+    (project / "datos").mkdir()
+    (project / "datos" / "vuelta").symlink_to(".")
+    result = push(NAME)
+    assert result.returncode == 3
+    _, files = pushed(notes)
+    assert "predict.py" in files and not {".#predict.py", "roto.py", "llm/tubo"} & files.keys()
+    left_out = [line for line in result.stdout.splitlines() if line.startswith("Se deja fuera")]
+    why = "no es un archivo, o es un enlace que no lleva a ninguno"
+    assert sorted(left_out) == [f"Se deja fuera {name}: {why}" for name in ("datos/vuelta", "llm/tubo", "roto.py")]
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs Linux")
+def test_what_cannot_be_copied_is_named(project: Path, push: Push, notes: Path) -> None:
+    model(project / "weights", FALCON, FALCON_COMMIT)
+    # a file that no one can read whole
+    (project / "raro").symlink_to("/proc/self/mem")
+    refused(push(NAME), notes, "No se puede copiar raro: corrija sus permisos o quítelo de la carpeta")
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)])
+def test_a_signal_ends_cog_and_leaves_nothing(
+    project: Path, push: Push, notes: Path, tmp_path: Path, processes: Marked, number: signal.Signals, status: int
+) -> None:
+    model(project / "weights", FALCON, FALCON_COMMIT)
+    cog = tmp_path / "bin" / "cog"
+    cog.write_text(cog.read_text().replace("sys.exit(3)", "import time; time.sleep(600)"))
+    with ThreadPoolExecutor() as pool:
+        result = pool.submit(push, NAME, **processes.environment)
+        while not notes.exists():
+            assert not result.done(), result.result()
+        (command,) = processes.alive("local.push")
+        command.send_signal(number)
+        assert result.result(FINALLY).returncode == status
+    assert not list((project / "weights").glob(".push-*"))
+    assert not processes.alive()
 
 
 def refused(result: subprocess.CompletedProcess[str], notes: Path, line: str) -> None:
@@ -188,6 +255,20 @@ def test_a_model_that_dockerignore_leaves_out(project: Path, push: Push, notes: 
 def test_a_cog_yaml_that_is_none(project: Path, push: Push, notes: Path) -> None:
     (project / "cog.yaml").write_text("environment:\n  - MODEL_ID\n")
     refused(push(NAME), notes, "cog.yaml no se entiende")
+
+
+@pytest.mark.parametrize(
+    "name", ["../x", ";rm", "", " ", "x", "a/b c", "A/b", "r8.im/a", "r8.im/a/b/c", "a/-b", "a/b\n"]
+)
+def test_a_name_that_is_none(push: Push, notes: Path, name: str) -> None:
+    refused(push(name), notes, "no es un nombre de Replicate: se escribe r8.im/USUARIO/NOMBRE, en minúsculas")
+
+
+def test_a_name_without_the_registry(project: Path, push: Push, notes: Path) -> None:
+    model(project / "weights", FALCON, FALCON_COMMIT)
+    push("usuario/modelo")
+    arguments, _ = pushed(notes)
+    assert arguments == ["push", "--separate-weights", NAME]
 
 
 def test_without_cog(push: Push, notes: Path) -> None:

@@ -1,6 +1,8 @@
 """What the environment and .env say, and which of them wins."""
 
+import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -60,6 +62,24 @@ def test_env_file_saved_by_windows(tmp_path: Path) -> None:
         Settings.read(tmp_path)
 
 
+@pytest.mark.parametrize("value", ['"hf_secreto', "'hf_secreto", '"hf_secreto"x'])
+def test_a_line_that_cannot_be_read_is_named_without_its_text(
+    tmp_path: Path, value: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / ".env").write_text(f"MODEL_ID=org/uno\n\n# comentario\n\nHF_TOKEN={value}\nDTYPE=float32\n")
+    with pytest.raises(UserError) as error:
+        Settings.read(tmp_path)
+    assert str(error.value).startswith("La línea 5 de .env no se entiende: se escribe NOMBRE=valor")
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to("no")], ids=range(3))
+def test_an_env_that_is_no_file_is_named(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    make(tmp_path / ".env")
+    with pytest.raises(UserError, match=r"^\.env no es un archivo: bórrelo o cámbiele el nombre$"):
+        Settings.read(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("name", "value", "says"),
     [
@@ -68,6 +88,8 @@ def test_env_file_saved_by_windows(tmp_path: Path) -> None:
         ("MODEL_ID", "/datos/modelo", "weights/NOMBRE"),
         ("MODEL_ID", "a/b/c", "MODEL_ID=a/b/c no es un nombre"),
         ("DTYPE", "fp16", "bfloat16, float16, float32"),
+        ("MODEL_REVISION", "uno\ndos", "MODEL_REVISION lleva caracteres que no se ven"),
+        ("WEIGHTS_DIR", "~nadie-asi/x", "WEIGHTS_DIR=~nadie-asi/x no lleva a ninguna carpeta"),
         ("HF_TOKEN", "hf_uno dos", "HF_TOKEN lleva espacios"),
         ("HUGGINGFACE_HUB_TOKEN", "hf_ñ", "HUGGINGFACE_HUB_TOKEN lleva espacios"),
     ],

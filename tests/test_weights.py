@@ -1,6 +1,7 @@
 """Models come into weights/NAME/ as a user brings them: script/weights, the real client, a hub on this machine."""
 
 import json
+import math
 import os
 import pty
 import re
@@ -10,8 +11,9 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,9 +29,6 @@ from tests.hub import COMMIT, Hub, Repository, files_of
 MODEL = "prueba/Falcon-Mini"
 NAME = "falcon-mini"
 GOOD, NO_ACCESS, WRONG = "hf_buenoXYZ", "hf_ajenoXYZ", "hf_malXYZ"
-
-CHUNK = 10 * 1024 * 1024
-"""What the client collects before it writes to the disk."""
 
 JUNK = {
     "README.md": b"---",
@@ -77,25 +76,30 @@ def environment(hub: Hub | str, directory: Path, **variables: str) -> dict[str, 
 COMMAND = [sys.executable, "-m", "local.fetch"]
 
 
-def start(hub: Hub | str, directory: Path, **variables: str) -> subprocess.Popen[str]:
+# The client waits a second or more before it asks again.
+IMPATIENT = "import sys, time; time.sleep = lambda seconds: None; from local.fetch import main; sys.exit(main())"
+
+
+def start(hub: Hub | str, directory: Path, impatient: bool = False, **variables: str) -> subprocess.Popen[str]:
     pipe = subprocess.PIPE
+    command = [sys.executable, "-c", IMPATIENT] if impatient else COMMAND
     return subprocess.Popen(
-        COMMAND, cwd=ROOT, env=environment(hub, directory, **variables), stdout=pipe, stderr=pipe, text=True
+        command, cwd=ROOT, env=environment(hub, directory, **variables), stdout=pipe, stderr=pipe, text=True
     )
 
 
-def fetch(hub: Hub | str, directory: Path, **variables: str) -> str:
+def fetch(hub: Hub | str, directory: Path, impatient: bool = False, **variables: str) -> str:
     """script/weights; its output when it succeeds."""
-    run = start(hub, directory, **variables)
+    run = start(hub, directory, impatient, **variables)
     output, error = run.communicate()
     assert_no_token(output + error)
     assert (run.returncode, error) == (0, "")
     return output
 
 
-def refused(hub: Hub | str, directory: Path, **variables: str) -> str:
+def refused(hub: Hub | str, directory: Path, impatient: bool = False, **variables: str) -> str:
     """script/weights; the one line of its error when it fails."""
-    run = start(hub, directory, **variables)
+    run = start(hub, directory, impatient, **variables)
     output, error = run.communicate()
     assert_no_token(output + error)
     assert run.returncode == 1, error
@@ -109,6 +113,10 @@ def assert_no_token(output: str) -> None:
 
 def contents(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+
+
+def manifest_of(files: object, **others: object) -> str:
+    return json.dumps({"id": MODEL, "revision": None, "commit": COMMIT, "files": files, **others})
 
 
 def settings(directory: Path, model_id: str = MODEL, revision: str | None = None) -> Settings:
@@ -240,12 +248,12 @@ def test_the_second_run_verifies_and_has_nothing_to_do(hub: Hub, safetensors: di
 
 
 def interrupted(hub: Hub, directory: Path, stop: signal.Signals, cut: int) -> subprocess.Popen[str]:
-    """A run that got `cut` bytes of model.safetensors and was stopped when all that it writes of them was written."""
+    """A run that got `cut` bytes of model.safetensors and was stopped when they were written."""
     hub.repositories[MODEL].stall_after["model.safetensors"] = cut
     run = start(hub, directory)
     hub.stalled.wait(60)
     deadline = time.monotonic() + 60
-    while sum(part.stat().st_size for part in directory.rglob("model.safetensors.*")) < cut // CHUNK * CHUNK:
+    while sum(part.stat().st_size for part in directory.rglob("model.safetensors.*")) < cut:
         assert time.monotonic() < deadline
         time.sleep(0.02)
     run.send_signal(stop)
@@ -254,39 +262,73 @@ def interrupted(hub: Hub, directory: Path, stop: signal.Signals, cut: int) -> su
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])
 def test_an_interrupted_run_is_continued(hub: Hub, tmp_path: Path, stop: signal.Signals) -> None:
-    files = {"config.json": b"{}", "model.safetensors": os.urandom(CHUNK + 3_500_000)}
+    files = {"config.json": b"{}", "model.safetensors": os.urandom(100_000)}
     hub.add(MODEL, files)
-    run = interrupted(hub, tmp_path, stop, CHUNK + 1000)
+    run = interrupted(hub, tmp_path, stop, 65_000)
     _, error = run.communicate()
     if stop is signal.SIGINT:
         assert (run.returncode, error.strip()) == (130, "Interrumpido: repita script/weights para terminar")
     assert not (tmp_path / NAME).exists()
 
     hub.requests.clear()
-    assert "14,0 MB, de los que faltan 3,5 MB" in fetch(hub, tmp_path)
-    assert {request.range for request in hub.requests if request.path.startswith("/storage/")} == {f"bytes={CHUNK}-"}
+    assert "100,0 kB, de los que faltan 35,0 kB" in fetch(hub, tmp_path)
+    assert {request.range for request in hub.requests if request.path.startswith("/storage/")} == {"bytes=65000-"}
     assert hub.fetched == ["model.safetensors"]
     assert contents(tmp_path) == {NAME, *(f"{NAME}/{name}" for name in (*files, "manifest.json"))}
     assert (tmp_path / NAME / "model.safetensors").read_bytes() == files["model.safetensors"]
 
 
 def test_what_an_older_revision_left_is_not_continued(hub: Hub, tmp_path: Path) -> None:
-    size = CHUNK + 3_500_000
+    size = 100_000
     repository = hub.add(MODEL, {"config.json": b"{}", "merges.txt": b"", "model.safetensors": os.urandom(size)})
-    interrupted(hub, tmp_path, signal.SIGKILL, CHUNK + 1000).communicate()
+    interrupted(hub, tmp_path, signal.SIGKILL, 65_000).communicate()
     repository.files = {"config.json": b"[]", "model.safetensors": os.urandom(size)}
     fetch(hub, tmp_path)
     assert files_of(tmp_path / NAME).keys() == {*repository.files, "manifest.json"}
     assert files_of(tmp_path / NAME).items() >= repository.files.items()
 
 
-def test_a_connection_that_is_cut_is_taken_up_again(hub: Hub, bin: dict[str, bytes], tmp_path: Path) -> None:
-    files = {"config.json": b"{}", "model.safetensors": bin["pytorch_model.bin"]}
-    repository = hub.add(MODEL, files)
-    repository.cut_after["model.safetensors"] = CHUNK + 1000
-    fetch(hub, tmp_path)
+def test_each_cut_is_taken_up_where_it_was(hub: Hub, tmp_path: Path) -> None:
+    files = {"config.json": b"{}", "model.safetensors": os.urandom(100_003)}
+    tenth = 10_000
+    hub.add(MODEL, files).cut_after["model.safetensors"] = [tenth] * 10
+    fetch(hub, tmp_path, impatient=True)
     assert (tmp_path / NAME / "model.safetensors").read_bytes() == files["model.safetensors"]
-    assert f"bytes={CHUNK}-" in {request.range for request in hub.requests}
+    ranges = [request.range for request in hub.requests if request.path.startswith("/storage/")]
+    assert ranges == [None, *(f"bytes={number * tenth}-" for number in range(1, 11))]
+
+
+def test_a_hub_that_stalls_is_asked_again(hub: Hub, tmp_path: Path) -> None:
+    files = {"config.json": b"{}", "model.safetensors": os.urandom(100_000)}
+    hub.add(MODEL, files).stall_after["model.safetensors"] = 65_000
+    fetch(hub, tmp_path, HF_HUB_DOWNLOAD_TIMEOUT="1")
+    assert (tmp_path / NAME / "model.safetensors").read_bytes() == files["model.safetensors"]
+    assert "bytes=65000-" in {request.range for request in hub.requests}
+
+
+def test_a_hub_that_is_busy_is_asked_again(hub: Hub, tmp_path: Path) -> None:
+    hub.add(MODEL, {"config.json": b"{}", "model.safetensors": b"123"}).statuses["model.safetensors"] = [429, 429]
+    fetch(hub, tmp_path, impatient=True)
+    assert hub.fetched.count("model.safetensors") == 3
+
+
+@pytest.mark.parametrize("status", [429, 500])
+@pytest.mark.parametrize("file", [None, "model.safetensors"])
+def test_a_hub_that_does_not_want(hub: Hub, small: Repository, tmp_path: Path, file: str | None, status: int) -> None:
+    small.statuses[file] = [status] * 9
+    line = refused(hub, tmp_path, impatient=True)
+    assert line.startswith(f"127.0.0.1 responde con el error {status}: pruebe más tarde")
+    assert not (tmp_path / NAME).exists()
+
+
+def test_more_than_the_hub_said_is_not_kept(hub: Hub, tmp_path: Path) -> None:
+    repository = hub.add(MODEL, {"config.json": b"{}", "model.safetensors": b"123"})
+    # the rest never comes: who wants it waits
+    repository.delivered["model.safetensors"] = b"123" + bytes(1_000_000)
+    repository.stall_after["model.safetensors"] = 65_000
+    assert refused(hub, tmp_path).startswith("model.safetensors llegó cambiado de 127.0.0.1")
+    assert contents(tmp_path) == {f".{NAME}.partial", f".{NAME}.partial/config.json"}
+    assert hub.fetched.count("model.safetensors") == 1
 
 
 def test_what_arrives_altered_is_not_kept(hub: Hub, safetensors: dict[str, bytes], tmp_path: Path) -> None:
@@ -354,11 +396,91 @@ def test_a_copy_that_kept_no_times_is_whole(fetched: Path, tmp_path: Path) -> No
     assert weights.ensure(settings(tmp_path / "copia")).verified
 
 
-def test_a_broken_manifest_is_named(hub: Hub, fetched: Path) -> None:
-    (fetched / "manifest.json").write_text('{"id": "x"')
-    assert f"{fetched}/manifest.json no se entiende" in refused(hub, fetched.parent)
-    (fetched / "manifest.json").write_text('{"id": "x", "files": []}')
-    assert f"{fetched}/manifest.json no se entiende" in refused(hub, fetched.parent)
+HASH = "0" * 64
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"id": "x"',
+        "[]",
+        "[" * 200_000,
+        "null",
+        '{"id": "x", "files": []}',
+        manifest_of({}),
+        manifest_of({"config.json": {"size": 2}}),
+        manifest_of({"config.json": {"size": "2", "sha256": HASH}}),
+        manifest_of({"config.json": {"size": 2, "sha256": 5}}),
+        manifest_of({"config.json": {"size": math.inf, "sha256": HASH}}).replace("Infinity", "1e999"),
+        manifest_of({"config.json": 5}),
+        manifest_of({"../config.json": {"size": 2, "sha256": HASH}}),
+        manifest_of({"/etc/passwd": {"size": 2, "sha256": HASH}}),
+        manifest_of({"a/../config.json": {"size": 2, "sha256": HASH}}),
+        manifest_of({"./config.json": {"size": 2, "sha256": HASH}}),
+        manifest_of({"uno\ndos": {"size": 2, "sha256": HASH}}),
+        manifest_of({"config.json": {"size": 2, "sha256": HASH}}, commit=5),
+        manifest_of({"config.json": {"size": 2, "sha256": HASH}}, id="uno\ndos"),
+    ],
+    ids=range(18),
+)
+def test_a_broken_manifest_is_named(fetched: Path, content: str) -> None:
+    (fetched / "manifest.json").write_text(content)
+    with pytest.raises(UserError) as error:
+        weights.ensure(settings(fetched.parent))
+    assert str(error.value).startswith(f"{fetched}/manifest.json no se entiende") and "\n" not in str(error.value)
+
+
+def test_a_manifest_that_is_no_file_is_named(hub: Hub, fetched: Path) -> None:
+    manifest = fetched / "manifest.json"
+    manifest.rename(fetched.parent / "manifest.json")
+    for make in (
+        manifest.mkdir,
+        lambda: manifest.symlink_to("no"),
+        lambda: manifest.symlink_to("../manifest.json"),
+        lambda: os.mkfifo(manifest),
+    ):
+        make()
+        with pytest.raises(UserError, match="no se entiende"):
+            weights.ensure(settings(fetched.parent))
+        manifest.rmdir() if manifest.is_dir() else manifest.unlink()
+
+
+@pytest.mark.parametrize(
+    "name", ["chat_template.jinja", "added_tokens.json", "additional_chat_templates/a.jinja", "n" * 200]
+)
+def test_a_file_that_the_manifest_does_not_name_is_refused(hub: Hub, fetched: Path, name: str) -> None:
+    (fetched / name).parent.mkdir(exist_ok=True)
+    (fetched / name).write_text("{}")
+    line = f"{fetched}/{name} sobra, manifest.json no lo nombra: bórrelo (si es suyo, borre solo {fetched}/manifest"
+    assert refused(hub, fetched.parent).startswith(line)
+    with pytest.raises(UserError, match="sobra"):
+        weights.ensure(settings(fetched.parent))
+    (fetched / name).unlink()
+    assert weights.ensure(settings(fetched.parent)).verified
+
+
+def test_a_link_out_of_the_folder_is_refused(hub: Hub, fetched: Path) -> None:
+    path, elsewhere = fetched / "model.safetensors", fetched.parent / "elsewhere"
+    path.rename(elsewhere)
+    path.symlink_to(elsewhere)
+    assert f"{path} es un enlace" in refused(hub, fetched.parent)
+    path.unlink()
+    os.mkfifo(path)
+    assert f"{path} es un enlace u otra cosa" in refused(hub, fetched.parent)
+
+
+def test_a_link_to_the_folder_is_followed(fetched: Path, tmp_path: Path) -> None:
+    (tmp_path / "otra").mkdir()
+    (tmp_path / "otra" / NAME).symlink_to(fetched)
+    assert weights.ensure(settings(tmp_path / "otra"), thorough=True).verified
+
+
+def test_a_name_that_the_disk_cannot_hold_is_missing(fetched: Path) -> None:
+    manifest = json.loads((fetched / "manifest.json").read_text())
+    manifest["files"]["n" * 300] = {"size": 2, "sha256": HASH}
+    (fetched / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=f"Falta {fetched}/nnn"):
+        weights.ensure(settings(fetched.parent))
 
 
 def test_another_model_or_revision_of_the_same_name_is_not_taken(hub: Hub, fetched: Path) -> None:
@@ -404,6 +526,55 @@ def test_offline_by_choice(hub: Hub, tmp_path: Path) -> None:
     line = refused(hub, tmp_path, HF_HUB_OFFLINE="1")
     assert line.startswith("Sin conexión") and "HF_HUB_OFFLINE" in line and "script/predict --demo" in line
     assert hub.requests == []
+
+
+Description = dict[str, Any]
+
+
+def first(body: Description, **changes: object) -> Description:
+    """A description with changes in what it says of its first file."""
+    return {**body, "siblings": [{**body["siblings"][0], **changes}, *body["siblings"][1:]]}
+
+
+@pytest.mark.parametrize(
+    "says",
+    [
+        lambda body: [],
+        lambda body: {},
+        lambda body: None,
+        lambda body: b"[" * 200_000,
+        lambda body: b"\xff",
+        lambda body: {**body, "siblings": 5},
+        lambda body: {**body, "sha": "../.."},
+        lambda body: {**body, "createdAt": "ayer"},
+        lambda body: first(body, size="123"),
+        lambda body: first(body, size=-1),
+        lambda body: first(body, size=None),
+        lambda body: first(body, blobId="../../../x"),
+        lambda body: first(body, lfs={"size": 2, "sha256": "../../../x", "pointerSize": 1}),
+        lambda body: first(body, rfilename=["config.json"]),
+    ],
+    ids=range(14),
+)
+def test_a_hub_that_makes_no_sense(
+    hub: Hub, small: Repository, tmp_path: Path, says: Callable[[Description], object]
+) -> None:
+    small.says = says
+    line = refused(hub, tmp_path)
+    assert line.startswith("127.0.0.1 no responde como Hugging Face: compruebe HF_ENDPOINT")
+    assert contents(tmp_path) == set() and not hub.fetched
+
+
+def test_a_page_instead_of_the_hub(hub: Hub, small: Repository, tmp_path: Path) -> None:
+    small.says = lambda body: b"<html>"
+    assert refused(hub, tmp_path).startswith("Sin conexión con 127.0.0.1")
+
+
+def test_a_name_of_the_hubs_that_no_disk_holds_is_passed_over(hub: Hub, small: Repository, tmp_path: Path) -> None:
+    for name in ("n" * 300 + ".model", f"model-{'1' * 300}-of-00001.safetensors", "../../x.model"):
+        small.files[name] = b"x"
+    fetch(hub, tmp_path)
+    assert sorted(hub.fetched) == ["config.json", "model.safetensors"]
 
 
 @pytest.fixture
@@ -467,25 +638,30 @@ class Trap:
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_a_bin_that_carries_code_is_not_opened(hub: Hub, tmp_path: Path, zipped: bool) -> None:
+def test_a_bin_that_carries_code_is_not_opened(hub: Hub, bin: dict[str, bytes], tmp_path: Path, zipped: bool) -> None:
     mark, path = tmp_path / "mark", tmp_path / "trap.bin"
     torch.save({"a": torch.zeros(2), "b": Trap(mark)}, path, _use_new_zipfile_serialization=zipped)
-    hub.add(MODEL, {"config.json": b"{}", "pytorch_model.bin": path.read_bytes()})
+    hub.add(MODEL, {"config.json": bin["config.json"], "pytorch_model.bin": path.read_bytes()})
     assert f"pytorch_model.bin de {MODEL} no lleva solo pesos" in refused(hub, tmp_path)
     assert contents(tmp_path) == {"trap.bin"}
 
 
-def test_a_bin_that_holds_no_tensors(hub: Hub, tmp_path: Path) -> None:
+def test_a_bin_that_holds_no_tensors(hub: Hub, bin: dict[str, bytes], tmp_path: Path) -> None:
     torch.save({"a": 1}, tmp_path / "one.bin")
-    hub.add(MODEL, {"config.json": b"{}", "pytorch_model.bin": (tmp_path / "one.bin").read_bytes()})
+    hub.add(MODEL, {"config.json": bin["config.json"], "pytorch_model.bin": (tmp_path / "one.bin").read_bytes()})
     assert f"pytorch_model.bin de {MODEL} no lleva solo pesos" in refused(hub, tmp_path)
 
 
-def test_an_architecture_that_needs_code_of_the_hub(hub: Hub, bin: dict[str, bytes], tmp_path: Path) -> None:
-    config = {**json.loads(bin["config.json"]), "model_type": "desconocido"}
+@pytest.mark.parametrize("changes", [{"model_type": "desconocido"}, {"num_attention_heads": 0}, {"hidden_size": "a"}])
+def test_an_architecture_that_nobody_knows(
+    hub: Hub, bin: dict[str, bytes], tmp_path: Path, changes: dict[str, object]
+) -> None:
+    config = {**json.loads(bin["config.json"]), **changes}
     hub.add(MODEL, {**bin, "config.json": json.dumps(config).encode(), "configuration_falcon.py": b"raise SystemExit"})
     assert f"{MODEL} no es un modelo causal que transformers conozca" in refused(hub, tmp_path)
-    assert "configuration_falcon.py" not in hub.fetched
+    # nothing else was brought, and nothing stays
+    assert hub.fetched == ["config.json"]
+    assert contents(tmp_path) == set()
 
 
 # What the disk refuses
@@ -535,4 +711,20 @@ with weights.workspace(Path("{tmp_path}/disk/{NAME}")) as work, weights.room(wor
 
 def test_a_place_that_cannot_be_written(hub: Hub, small: Repository, tmp_path: Path) -> None:
     (tmp_path / "archivo").write_text("")
-    assert refused(hub, tmp_path / "archivo") == f"No se puede escribir en {tmp_path}/archivo: cambie WEIGHTS_DIR"
+    assert refused(hub, tmp_path / "archivo") == (
+        f"No se puede escribir en {tmp_path}/archivo, parte de la ruta no es una carpeta: cambie WEIGHTS_DIR"
+    )
+
+
+@pytest.mark.parametrize(
+    ("place", "reason"),
+    [
+        ("/proc/no", "no existe"),
+        ("vuelta/modelos", "los enlaces dan vueltas"),
+        ("n" * 300, "el nombre es demasiado largo"),
+    ],
+)
+def test_a_place_that_cannot_be(hub: Hub, small: Repository, tmp_path: Path, place: str, reason: str) -> None:
+    (tmp_path / "vuelta").symlink_to(tmp_path / "vuelta")
+    path = tmp_path / place
+    assert refused(hub, path) == f"No se puede escribir en {path}, {reason}: cambie WEIGHTS_DIR"
