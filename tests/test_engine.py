@@ -2,6 +2,7 @@
 
 import random
 import re
+import threading
 from asyncio import CancelledError
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -407,16 +408,19 @@ def test_a_lost_device_refuses_what_comes(falcon_model: Model, monkeypatch: pyte
         engine.generate(Request([7], 1, GREEDY))
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_whatever_ends_the_engines_thread_ends_every_request(
     falcon_model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = started(falcon_model, rows=1)
+    ends: list[threading.ExceptHookArgs] = []
+    monkeypatch.setattr(threading, "excepthook", ends.append)
     monkeypatch.setattr(engine._runner, "decode", failing(engine._runner.decode, SystemExit("out")))
     generations = [engine.generate(Request([7, 8, 9], 10, GREEDY)) for _ in range(2)]
     for generation in generations:
         with pytest.raises(UserError, match=r"El motor se detuvo \(out\): hay que reiniciar"):
             list(generation)
+    engine._thread.join()
+    assert [end.exc_type for end in ends] == [SystemExit]
     assert engine.lost
     with pytest.raises(UserError, match="hay que reiniciar"):
         engine.generate(Request([7], 1, GREEDY))
