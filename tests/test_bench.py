@@ -25,6 +25,8 @@ from local.report import Rounds, number, percentile
 from local.server import WAITING
 from tests.processes import FINALLY, Marked
 
+pytestmark = pytest.mark.slow
+
 ROUNDS, TOKENS = 2, 6
 
 

@@ -11,6 +11,8 @@ from llm import processor
 from llm.model import Model
 from tests import checkpoints, logits
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(("length", "rows", "packed"), logits.CASES)
 def test_logits_are_as_near_to_float32_as_those_of_transformers(

@@ -16,6 +16,8 @@ from llm import weights
 from llm.settings import ROOT, Settings
 from local import demo
 
+pytestmark = pytest.mark.slow
+
 NAME = "smollm2-135m-instruct"
 
 

@@ -41,7 +41,9 @@ def plain_call(step: Callable[[], None]) -> Replay:
     return step
 
 
-BOTH = pytest.mark.parametrize("options", [{}, {"capture": plain_call}], ids=["plain", "graphs"])
+BOTH = pytest.mark.parametrize(
+    "options", [{}, pytest.param({"capture": plain_call}, marks=pytest.mark.slow)], ids=["plain", "graphs"]
+)
 
 
 def ended(engine: Engine, prompt: list[int], max_tokens: int, sampling: Sampling = GREEDY) -> list[int]:
@@ -111,7 +113,7 @@ def engine(falcon_model: Model) -> Engine:
     return started(falcon_model, piece=PIECE)
 
 
-@pytest.fixture(scope="module", params=["plain", "graphs"])
+@pytest.fixture(scope="module", params=["plain", pytest.param("graphs", marks=pytest.mark.slow)])
 def any_engine(request: pytest.FixtureRequest, falcon_model: Model) -> Engine:
     """Once as on a CPU, once with buckets, graphs and tokens read a step late, as on a GPU."""
     return started(falcon_model, piece=PIECE, capture=plain_call if request.param == "graphs" else None)
@@ -124,6 +126,7 @@ def test_greedy_text_is_that_of_generate(any_engine: Engine, falcon_reference: R
         assert len(set(found)) > 4, "a text of one token proves nothing"
 
 
+@pytest.mark.slow
 def test_greedy_text_of_the_embedded_model_is_that_of_generate(demo_folder: Path) -> None:
     model = Model.read(demo_folder, torch.float32)
     engine, reference = started(model, rows=2), Reference(demo_folder, model)
@@ -134,6 +137,7 @@ def test_greedy_text_of_the_embedded_model_is_that_of_generate(demo_folder: Path
         assert ended(engine, start, 40) == reference(start, 40)
 
 
+@pytest.mark.slow
 def test_requests_that_come_and_go_get_what_they_would_get_alone(
     any_engine: Engine, falcon_reference: Reference
 ) -> None:
@@ -175,6 +179,7 @@ def test_more_requests_than_rows_wait_their_turn(falcon_model: Model, falcon_ref
     assert waits == sorted(waits), "in order of arrival"
 
 
+@pytest.mark.slow
 def test_a_seeded_text_is_the_same_alone_and_in_company(any_engine: Engine) -> None:
     chosen = prompts((20, 11, 31, 5, 26), checkpoints.TOKENS, seed=4)
     sampling = [
@@ -270,6 +275,7 @@ def _noted(steps: list[str], name: str, pass_: Callable[..., Any], *arguments: A
     return pass_(*arguments)
 
 
+@pytest.mark.slow
 @BOTH
 def test_a_prefix_is_read_once_and_its_prompts_go_on_as_generate_does(
     falcon_model: Model, falcon_reference: Reference, passes: list[dict[int, int]], options: dict[str, Any]
@@ -287,6 +293,7 @@ def test_a_prefix_is_read_once_and_its_prompts_go_on_as_generate_does(
     assert read == sum(map(len, endings)) + sum(map(len, asked[len(endings) :]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "lengths", "expected"),
     [
@@ -315,6 +322,7 @@ def test_short_prompts_that_wait_are_read_in_one_pass(
     assert [sorted(counts.values()) for counts in passes[1:]] == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("piece", [13, 32, 100])
 def test_no_pass_computes_more_than_a_piece(falcon_model: Model, monkeypatch: pytest.MonkeyPatch, piece: int) -> None:
     """Padding included, whatever comes: a pass over one long prompt and many short ones is what ended every stream."""
@@ -464,6 +472,7 @@ def test_prompts_for_which_there_was_no_memory_are_read_again_alone_and_in_small
     assert engine.lost is None
 
 
+@pytest.mark.slow
 def test_a_prompt_for_which_there_is_never_memory_fails_and_the_others_go_on(
     falcon_model: Model, falcon_reference: Reference, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -543,6 +552,7 @@ def refused_capture(step: Callable[[], None]) -> Replay:
     return step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["falcon", "multi-query falcon", "gpt-neo", "dynamic llama"])
 def test_a_model_that_cannot_be_captured_is_served_without_graphs(
     falcon: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
@@ -611,6 +621,7 @@ def test_rows_are_only_as_long_as_the_longest_needs(falcon_model: Model) -> None
     assert slots.room[1] < 128
 
 
+@pytest.mark.slow
 def test_llama_too_is_served_as_generate_would(tmp_path: Path) -> None:
     folder = checkpoints.llama(tmp_path / "llama")
     model = Model.read(folder, torch.float32)

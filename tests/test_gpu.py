@@ -306,6 +306,7 @@ def fused(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: objec
     return query.new_empty(*query.shape[:-1], value.shape[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["falcon", "llama"])
 @pytest.mark.parametrize("lengths", [(2047, 2047), (2040,), (1000, 1000, 1000, 1000), (128,) * 32])
 def test_the_largest_passes_stay_within_what_is_left_for_them(

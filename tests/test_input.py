@@ -108,6 +108,7 @@ JSON = st.recursive(
 )
 
 
+@pytest.mark.slow
 @EXAMPLES
 @given(inputs=st.fixed_dictionaries(QUESTION, optional=VALID))
 def test_what_the_schema_allows_ends_whole_and_as_a_stream(falcon_server: Client, inputs: Inputs) -> None:
@@ -139,6 +140,7 @@ def test_any_other_body_is_refused(falcon_server: Client, body: str | bytes) -> 
     assert answer.status_code in (httpx.codes.BAD_REQUEST, httpx.codes.UNPROCESSABLE_ENTITY)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", GenerationMode)
 def test_whatever_openapi_json_leads_to(
     falcon_server: Client, mode: GenerationMode, monkeypatch: pytest.MonkeyPatch
@@ -195,6 +197,7 @@ def test_an_odd_question_is_read_as_it_is_written(
         assert count == len(tokenizer(template.replace(ASIS, pregunta))["input_ids"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("served", ["falcon", "smollm2"])
 def test_control_tokens_in_a_question_are_text(served: str, request: pytest.FixtureRequest) -> None:
     if served == "falcon":
@@ -325,6 +328,7 @@ def test_the_content_type_has_to_be_json(falcon_server: Client, content_type: st
     assert httpx.post(url, content=body, headers=headers, trust_env=False).status_code == status
 
 
+@pytest.mark.slow
 def test_a_body_of_50_mb_is_answered(falcon_server: Client) -> None:
     much = "a" * 50_000_000
     assert falcon_server.predict(pregunta=much).status_code == httpx.codes.UNPROCESSABLE_ENTITY

@@ -190,6 +190,7 @@ def test_both_have_the_same_commands_and_programs() -> None:
         assert blocks(SPANISH, language) == blocks(ENGLISH, language)
 
 
+@pytest.mark.slow
 def test_the_demo_prints_what_is_shown(execute: Execute, demo_folder: Path) -> None:
     command = commands(SPANISH)[0]
     assert "--demo" in command
@@ -224,6 +225,7 @@ def test_a_question_to_falcon(falcon_server: Client, command: str) -> None:
     assert falcon_server.predict(**values, max_tokens=4).json()["status"] == "succeeded"
 
 
+@pytest.mark.slow
 def test_the_local_server_answers_curl(execute: Execute, demo_server: Client) -> None:
     (serve,) = (command for command in commands(SPANISH) if command.startswith("script/serve"))
     (curl,) = (command for command in commands(SPANISH) if command.startswith("curl -N"))
@@ -234,6 +236,7 @@ def test_the_local_server_answers_curl(execute: Execute, demo_server: Client) ->
     assert "".join(json.loads(chunk)["chunk"] for chunk in re.findall(r"event: output\ndata: (.*)", answer)) == ANSWER
 
 
+@pytest.mark.slow
 def test_weights_without_a_network(environment: dict[str, str], tmp_path: Path) -> None:
     variables = environment | {"WEIGHTS_DIR": str(tmp_path), "MODEL_ID": "org/nombre", "MODEL_REVISION": ""}
     result = subprocess.run(["bash", "-c", python("script/weights")], env=variables, capture_output=True, text=True)
@@ -243,6 +246,7 @@ def test_weights_without_a_network(environment: dict[str, str], tmp_path: Path) 
     assert not list(tmp_path.glob("*"))
 
 
+@pytest.mark.slow
 def test_the_copied_env_changes_nothing(execute: Execute, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in os.environ.keys() & {"MODEL_ID", "MODEL_REVISION", "WEIGHTS_DIR", "DTYPE"}:
         monkeypatch.delenv(name)
@@ -253,6 +257,7 @@ def test_the_copied_env_changes_nothing(execute: Execute, tmp_path: Path, monkey
     assert Settings.read(tmp_path) == nothing
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", blocks(SPANISH, "python"), ids=["run", "stream"])
 def test_a_program_that_calls_replicate(
     execute: Execute, environment: dict[str, str], tmp_path: Path, program: str
@@ -265,6 +270,7 @@ def test_a_program_that_calls_replicate(
     assert execute(command.replace(".venv/bin/python", shlex.quote(sys.executable))) == f"{ANSWER}\n"
 
 
+@pytest.mark.slow
 def test_curl_that_calls_replicate(execute: Execute, replicate: str) -> None:
     (curl,) = (command for command in commands(SPANISH) if command.startswith("curl -s"))
     assert "https://api.replicate.com/" in curl

@@ -81,6 +81,7 @@ def test_tokens_that_tie_with_the_last_of_top_k_are_kept() -> None:
     torch.testing.assert_close(found, reference(logits[0], torch.tensor([VOCABULARY - 1]), sampling))
 
 
+@pytest.mark.slow
 def test_tokens_are_drawn_as_often_as_their_probability_says() -> None:
     logits, history = logits_and_history(1, seed=5)
     sampling = Sampling(temperature=0.8, top_p=0.9, top_k=20)
@@ -97,6 +98,7 @@ def test_tokens_are_drawn_as_often_as_their_probability_says() -> None:
     assert ((found - draws * expected).abs() <= 5 * spread).all()
 
 
+@pytest.mark.slow
 def test_numbers_of_neighbouring_seeds_positions_and_ids_have_nothing_in_common() -> None:
     count = 100_000
     steps = torch.arange(count)

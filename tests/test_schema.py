@@ -395,7 +395,7 @@ def test_names_the_line_of_the_value(source: Path) -> None:
 
 
 def test_refuses_a_file_that_is_not_there_or_not_text(source: Path) -> None:
-    with pytest.raises(UserError, match=re.escape(f"No se puede leer {source}: No such file")):
+    with pytest.raises(UserError, match=re.escape(f"No se puede leer {source}: no existe.")):
         schema.read(source)
     source.write_bytes(b"\xff")
     with pytest.raises(UserError, match=r"predict\.py no está en UTF-8"):

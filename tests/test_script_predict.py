@@ -19,6 +19,8 @@ import pytest
 from llm.settings import ROOT
 from tests.processes import FINALLY, Marked
 
+pytestmark = pytest.mark.slow
+
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 QUESTION = ["-i", "pregunta=Once upon a time", "-i", "temperature=0"]

@@ -156,6 +156,7 @@ def test_the_setup_log_says_what_was_loaded(falcon_server: Client, falcon: Path)
     assert falcon.name in setup["logs"] and "Sin verificar" in setup["logs"]
 
 
+@pytest.mark.slow
 def test_a_setup_that_fails_is_one_line_in_the_health_check(tmp_path: Path) -> None:
     (tmp_path / "vacio").mkdir()
     environment = {"MODEL_ID": "vacio", "WEIGHTS_DIR": str(tmp_path)}
@@ -198,6 +199,7 @@ def test_its_threads_spin_for_a_bounded_time_or_the_users_own(
         assert process.environ()["GOMP_SPINCOUNT"] == (own or server.WAITING["GOMP_SPINCOUNT"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "message"), [("_run_worker", "falta de memoria"), ("cog.server.http", "por su cuenta")]
 )

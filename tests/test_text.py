@@ -90,6 +90,7 @@ def some_tokens(tokenizer: PreTrainedTokenizerFast, draw: random.Random) -> list
     return draw.choices(draw.choice([anything, few, [*parts, *few * 20]]), k=draw.randint(1, 150))
 
 
+@pytest.mark.slow
 def test_any_tokens_come_out_as_one_decode_gives_them(tokenizer: PreTrainedTokenizerFast) -> None:
     draw = random.Random(1)
     for _ in range(1000):

@@ -26,6 +26,8 @@ from llm.settings import ROOT, Settings
 from tests import checkpoints
 from tests.hub import COMMIT, Hub, Repository, files_of
 
+pytestmark = pytest.mark.slow
+
 MODEL = "prueba/Falcon-Mini"
 NAME = "falcon-mini"
 GOOD, NO_ACCESS, WRONG = "hf_buenoXYZ", "hf_ajenoXYZ", "hf_malXYZ"
