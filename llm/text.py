@@ -22,8 +22,9 @@ def split_stop_sequences(value: str | None) -> tuple[str, ...]:
 class Text:
     """The text of one answer: no special tokens, no leading blank, no half characters, nothing from a stop sequence on.
 
-    What `add` and `end` return, joined, is the one decode of all tokens less its leading blank, up to the first place
-    where a stop sequence begins. It does not depend on how the tokens were dealt out over the calls.
+    What `add` and `end` return, joined, is the one decode of all tokens less its leading blank and a last character
+    that lacks bytes, up to the first place where a stop sequence begins. It does not depend on how the tokens were dealt
+    out over the calls.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, stop_sequences: Sequence[str] = ()) -> None:
@@ -94,10 +95,13 @@ class _Characters:
         return fresh
 
     def end(self) -> str:
+        """Return what is left, without the beginning of a character that the answer's last token cut."""
         text = self._decode(self._window)
-        fresh = text[self._read :]
-        self._read = len(text)
-        return fresh
+        if self._in_bytes:
+            # a character has four bytes at most, and half of one spoils the whole run
+            ends = (self._decode(self._window[: len(self._window) - cut]) for cut in range(4))
+            text = next((whole for whole in ends if not whole.endswith("\ufffd")), text)
+        return text.removesuffix("\ufffd")[self._read :]
 
     def _decode(self, tokens: list[int]) -> str:
         return str(self._backend.decode(tokens, skip_special_tokens=True))
