@@ -11,7 +11,7 @@ from typing import Optional
 import cog
 from cog import AsyncConcatenateIterator, BasePredictor, Input, streaming
 
-from llm.cancellation import on_cancel
+from llm.cancellation import follow_cancels, on_cancel
 from llm.engine import Engine, Generation, Request
 from llm.model import Model
 from llm.prompt import Prompter
@@ -29,6 +29,7 @@ class Predictor(BasePredictor):
         self.engine = Engine(self.model, most_rows=32)
         self.prompter = Prompter(self.model.tokenizer, self.engine.context)
         self.engine.start(self.prompter.prefix())
+        follow_cancels(cog.CancelationException)
         print(f"Listo en {decimal(time.perf_counter() - start)} s")
 
     async def healthcheck(self) -> bool:
@@ -97,7 +98,11 @@ class Predictor(BasePredictor):
         """The answer's text as it grows, and at the end its metrics and its line in the log."""
         try:
             for token in generation:
-                if chunk := text.add([token]):
+                chunk = text.add([token])
+                if text.stopped:
+                    # before the last chunk: who takes it may let it wait
+                    generation.cancel()
+                if chunk:
                     yield chunk
                 if text.stopped:
                     break

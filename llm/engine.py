@@ -61,8 +61,10 @@ class Generation:
         """Tokens of the prompt that are in the cache."""
         self.asked = 0
         """Tokens asked of the device: those handed out, and those on their way."""
-        self.count = 0
+        self.emitted = 0
         """Tokens handed out."""
+        self.count = 0
+        """Tokens taken by who iterates: the answer may end before all that are handed out are used."""
         self.alone = False
         """A pass that read its prompt beside others found no memory."""
         self.cancelled = False
@@ -71,8 +73,8 @@ class Generation:
         self.admitted: float | None = None
         self.first: float | None = None
         self.last: float | None = None
-        """When it was asked for, got a row, and handed out its first and its last token, in seconds."""
-        self.inbox: SimpleQueue[int | BaseException | None] = SimpleQueue()
+        """When it was asked for, got a row, and when the first token and the last that was taken came, in seconds."""
+        self.inbox: SimpleQueue[tuple[int, float] | BaseException | None] = SimpleQueue()
 
     @property
     def reading(self) -> bool:
@@ -82,7 +84,9 @@ class Generation:
         while (item := self.inbox.get()) is not None:
             if isinstance(item, BaseException):
                 raise item
-            yield item
+            token, self.last = item
+            self.count += 1
+            yield token
 
     @property
     def queue_time(self) -> float:
@@ -96,7 +100,7 @@ class Generation:
 
     @property
     def tokens_per_second(self) -> float:
-        """Over the whole time from asking to the last token."""
+        """Over the whole time from asking to the last token that was taken."""
         return self.count / ((self.last or time.perf_counter()) - self.created)
 
     def cancel(self) -> None:
@@ -291,17 +295,17 @@ class Engine:
                     self._hand_to(generation, chosen[index])
 
     def _hand_to(self, generation: Generation, id: int) -> None:
-        generation.last = time.perf_counter()
-        generation.first = generation.first or generation.last
+        now = time.perf_counter()
+        generation.first = generation.first or now
         if id == NOT_A_NUMBER:
             self._break_off(generation)
             return
         if id in self._model.stop_ids:
             generation.finish_reason = "stop"
         else:
-            generation.count += 1
-            generation.inbox.put(id)
-            if generation.count == generation.budget:
+            generation.emitted += 1
+            generation.inbox.put((id, now))
+            if generation.emitted == generation.budget:
                 generation.finish_reason = "length"
         if generation.finish_reason:
             self._release(generation)
@@ -314,7 +318,7 @@ class Engine:
             self._runner.clear(generation.row)
         self._release(generation)
         generation.cancelled = True
-        step = f"token {generation.count + 1} de la respuesta"
+        step = f"token {generation.emitted + 1} de la respuesta"
         generation.inbox.put(
             UserError(
                 f"El modelo no calculó ningún número en el {step}: repita la pregunta, o cargue con DTYPE=float32"

@@ -22,9 +22,9 @@ def split_stop_sequences(value: str | None) -> tuple[str, ...]:
 class Text:
     """The text of one answer: no special tokens, no leading blank, no half characters, nothing from a stop sequence on.
 
-    What `add` and `end` return, joined, is the one decode of all tokens less its leading blank and a last character
-    that lacks bytes, up to the first place where a stop sequence begins. It does not depend on how the tokens were dealt
-    out over the calls.
+    What `add` and `end` return, joined, is the one decode of all tokens, less its leading blank and a last character
+    that lacks bytes, up to the first place where a stop sequence begins. It does not depend on how the tokens were
+    dealt out over the calls.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, stop_sequences: Sequence[str] = ()) -> None:

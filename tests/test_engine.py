@@ -252,6 +252,53 @@ def test_a_cancelled_request_says_so_and_frees_its_row(falcon_model: Model) -> N
     assert len(ended(engine, [1, 2, 3], 3)) == 3
 
 
+# its prompt's first part, its first token, one in the middle, its last
+@pytest.mark.parametrize("passes_before", [1, 3, 10, 22])
+@BOTH
+def test_the_row_of_a_cancelled_request_is_free_at_the_next_step(
+    falcon_model: Model,
+    falcon_reference: Reference,
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any],
+    passes_before: int,
+) -> None:
+    engine = started(falcon_model, rows=1, piece=PIECE, **options)
+    one, other = prompts((3 * PIECE, 5), checkpoints.TOKENS)
+    passes = 0
+
+    def counted(compute: Callable[..., Any]) -> Callable[..., Any]:
+        def computed(*arguments: Any) -> Any:
+            nonlocal passes
+            passes += 1
+            if passes == passes_before:
+                cancelled.cancel()
+            return compute(*arguments)
+
+        return computed
+
+    for name in ("prefill", "decode"):
+        monkeypatch.setattr(Runner, name, counted(getattr(Runner, name)))
+    with engine._wake:
+        cancelled = engine.generate(Request(one, 20, GREEDY))
+        waiting = engine.generate(Request(other, 3, GREEDY))
+    assert list(waiting) == falcon_reference(other, 3)
+    # the step in which it came may go on, to decode what it has read
+    assert passes - passes_before - 3 in (0, 1)
+    with pytest.raises(CancelledError):
+        list(cancelled)
+
+
+def test_an_answer_that_ends_early_counts_what_it_used(engine: Engine) -> None:
+    generation = engine.generate(Request([1, 2, 3], 40, GREEDY))
+    tokens = iter(generation)
+    for _ in range(3):
+        next(tokens)
+    while generation.emitted < 10:
+        continue
+    generation.cancel()
+    assert generation.count == 3
+
+
 def test_a_long_prompt_is_read_in_pieces_between_the_steps_of_others(
     falcon_model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -133,7 +133,7 @@ def test_no_chunk_has_half_a_character(falcon: PreTrainedTokenizerFast) -> None:
 
 def test_half_a_character_at_the_end_is_dropped(falcon: PreTrainedTokenizerFast) -> None:
     half = plain(falcon, "Hola 😀")[:-1]
-    assert falcon.decode(half).endswith("\ufffd")
+    assert str(falcon.decode(half)).endswith("\ufffd")
     assert "".join(as_it_grows(falcon, half)).rstrip() == "Hola"
 
 

@@ -1,0 +1,180 @@
+"""A cancel ends its prediction whenever it comes, however Cog learns of it, and whatever Cog does by then."""
+
+import asyncio
+import ctypes
+import json
+import re
+import threading
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import cog
+import httpx
+import pytest
+
+from llm import cancellation
+from llm.cancellation import follow_cancels, on_cancel
+from local import server
+from predict import Predictor
+from tests.client import Client
+from tests.processes import FINALLY
+
+GREEDY = {"temperature": 0, "repetition_penalty": 1, "prompt_template": "{pregunta}"}
+ANOTHER = "Esta versión de Cog cancela de otro modo"
+# Whatever Cog submits a prediction with, it is not what we put there.
+ANOTHER_COG = """\
+import asyncio, types
+
+class Another(types.ModuleType):
+    def __setattr__(self, name, value):
+        if name != "run_coroutine_threadsafe":
+            super().__setattr__(name, value)
+
+asyncio.__class__ = Another
+"""
+
+
+@pytest.fixture
+def loop(monkeypatch: pytest.MonkeyPatch) -> Iterator[asyncio.AbstractEventLoop]:
+    """As Cog's worker has one for its predictions, in a thread of its own."""
+    monkeypatch.setattr(asyncio, "run_coroutine_threadsafe", asyncio.run_coroutine_threadsafe)
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    yield loop
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.close()
+
+
+def test_what_on_cancel_names_is_called_once_the_coroutine_has_returned(loop: asyncio.AbstractEventLoop) -> None:
+    follow_cancels(cog.CancelationException)
+    cancelled = threading.Event()
+
+    async def predict() -> str:
+        on_cancel(cancelled.set)
+        return "answer"
+
+    future = asyncio.run_coroutine_threadsafe(predict(), loop)
+    assert future.result(FINALLY) == "answer"
+    assert not cancelled.is_set()
+    future.cancel()
+    assert cancelled.is_set()
+
+
+def test_a_cancel_while_cog_submits_a_prediction_is_one(
+    loop: asyncio.AbstractEventLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    follow_cancels(cog.CancelationException)
+    schedule = loop.call_soon_threadsafe
+
+    def schedule_and_cancel(*arguments: Any, **options: Any) -> Any:
+        handle = schedule(*arguments, **options)
+        # as Cog does: this thread meets the exception at its next step
+        thread, exception = ctypes.c_ulong(threading.get_ident()), ctypes.py_object(cog.CancelationException)
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, exception)
+        return handle
+
+    ran = threading.Event()
+
+    async def predict() -> None:
+        ran.set()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "call_soon_threadsafe", schedule_and_cancel)
+        future = asyncio.run_coroutine_threadsafe(predict(), loop)
+    with pytest.raises(CancelledError):
+        future.result(FINALLY)
+    assert ran.wait(FINALLY)
+
+
+@pytest.mark.slow
+def test_a_cancel_is_no_failure_however_early_it_comes(falcon_server: Client) -> None:
+    inputs = {"pregunta": "Once upon a time", "max_tokens": 30, **GREEDY}
+
+    def cancelled_at_once(number: int) -> str:
+        url = f"{falcon_server.server.url}/predictions/{uuid.uuid4().hex}"
+        headers = {"Accept": "text/event-stream"} if number % 2 else {}
+        with ThreadPoolExecutor(1) as thread, httpx.Client(timeout=FINALLY, trust_env=False) as http:
+            asking = thread.submit(http.put, url, json={"input": inputs}, headers=headers)
+            while not asking.done() and not http.post(f"{url}/cancel").is_success:
+                continue
+            answer = asking.result().text
+        return str(json.loads(answer[answer.rindex('{"id"') if number % 2 else 0 :])["status"])
+
+    ends = [cancelled_at_once(number) for number in range(40)]
+    # Cog itself loses one that comes before its worker has looked at the prediction
+    assert {*ends} <= {"canceled", "succeeded"}
+    assert "canceled" in ends
+
+
+def test_another_cog_is_told_and_its_predictions_go_on(
+    loop: asyncio.AbstractEventLoop, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cancellation._say_that_cog_is_another.cache_clear()
+    # no more to be changed than what Python itself raises
+    for _ in range(2):
+        follow_cancels(KeyboardInterrupt)
+    assert capsys.readouterr().out.count(ANOTHER) == 1
+
+
+@pytest.mark.slow
+def test_predictions_that_another_cog_runs_its_own_way_succeed(
+    falcon_environment: dict[str, str], tmp_path: Path
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(ANOTHER_COG)
+    with server.running(environment=falcon_environment | {"PYTHONPATH": str(tmp_path)}) as running:
+        running.wait_until_ready()
+        client = Client(running)
+        answers = [client.predict(pregunta="Once", max_tokens=4, **GREEDY).json() for _ in range(2)]
+    assert [answer["status"] for answer in answers] == ["succeeded"] * 2
+    assert [ANOTHER in answer["logs"] for answer in answers] == [True, False]
+
+
+@pytest.fixture
+def predictor(falcon_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Predictor:
+    for name, value in falcon_environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(asyncio, "run_coroutine_threadsafe", asyncio.run_coroutine_threadsafe)
+    predictor = Predictor()
+    predictor.setup()
+    return predictor
+
+
+def test_an_answer_that_has_ended_holds_no_row_while_its_last_words_wait(
+    predictor: Predictor, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def answer(max_tokens: int, stop_sequences: str | None) -> Iterator[str]:
+        inputs: dict[str, Any] = {
+            "pregunta": "Once",
+            "max_tokens": max_tokens,
+            "stop_sequences": stop_sequences,
+            "seed": 1,
+        }
+        drawn = {"temperature": 2.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}
+        found: Any = asyncio.run(predictor.predict(**inputs, **drawn, prompt_template="{pregunta}"))  # type: ignore
+        return iter(found)
+
+    chunks = list(answer(60, None))
+    whole = "".join(chunks)
+    # within one token's text, so that something is left to be shown before it
+    shown, stop = next(
+        ("".join(chunks[:k]) + chunks[k][:2], chunks[k][2:])
+        for k in range(3, len(chunks))
+        if len(chunks[k]) > 4 and "," not in chunks[k] and whole.find(chunks[k][2:]) == len("".join(chunks[:k])) + 2
+    )
+    slow = answer(2000, stop)
+    text = next(slow)
+    (generation,) = predictor.engine.rows.values()
+    while text != shown:
+        text += next(slow)
+    while predictor.engine.rows:
+        continue
+    assert generation.emitted < 1000
+    capsys.readouterr()
+    assert list(slow) == []
+    (used,) = re.findall(r"(\d+) de salida", capsys.readouterr().out)
+    assert int(used) <= 60
