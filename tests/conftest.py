@@ -23,6 +23,22 @@ for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.S
         signal.signal(_number, _handler)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--soak", nargs="?", type=float, const=10, metavar="MINUTES", help="the soak alone, for 10 minutes or for these"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    soak = config.getoption("soak")
+    left_out = [item for item in items if (item.path.name == "test_soak.py") == (soak is None)]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
+    if soak:
+        for item in items:
+            item.add_marker(pytest.mark.timeout(soak * 60 + 300))
+
+
 @pytest.fixture
 def processes() -> Iterator[Marked]:
     """Those that the test starts; none may be left."""

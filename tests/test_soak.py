@@ -1,0 +1,220 @@
+"""For some minutes more clients than there are places ask, read, cancel and go. All of it ends, and nothing stays.
+
+`script/test --soak` runs it, and nothing else, for ten minutes; `--soak=2` for two.
+"""
+
+import asyncio
+import json
+import os
+import random
+import socket
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from llm.settings import ROOT
+from local import server
+from tests.processes import FINALLY, Marked
+
+CLIENTS = 40
+QUESTIONS = 40
+"""Each is asked alone at first; from then on the others may not change its text."""
+WARM = 200
+"""Predictions after which memory has to stay as it is, ..."""
+GROWTH = 1.05
+"""... but for this."""
+THREADS_KEPT = min(32, (os.cpu_count() or 1) + 4)
+"""By asyncio.to_thread, once they have been used."""
+
+WORDS = ["the", "of", "and", "casa", "niño", "漢字", "😀", "question", "once", "upon", "time\n"]
+
+Inputs = dict[str, Any]
+
+
+def some_inputs(draw: random.Random) -> Inputs:
+    """Any size, few of them large, and any parameters."""
+    inputs: Inputs = {
+        "pregunta": " ".join(draw.choices(WORDS, k=draw.choice([1, 1, 5, 5, 20, 20, 20, 60, 60, 200, 800]))),
+        "max_tokens": min(1 + int(draw.expovariate(1 / 40)), 200),
+        "seed": draw.getrandbits(62),
+    }
+    others: dict[str, list[Any]] = {
+        "temperature": [0, 0.3, 1, 2],
+        "top_p": [0, 0.5, 1],
+        "top_k": [0, 1, 40, 1000],
+        "repetition_penalty": [1, 1.3, 2],
+        "stop_sequences": ["a", "nunca", "\n,.,e"],
+        "prompt_template": ["{pregunta}", "Q: {pregunta}\nA:"],
+    }
+    return inputs | {name: draw.choice(values) for name, values in others.items() if draw.random() < 0.5}
+
+
+class Clients:
+    """They make one prediction after another, each in one of several manners, and note how it ended."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._alone: list[tuple[Inputs, str]] = []
+        self.ends: Counter[str] = Counter()
+        self.cancels = 0
+        self.wrong: list[str] = []
+
+    @property
+    def predictions(self) -> int:
+        return self.ends.total() - self.ends["refused"]
+
+    async def ask_alone(self) -> None:
+        """Each question for the first time, one after another."""
+        draw = random.Random(0)
+        async with self._connections() as http:
+            for _ in range(QUESTIONS):
+                inputs = some_inputs(draw)
+                end = (await http.post("/predictions", json={"input": inputs})).json()
+                assert end["status"] == "succeeded", end
+                self._alone.append((inputs, "".join(end["output"])))
+
+    async def ask_at_once(self, until: Callable[[], bool]) -> None:
+        async with self._connections() as http:
+            draws = [random.Random(f"{number} {self.predictions}") for number in range(CLIENTS)]
+            await asyncio.gather(*(self._ask(http, draw, until) for draw in draws))
+            # the cache is as long as the longest that runs needs: as short as it gets
+            await http.post("/predictions", json={"input": {"pregunta": "a", "max_tokens": 1}})
+
+    def _connections(self) -> httpx.AsyncClient:
+        return httpx.AsyncClient(
+            base_url=self._url, timeout=FINALLY, trust_env=False, limits=httpx.Limits(max_connections=None)
+        )
+
+    async def _ask(self, http: httpx.AsyncClient, draw: random.Random, until: Callable[[], bool]) -> None:
+        while not until():
+            inputs, alone = draw.choice(self._alone)
+            manner = draw.choice(["whole", "stream", "stream", "dropped stream", "cancelled whole", "cancelled stream"])
+            try:
+                async with asyncio.timeout(FINALLY):
+                    if manner.endswith("whole"):
+                        end, text = await self._whole(http, inputs, draw, manner)
+                    else:
+                        end, text = await self._stream(http, inputs, draw, manner)
+            except (httpx.HTTPError, TimeoutError) as error:
+                end, text = repr(error), ""
+            self.ends[end] += 1
+            cancelled = manner.startswith("cancelled") and end == "canceled" and alone.startswith(text)
+            if not (cancelled or end in ("refused", "dropped") or (end == "succeeded" and text == alone)):
+                self.wrong.append(f"{manner}, {end}: {text!r} instead of {alone!r} for {inputs}")
+            if end == "refused":
+                await asyncio.sleep(draw.uniform(0, 0.5))
+
+    async def _whole(
+        self, http: httpx.AsyncClient, inputs: Inputs, draw: random.Random, manner: str
+    ) -> tuple[str, str]:
+        """How it ended, and its text."""
+        url = f"/predictions/{uuid.UUID(int=draw.getrandbits(128))}"
+        asking = asyncio.create_task(http.put(url, json={"input": inputs}))
+        if manner.startswith("cancelled"):
+            await asyncio.sleep(draw.choice([0, draw.uniform(0, 0.05), draw.uniform(0, 1)]))
+            await self._cancel(http, url)
+        answer = await asking
+        if answer.status_code == httpx.codes.CONFLICT:
+            return "refused", ""
+        prediction = answer.json()
+        return prediction.get("error") or prediction["status"], "".join(prediction.get("output") or [])
+
+    async def _stream(
+        self, http: httpx.AsyncClient, inputs: Inputs, draw: random.Random, manner: str
+    ) -> tuple[str, str]:
+        """The same; it is dropped, or cancelled, at any of its first events."""
+        url = f"/predictions/{uuid.UUID(int=draw.getrandbits(128))}"
+        fate = draw.choice([0, 1, draw.randrange(50)])
+        text = ""
+        events = 0
+        async with http.stream("PUT", url, json={"input": inputs}, headers={"Accept": "text/event-stream"}) as answer:
+            if answer.status_code == httpx.codes.CONFLICT:
+                return "refused", ""
+            async for line in answer.aiter_lines():
+                field, _, value = line.partition(": ")
+                if field == "event":
+                    name = value
+                elif field == "data":
+                    data = json.loads(value)
+                    if name == "completed":
+                        return data.get("error") or data["status"], text
+                    if name == "output":
+                        text += data["chunk"]
+                    if events == fate and manner.startswith("dropped"):
+                        return "dropped", text
+                    if events == fate and manner.startswith("cancelled"):
+                        await self._cancel(http, url)
+                    events += 1
+        return "a stream without an end", text
+
+    async def _cancel(self, http: httpx.AsyncClient, url: str) -> None:
+        answer = await http.post(f"{url}/cancel")
+        self.cancels += answer.status_code == httpx.codes.OK
+
+
+class Observer:
+    """Looks at server and worker from outside, and into the worker through tests/probe."""
+
+    def __init__(self, processes: list[psutil.Process], worker: socket.socket) -> None:
+        self._processes = processes
+        self._worker = worker.makefile("rw")
+
+    def look(self) -> tuple[dict[str, int], int, float]:
+        """What there is of each kind, threads, and megabytes in use."""
+        print(file=self._worker, flush=True)
+        kinds: dict[str, int] = json.loads(self._worker.readline())
+        kinds["descriptors"] = sum(process.num_fds() for process in self._processes)
+        kinds["children"] = sum(len(process.children()) for process in self._processes)
+        threads = sum(process.num_threads() for process in self._processes)
+        return kinds, threads, sum(process.memory_info().rss for process in self._processes) / 1e6
+
+
+def test_the_soak(
+    falcon_environment: dict[str, str],
+    processes: Marked,
+    pytestconfig: pytest.Config,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    minutes = pytestconfig.getoption("soak")
+    with socket.create_server((server.HOST, 0)) as listener:
+        probe = {"PYTHONPATH": str(ROOT / "tests" / "probe"), "PROBE": str(listener.getsockname()[1])}
+        with server.running(environment=falcon_environment | processes.environment | probe) as running:
+            running.wait_until_ready()
+            worker, _ = listener.accept()
+            observer = Observer(processes.alive(), worker)
+            clients = Clients(running.url)
+            asyncio.run(clients.ask_alone())
+            kinds_before, threads_before, _ = observer.look()
+            over = time.monotonic() + minutes * 60
+            asyncio.run(clients.ask_at_once(lambda: clients.predictions >= WARM))
+            _, _, memory_before = observer.look()
+            asyncio.run(clients.ask_at_once(lambda: time.monotonic() > over))
+            _, _, memory = observer.look()
+
+            # the server lets go of its connections, and of the threads that carried the answers, after some seconds
+            end = time.monotonic() + FINALLY
+            kinds, threads, _ = observer.look()
+            while (kinds != kinds_before or threads > threads_before + THREADS_KEPT) and time.monotonic() < end:
+                time.sleep(1)
+                kinds, threads, _ = observer.look()
+    with capsys.disabled():
+        print(
+            f"\n{minutes:g} minutes, {clients.predictions} predictions, {clients.cancels} cancels: "
+            f"{dict(clients.ends)}; "
+            f"memory {memory_before:.0f} MB after {WARM}, {memory:.0f} MB at the end; "
+            f"threads {threads_before}, {threads}; {kinds_before}, {kinds}"
+        )
+    assert clients.wrong == []
+    assert clients.predictions > 2 * WARM
+    assert (
+        min(clients.ends["succeeded"], clients.ends["refused"], clients.ends["canceled"], clients.ends["dropped"]) > 0
+    )
+    assert kinds == kinds_before
+    assert threads <= threads_before + THREADS_KEPT
+    assert memory < memory_before * GROWTH
