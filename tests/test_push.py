@@ -2,7 +2,6 @@
 
 import json
 import os
-import shlex
 import shutil
 import signal
 import subprocess
@@ -19,6 +18,7 @@ from llm import weights
 from llm.settings import FALCON, FALCON_COMMIT, ROOT, Settings
 from tests.hub import Hub
 from tests.processes import FINALLY, Marked
+from tests.project import copied
 
 Push = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -58,21 +58,9 @@ def large(path: Path) -> None:
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
     """A copy of the project as its user has it by now: .venv, a demo and an unfinished model, secrets, caches."""
-    folder = tmp_path / "project"
-    for name in ("llm", "local", "script", "tests"):
-        shutil.copytree(ROOT / name, folder / name)
-    for path in ROOT.iterdir():
-        # in a worktree .git is a file
-        if path.is_file() and path.name not in (".env", ".git"):
-            shutil.copy(path, folder)
-    python = folder / ".venv" / "bin" / "python"
-    large(python.with_name("ruff"))
+    folder = copied(tmp_path / "project")
+    large(folder / ".venv" / "bin" / "ruff")
     large(folder / ".venv" / "lib" / "torch" / "libtorch.so")
-    python.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
-    python.chmod(0o755)
-    both = (folder / "requirements.txt").read_bytes() + (folder / "requirements-dev.txt").read_bytes()
-    checksum = subprocess.run(["cksum"], input=both, capture_output=True, check=True).stdout.decode().strip()
-    (folder / ".venv" / "ready").write_text(f"{checksum}\n")
     (folder / ".env").write_text("HUGGINGFACE_HUB_TOKEN=hf_secreto\nMODEL_ID=otra/cosa\nMODEL_REVISION=rama\n")
     large(folder / ".mypy_cache" / "3.13" / "cache.db")
     large(folder / ".git" / "objects" / "pack")

@@ -3,12 +3,10 @@
 import json
 import os
 import re
-import shlex
 import shutil
 import signal
 import socket
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,8 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from llm.settings import ROOT
 from tests.processes import FINALLY, Marked
+from tests.project import copied
 
 pytestmark = pytest.mark.slow
 
@@ -29,20 +27,7 @@ CONTINUED = [*QUESTION, "-i", "prompt_template={pregunta}"]
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the project, its .venv this Python's: what is tested writes there and reads no developer's .env."""
-    folder = tmp_path_factory.mktemp("project")
-    for name in ("llm", "local", "script"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("predict.py", "requirements.txt", "requirements-dev.txt"):
-        shutil.copy(ROOT / name, folder)
-    python = folder / ".venv" / "bin" / "python"
-    python.parent.mkdir(parents=True)
-    python.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
-    python.chmod(0o755)
-    both = (folder / "requirements.txt").read_bytes() + (folder / "requirements-dev.txt").read_bytes()
-    checksum = subprocess.run(["cksum"], input=both, capture_output=True, check=True).stdout.decode().strip()
-    (folder / ".venv" / "ready").write_text(f"{checksum}\n")
-    return folder
+    return copied(tmp_path_factory.mktemp("home") / "project")
 
 
 @pytest.fixture

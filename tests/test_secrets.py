@@ -1,0 +1,144 @@
+"""A token, wherever a user puts it, goes to the hub and nowhere else."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests import project
+from tests.hub import Hub, files_of
+from tests.processes import FINALLY, Marked
+
+# not to be found in this file, which is a part of what is searched
+GOOD, NO_ACCESS, WRONG, REPLICATE = TOKENS = [f"hf_{uuid.uuid4().hex}" for _ in range(4)]
+MODEL = "prueba/falcon-rw-1b"
+
+# What it is given to publish, it keeps.
+COG = """\
+import os, pathlib, shutil, sys
+shutil.copytree(pathlib.Path(), os.environ["PUBLISHED"])
+print(*sys.argv)
+"""
+
+
+class Home:
+    """A computer's folder, with the project in it. Whatever is run writes below it, its output included."""
+
+    def __init__(self, folder: Path, variables: dict[str, str]) -> None:
+        self.folder = folder
+        self.project = project.copied(folder / "project")
+        self.outputs = folder / "outputs"
+        cog = folder / "bin" / "cog"
+        for path in (self.outputs, folder / "home", folder / "tmp", cog.parent):
+            path.mkdir()
+        cog.write_text(f"#!{sys.executable}\n{COG}")
+        cog.chmod(0o755)
+        unset = dict.fromkeys(("MODEL_REVISION", "DTYPE", "WEIGHTS_DIR", "HF_HUB_OFFLINE", "HF_HOME"), "")
+        self.environment = {
+            **{name: value for name, value in os.environ.items() if name not in unset},
+            "PATH": os.pathsep.join([str(cog.parent), os.environ["PATH"]]),
+            "HOME": str(folder / "home"),
+            "TMPDIR": str(folder / "tmp"),
+            "PUBLISHED": str(folder / "published"),
+            "NO_PROXY": "127.0.0.1",
+            "MODEL_ID": MODEL,
+            **variables,
+        }
+
+    def dotenv(self, text: str) -> None:
+        (self.project / ".env").write_text(text)
+
+    def start(self, *command: str, **variables: str) -> "subprocess.Popen[bytes]":
+        """script/NAME with its arguments; all that it prints goes to a file of its own."""
+        path = self.outputs / f"{len(list(self.outputs.iterdir()))}"
+        with path.open("wb") as output:
+            return subprocess.Popen(
+                [self.project / "script" / command[0], *command[1:]],
+                cwd=self.folder,
+                env={**self.environment, **variables},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+
+    def run(self, *command: str, **variables: str) -> int:
+        return self.start(*command, **variables).wait(FINALLY)
+
+    def written(self) -> Iterator[Path]:
+        """Each file but .env itself."""
+        return (path for path in self.folder.rglob("*") if path.is_file() and path != self.project / ".env")
+
+
+@pytest.fixture
+def hub(falcon: Path) -> Iterator[Hub]:
+    with Hub() as hub:
+        hub.tokens = {GOOD: True, NO_ACCESS: False}
+        hub.add(MODEL, files_of(falcon), gated=True)
+        yield hub
+
+
+def test_a_token_is_in_nothing_that_is_written(hub: Hub, tmp_path: Path, processes: Marked) -> None:
+    home = Home(tmp_path, {"HF_ENDPOINT": hub.endpoint, **processes.environment})
+    repository = hub.repositories[MODEL]
+
+    # what the hub answers to it
+    home.dotenv(f"HUGGINGFACE_HUB_TOKEN={WRONG}\nREPLICATE_API_TOKEN={REPLICATE}\n")
+    assert home.run("weights") == 1
+    assert home.run("weights", HUGGINGFACE_HUB_TOKEN=NO_ACCESS) == 1
+    home.dotenv(f"HUGGINGFACE_HUB_TOKEN={GOOD}\nREPLICATE_API_TOKEN={REPLICATE}\n")
+    repository.statuses[None] = [429, 500]
+    assert [home.run("weights") for _ in range(2)] == [1, 1]
+    repository.says = lambda body: []
+    assert home.run("weights", HF_DEBUG="1") == 1
+    repository.says = lambda body: body
+    repository.delivered["model.safetensors"] = b"x"
+    assert home.run("weights") == 1
+    repository.delivered.clear()
+    # a token that is none, and lines that nobody can read
+    assert home.run("weights", HUGGINGFACE_HUB_TOKEN=f"{GOOD} {GOOD}") == 1
+    home.dotenv(f'HUGGINGFACE_HUB_TOKEN="{GOOD}\n')
+    assert home.run("weights") == 1
+
+    # a model that comes with it, after a cut
+    home.dotenv(f"HUGGINGFACE_HUB_TOKEN={GOOD}\nREPLICATE_API_TOKEN={REPLICATE}\n")
+    repository.cut_after["model.safetensors"] = [100_000]
+    assert home.run("weights", HF_TOKEN=NO_ACCESS) == 0
+    assert home.run("weights") == 0
+    assert {request.token for request in hub.requests if request.path.startswith("/storage/")} <= {GOOD}
+
+    # predictions, good and bad
+    assert home.run("predict", "-i", "pregunta=Once", "-i", "max_tokens=2", "-o", "respuesta.txt") == 0
+    assert home.run("predict", "-i", "pregunta=Once", "-i", "seed=x") == 1
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = home.start("serve", "--port", str(port), HF_TOKEN=NO_ACCESS, COG_LOG_LEVEL="debug")
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=FINALLY) as http:
+        while b"curl" not in b"".join(path.read_bytes() for path in home.outputs.iterdir()):
+            assert server.poll() is None
+            time.sleep(0.1)
+        answers = [http.get(path) for path in ("/", "/health-check", "/openapi.json")]
+        for inputs in ({"pregunta": "Once", "max_tokens": 2}, {"pregunta": "Once", "prompt_template": "x"}, {}):
+            answers.append(http.post("/predictions", json={"input": inputs}))
+    (home.outputs / "answers").write_text("\n".join(f"{answer.headers}\n{answer.text}" for answer in answers))
+    assert [answer.status_code for answer in answers] == [200, 200, 200, 200, 200, 422]
+    server.terminate()
+    server.wait(FINALLY)
+
+    # what is published
+    (home.project / "weights" / "falcon-rw-1b" / "manifest.json").unlink()
+    for name in (".env~", "token.json", "llm/.env.bak"):
+        (home.project / name).write_text(GOOD)
+    assert home.run("push", "usuario/modelo") == 0
+    assert (home.folder / "published" / "predict.py").is_file()
+    for name in (".env~", "token.json", "llm/.env.bak"):
+        (home.project / name).unlink()
+
+    assert not [path for path in home.written() if any(token.encode() in path.read_bytes() for token in TOKENS)]
