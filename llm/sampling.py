@@ -63,7 +63,7 @@ class SamplingRows:
         return SamplingRows(*(tensor[rows] for tensor in vars(self).values()))
 
 
-def width(samplings: list[Sampling], vocab: int) -> int:
+def sampling_width(samplings: list[Sampling], vocab: int) -> int:
     """How many of the likeliest tokens a step has to sort for these requests: 0 where all are greedy.
 
     Twice the largest top_k, as a power of two: top_k keeps every token that ties with its last one, as

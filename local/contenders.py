@@ -138,9 +138,9 @@ class Generate:
         import torch
         from transformers import AutoModelForCausalLM
 
-        from llm import processor
+        from llm.model import best_dtype
 
-        dtype = getattr(torch, settings.dtype) if settings.dtype else processor.best_dtype()
+        dtype = getattr(torch, settings.dtype) if settings.dtype else best_dtype()
         self.network: Any = AutoModelForCausalLM.from_pretrained(
             settings.folder, dtype=dtype, device_map="auto", trust_remote_code=False, local_files_only=True
         )

@@ -1,11 +1,17 @@
-"""How much of a device the cache may take: what is free, less what the steps need beside it. All in bytes."""
+"""What makes a model fast on a GPU, and how much memory that needs beside the weights and the cache.
 
-from collections import Counter
+Knows devices and shapes, nothing of rows or requests.
+"""
+
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+
+Replay = Callable[[], None]
+Capture = Callable[[Callable[[], None]], Replay]
 
 GRAPHS = 42
 """Six numbers of rows, each with four lengths and three widths, for a context of 2048."""
@@ -19,10 +25,10 @@ SAMPLING_TENSORS = 11
 
 @dataclass(frozen=True)
 class Reserve:
-    """What the cache leaves free on each GPU."""
+    """What the cache leaves free on each GPU, in bytes."""
 
     prefill: int
-    """The largest pass over prompts."""
+    """The largest prefill pass."""
     graphs: int
     """The graphs, the pool in which they compute, and the tensors that they read."""
     workspaces: int
@@ -32,8 +38,8 @@ class Reserve:
         return self.prefill + self.graphs + self.workspaces
 
 
-def reserve(network: PreTrainedModel, piece: int, rows: int, context: int, fused: bool) -> Reserve:
-    """Bounds from the model's shape, for passes of `piece` tokens with padding, and `rows` contexts.
+def reserve(network: PreTrainedModel, chunk: int, rows: int, context: int, fused: bool) -> Reserve:
+    """Bounds from the model's shape, in bytes, for prefill passes of `chunk` tokens with padding, and `rows` contexts.
 
     fused: whether the GPU has a kernel for all of attention; without, torch computes its scores in float32.
     """
@@ -52,15 +58,41 @@ def reserve(network: PreTrainedModel, piece: int, rows: int, context: int, fused
     decode = rows * (activations + context * heads * size)
     inputs = rows * (context * 8 + vocabulary * 4)
     return Reserve(
-        prefill=piece * (activations + scores) + sampling,
+        prefill=chunk * (activations + scores) + sampling,
         graphs=GRAPHS * GRAPH_BYTES + decode + sampling + inputs,
         workspaces=WORKSPACE_BYTES,
     )
 
 
-def rows_that_fit(token_bytes: Counter[torch.device], free: dict[torch.device, int], context: int, most: int) -> int:
-    """How many contexts fit on every device, `most` at the most.
+def is_ampere(gpu: torch.device) -> bool:
+    """Whether a GPU is of that generation or newer: it computes in bfloat16, and has kernels for all attention."""
+    return torch.cuda.get_device_capability(gpu) >= (8, 0)
 
-    token_bytes: what one token of one row takes on each device; free: what the cache may take there, both in bytes.
-    """
-    return min(most, *(free[device] // (size * context) for device, size in token_bytes.items()))
+
+def use_steady_kernels() -> None:
+    """Leave out cuDNN's attention, which plans anew for each shape: the lengths here change from pass to pass."""
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def cuda_capture() -> Capture:
+    """Capture as CUDA graphs that share one memory pool and one stream: one runs at a time."""
+    # for each stream that it meets, cuBLAS keeps a workspace for good
+    pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+
+    def capture(step: Callable[[], None]) -> Replay:
+        current = torch.cuda.current_stream()
+        # once outside: kernels are chosen and libraries make their workspaces, which a capture must not do
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            step()
+        current.wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, pool=pool, stream=stream):
+                step()
+        finally:
+            # a capture that fails leaves its own stream as the current one
+            torch.cuda.set_stream(current)
+        return graph.replay
+
+    return capture
