@@ -30,7 +30,7 @@ def computes_in_bfloat16() -> bool:
 
 
 def use_physical_cores() -> int:
-    """One thread for each physical core that this process may run on: two on one core wait for the same unit."""
+    """One thread for each physical core that this process may run on: two on one core compete for its units."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else psutil.cpu_count() or 1
     threads = min(allowed, psutil.cpu_count(logical=False) or allowed)
     torch.set_num_threads(threads)
@@ -45,10 +45,10 @@ class Padding:
 
 
 class PackedLinear(nn.Module):
-    """An nn.Linear whose weight lies in oneDNN's blocked layout, about twice as fast to read for a few rows.
+    """An nn.Linear whose weight is in oneDNN's blocked layout, about twice as fast to read for a few rows.
 
-    It computes nothing for padding: prompts of unlike lengths then cost what their tokens cost. Takes the weight
-    from the module that it replaces, so that the peak of packing a model is its weights and one layer.
+    It skips padding, so prompts of different lengths cost no more than their tokens. It takes the weight from the
+    module that it replaces: packing a model needs memory for its weights and one more layer.
     """
 
     def __init__(self, linear: nn.Linear, padding: Padding):
@@ -61,8 +61,8 @@ class PackedLinear(nn.Module):
         del linear.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (rows, tokens, in features) bfloat16. Returns (rows, tokens, out features) bfloat16, 0 for padding. Of any
-        other shape, which some models make for themselves, all is computed."""
+        """x (rows, tokens, in features) bfloat16. Returns (rows, tokens, out features) bfloat16, 0 for padding. For
+        other shapes, which some models make, everything is computed."""
         if x.dim() != 3:
             return self._linear(x)
         rows, tokens, _ = x.shape
@@ -115,7 +115,7 @@ _pass = _Pass()
 
 
 def use_own_attention(model: nn.Module) -> None:
-    """Have the attention of this model's passes on the CPU go through `attend`; all others keep torch's."""
+    """Send the attention of this model's passes on the CPU through `attend`; all other attention stays torch's."""
     _intercept_attention()
     forward = model.forward
 
@@ -156,9 +156,9 @@ def attend(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """scaled_dot_product_attention for the CPU, with another way for one bfloat16 query a row.
+    """scaled_dot_product_attention for the CPU, faster where each row has few bfloat16 queries.
 
-    torch's own kernel takes 5 to 8 times as long there as two batched products over contiguous keys and values.
+    There torch's own kernel takes 5 to 8 times as long as two batched products over contiguous keys and values.
     query (rows, heads, queries, head size); key, value (rows, heads, length, head size); attn_mask bool or additive.
     """
     if enable_gqa:

@@ -16,11 +16,11 @@ Capture = Callable[[Callable[[], None]], Replay]
 GRAPHS = 42
 """Six numbers of rows, each with four lengths and three widths, for a context of 2048."""
 GRAPH_BYTES = 4 << 20
-"""For the driver's copy of a graph of some 400 kernels, by estimate."""
+"""The driver's copy of a graph of some 400 kernels, estimated."""
 WORKSPACE_BYTES = 128 << 20
 """Of cuBLAS and cuBLASLt on two streams: 32 MiB each on Hopper, 8 on others."""
 SAMPLING_TENSORS = 11
-"""(rows, vocabulary) float32 tensors' worth that choosing the next ids takes at its peak."""
+"""Choosing the next ids takes as much memory as this many (rows, vocabulary) float32 tensors at its peak."""
 
 
 @dataclass(frozen=True)

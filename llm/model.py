@@ -191,7 +191,7 @@ def _parameters(network: PreTrainedModel) -> str:
 
 
 def _probe(network: PreTrainedModel) -> list[DynamicLayer]:
-    """What the model caches of one token: the surest way to learn it, whatever the architecture."""
+    """What the model caches for one token, learned by running it: the surest way for any architecture."""
     with torch.inference_mode():
         ids = torch.zeros(1, 1, dtype=torch.long, device=network.device)
         cache = getattr(network(input_ids=ids, use_cache=True), "past_key_values", None)
@@ -215,17 +215,17 @@ def _token_bytes(layers: list[DynamicLayer]) -> Counter[torch.device]:
 
 def _context(network: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, layers: list[DynamicLayer]) -> int:
     config = network.config.get_text_config()
-    # not the tokenizer's model_max_length where the model says: falcon-rw-1b's says half of what the model reads
+    # the model's own number first: falcon-rw-1b's tokenizer says half of what the model reads
     context = getattr(config, "max_position_embeddings", None) or min(tokenizer.model_max_length, 2048)
-    # within the window, attention to a sliding window is full attention
+    # up to its window's length, sliding-window attention is full attention
     windows = [layer.sliding_window for layer in layers if isinstance(layer, DynamicSlidingWindowLayer)]
     return min([context, *windows])
 
 
 def _stop_ids(network: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
-    """The ids that end a text: those of the tokenizer and the generation config that are control tokens at all.
+    """The ids that end a text: those that the tokenizer and the generation config name, if they are control tokens.
 
-    falcon-rw-1b's configs say 2, which in its tokenizer is "#".
+    falcon-rw-1b's configs name 2, which is "#" in its tokenizer.
     """
     configured = network.generation_config.eos_token_id if network.generation_config else None
     named = configured if isinstance(configured, list) else [configured]

@@ -1,6 +1,6 @@
 """Logits to next ids, each row by its own parameters. Knows nothing of requests or of text.
 
-A step of it is captured in CUDA graphs: it reads nothing back to the host and makes no tensor from the host's numbers.
+CUDA graphs capture a step of it, so it reads nothing back to the host and makes no tensor from the host's numbers.
 """
 
 from dataclasses import dataclass
