@@ -104,7 +104,7 @@ def _output(path: str | None) -> Iterator[TextIO]:
     if path is None:
         yield sys.stdout
         return
-    file = Path(path).expanduser()
+    file = Path(os.path.expanduser(path))
     try:
         # before the model loads, and without a loss for what is in it
         file.open("a").close()

@@ -36,7 +36,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [item for item in items if item not in left_out]
     if soak:
         for item in items:
-            item.add_marker(pytest.mark.timeout(soak * 60 + 300))
+            item.add_marker(pytest.mark.timeout(soak * 60 + 1200))
 
 
 @pytest.fixture
