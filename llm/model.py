@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from llm import cpu, gpu, weights
+from llm import cpu, gpu, hub, weights
 from llm.errors import UserError
 from llm.settings import Settings
 from llm.words import decimal
@@ -57,7 +57,7 @@ class Model:
     @classmethod
     def load(cls, settings: Settings) -> "Model":
         """Bring the weights if they are missing, load them, and say so. Raises UserError."""
-        found = weights.ensure(settings)
+        found = hub.ensure(settings)
         # OpenMP keeps a pool of threads for each thread that ever computed. The pool that loads would stay beside the
         # engine's, and with more threads than processors all sleep, instead of spinning, between two operations.
         with ThreadPoolExecutor(1) as thread:

@@ -26,7 +26,7 @@ from typing import Any
 import psutil
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from llm import weights
+from llm import hub, weights
 from llm.errors import UserError
 from llm.settings import ROOT, Settings
 from llm.words import reason
@@ -65,7 +65,7 @@ def main() -> int:
     )
     arguments = parser.parse_args()
     settings = _settings(arguments.demo, arguments.model)
-    weights.ensure(settings)
+    hub.ensure(settings)
     _make_writable(arguments.out)
     start = time.monotonic()
     measured = measure(settings, arguments.rounds, arguments.tokens)
@@ -342,7 +342,7 @@ def _settings(wants_demo: bool, folder: Path | None) -> Settings:
         raise UserError(f"--model {folder}: ahí no hay ninguna carpeta")
     folder = folder.resolve()
     made: dict[str, Any] = {"id": folder.name, "commit": None}
-    # what is wrong with a manifest, weights.ensure says
+    # what is wrong with a manifest, hub.ensure says
     with suppress(FileNotFoundError, ValueError):
         made |= json.loads((folder / weights.MANIFEST).read_text())
     settings = replace(settings, model_id=made["id"], revision=made["commit"], weights_dir=folder.parent)

@@ -3,7 +3,7 @@
 import os
 import sys
 
-from llm import weights
+from llm import hub, weights
 from llm.settings import Settings
 from local import demo
 from local.terminal import Parser, command
@@ -21,7 +21,7 @@ def main() -> int:
         if arguments.demo:
             settings = demo.ensure(settings)
         there = os.path.lexists(settings.folder)
-        model = weights.ensure(settings, thorough=True)
+        model = hub.ensure(settings, thorough=True)
     except KeyboardInterrupt:
         print("\nInterrumpido: repita script/weights para terminar", file=sys.stderr)
         return 130
