@@ -21,7 +21,7 @@ def copied(folder: Path) -> Path:
     python.parent.mkdir(parents=True)
     python.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
     python.chmod(0o755)
-    both = (folder / "requirements.txt").read_bytes() + (folder / "requirements-dev.txt").read_bytes()
-    checksum = subprocess.run(["cksum"], input=both, capture_output=True, check=True).stdout.decode().strip()
+    pins = (folder / "requirements-dev.txt").read_bytes()
+    checksum = subprocess.run(["cksum"], input=pins, capture_output=True, check=True).stdout.decode().strip()
     (folder / ".venv" / "ready").write_text(f"{checksum}\n")
     return folder

@@ -360,7 +360,7 @@ def what_the_code_says() -> list[str]:
 
 
 def test_the_packages_are_the_images() -> None:
-    pins = re.findall(r"^(\w[\w-]*)==", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
+    pins = re.findall(r"^(\w[\w-]*)==", (ROOT / "requirements.in").read_text(), re.MULTILINE)
     assert [unmarked(row[0]) for row in table(SPANISH, "| paquete |")] == pins
 
 
