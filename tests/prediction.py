@@ -166,7 +166,7 @@ class _Webhook:
                 "Content-Type": "application/json",
                 "webhook-id": id,
                 "webhook-timestamp": timestamp,
-                "webhook-signature": _signature(self._secret, id, timestamp, body),
+                "webhook-signature": signature(self._secret, id, timestamp, body),
             }
             try:
                 answer = httpx.post(self._url, content=body.encode(), headers=headers, timeout=5, trust_env=False)
@@ -176,7 +176,7 @@ class _Webhook:
                 return
 
 
-def _signature(secret: str, id: str, timestamp: str, body: str) -> str:
+def signature(secret: str, id: str, timestamp: str, body: str) -> str:
     """The header webhook-signature of a message."""
     key = b64decode(secret.removeprefix("whsec_"))
     return f"v1,{b64encode(hmac.digest(key, f'{id}.{timestamp}.{body}'.encode(), 'sha256')).decode()}"
