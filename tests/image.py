@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import yaml
 
+from cli import push, server
 from llm import cpu
 from llm.settings import ROOT
-from local import push, server
 from tests import logits
 from tests.client import Client
 from tests.test_server import (  # noqa: F401

@@ -11,7 +11,7 @@ from llm.settings import ROOT
 
 def copied(folder: Path) -> Path:
     """Make the copy, its .venv this Python's: what is tested writes there, and reads no developer's .env."""
-    for name in ("llm", "local", "script", "tests"):
+    for name in ("llm", "cli", "script", "tests"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for path in ROOT.iterdir():
         # in a worktree .git is a file

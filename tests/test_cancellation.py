@@ -15,9 +15,9 @@ import cog
 import httpx
 import pytest
 
+from cli import server
 from llm import cancellation
 from llm.cancellation import follow_cancels, on_cancel
-from local import server
 from predict import Predictor
 from tests.client import Client
 from tests.processes import FINALLY

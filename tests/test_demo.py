@@ -12,9 +12,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from cli import demo
 from llm import hub
 from llm.settings import ROOT, Settings
-from local import demo
 
 pytestmark = pytest.mark.slow
 
@@ -23,7 +23,7 @@ NAME = "smollm2-135m-instruct"
 
 def script_weights(directory: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "WEIGHTS_DIR": str(directory), "MODEL_ID": "", "MODEL_REVISION": "", **variables}
-    command = [sys.executable, "-m", "local.fetch", "--demo"]
+    command = [sys.executable, "-m", "cli.weights", "--demo"]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 

@@ -24,7 +24,7 @@ def names(source: str) -> set[str]:
 
 RULES = {
     # text and numbers, never a tensor
-    "predict.py": r"(torch|transformers|local)\b",
+    "predict.py": r"(torch|transformers|cli)\b",
     # only settings.py reads the environment
     "llm/settings.py": r"os\.(environb?|getenv)\b|dotenv\b",
     # only cpu.py calls what torch may change without a word
@@ -49,7 +49,7 @@ def test_the_house_is_in_order(path: str) -> None:
     [
         ("predict.py", "import torch.nn", {"torch.nn"}),
         ("predict.py", "def f():\n    from transformers import AutoTokenizer", {"transformers.AutoTokenizer"}),
-        ("predict.py", "from local import server", {"local.server"}),
+        ("predict.py", "from cli import server", {"cli.server"}),
         ("llm/model.py", "import os\nhome = os.environ['HOME']", {"os.environ"}),
         ("llm/model.py", "from os import getenv", {"os.getenv"}),
         ("llm/model.py", "from dotenv import load_dotenv", {"dotenv.load_dotenv"}),

@@ -9,11 +9,11 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import BatchEncoding, PreTrainedTokenizerFast
 
+from cli import demo
 from llm.errors import UserError
 from llm.prompt import COMPLETION, MAX_CHARACTERS, Prompter
 from llm.settings import Settings
 from llm.text import Text
-from local import demo
 from tests import checkpoints
 
 CHATML = (

@@ -18,10 +18,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from cli import inputs, schema
 from llm import weights
 from llm.prompt import COMPLETION
 from llm.settings import ROOT, Settings
-from local import inputs, schema
 from tests.client import Client
 from tests.gateway import MODEL, Gateway
 
@@ -296,7 +296,7 @@ def test_each_message_is_one_of_the_code() -> None:
 def what_the_code_says() -> list[str]:
     """Every text in the commands' code, with … for what is filled in."""
     said = []
-    for path in (ROOT / "predict.py", *(ROOT / "llm").glob("*.py"), *(ROOT / "local").glob("*.py")):
+    for path in (ROOT / "predict.py", *(ROOT / "llm").glob("*.py"), *(ROOT / "cli").glob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.JoinedStr):
                 said.append("".join(str(p.value) if isinstance(p, ast.Constant) else "…" for p in node.values))
@@ -322,7 +322,7 @@ def test_what_is_linked_or_named_is_there(text: str) -> None:
     assert links
     prose = re.sub(r"^( *)```.*?^\1```$", "", text, flags=re.MULTILINE | re.DOTALL)
     named = re.findall(
-        r"`((?:script|llm|local|tests)/\w[\w.]*|predict\.py|cog\.yaml|\.dockerignore|requirements[\w-]*\.txt)", prose
+        r"`((?:script|llm|cli|tests)/\w[\w.]*|predict\.py|cog\.yaml|\.dockerignore|requirements[\w-]*\.txt)", prose
     )
     diagram = re.findall(r"\w+/\w+\.py", "".join(blocks(text, "mermaid")))
     for path in {*links, *named, *diagram}:

@@ -76,14 +76,14 @@ def environment(hub: Hub | str, directory: Path, **variables: str) -> dict[str, 
     }
 
 
-COMMAND = [sys.executable, "-m", "local.fetch"]
+COMMAND = [sys.executable, "-m", "cli.weights"]
 
 
 # The client waits some seconds before it asks again.
 IMPATIENT = """
 import sys, time
 from llm import hub
-from local.fetch import main
+from cli.weights import main
 def sleep(seconds):
     assert seconds < 60, seconds
 time.sleep = sleep

@@ -18,11 +18,11 @@ from pathlib import Path
 import yaml
 from pathspec import GitIgnoreSpec
 
+from cli.terminal import Parser, command
 from llm import hub, weights
 from llm.errors import UserError
 from llm.settings import ROOT, Settings
 from llm.words import reason
-from local.terminal import Parser, command
 
 # What Docker takes for a name. Replicate's registry is the only one that this is for.
 _NAME = re.compile(r"(?:r8\.im/)?([a-z0-9]+(?:[_-]+[a-z0-9]+)*/[a-z0-9]+(?:[._-]+[a-z0-9]+)*)")

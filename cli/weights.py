@@ -3,10 +3,10 @@
 import os
 import sys
 
+from cli import demo
+from cli.terminal import Parser, command
 from llm import hub, weights
 from llm.settings import Settings
-from local import demo
-from local.terminal import Parser, command
 
 
 @command

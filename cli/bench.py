@@ -26,14 +26,14 @@ from typing import Any
 import psutil
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from cli import demo, report, server
+from cli.contenders import Contender, Run, contending
+from cli.report import Load, Machine, Report, Rounds, Speed
+from cli.terminal import Parser, command
 from llm import hub, weights
 from llm.errors import UserError
 from llm.settings import ROOT, Settings
 from llm.words import reason
-from local import demo, report, server
-from local.contenders import Contender, Run, contending
-from local.report import Load, Machine, Report, Rounds, Speed
-from local.terminal import Parser, command
 
 AT_ONCE = (1, 2, 4, 8, 16, 32)
 PROMPT_LENGTHS = (17, 32, 5, 60, 41, 9, 25, 33)

@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
+from cli import demo, inputs, schema, server
+from cli.terminal import Loading, Parser, command
 from llm import hub
 from llm.errors import UserError
 from llm.settings import ROOT, Settings
 from llm.words import decimal, reason
-from local import demo, inputs, schema, server
-from local.terminal import Loading, Parser, command
 
 
 @command
