@@ -31,6 +31,7 @@ from llm.words import decimal, one_line, reason
 
 # torch and huggingface_hub are imported where they are used: a command that finds its folder whole needs neither.
 if TYPE_CHECKING:
+    import httpx2
     import torch
     from transformers import PreTrainedModel
 
@@ -304,7 +305,7 @@ class _TooLong(Exception):
 
 
 def _download(settings: Settings, commit: str, files: list[_HubFile], missing: list[_HubFile], work: Path) -> None:
-    from huggingface_hub import constants, hf_hub_url
+    from huggingface_hub import constants, get_session, hf_hub_url
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers, tqdm
 
@@ -314,6 +315,7 @@ def _download(settings: Settings, commit: str, files: list[_HubFile], missing: l
 
     # As it arrives: http_get would collect 10 MB, and lose them where an answer is cut before.
     constants.DOWNLOAD_CHUNK_SIZE = None  # type: ignore[assignment]
+    get_session().event_hooks["response"].append(_without_delay)
     headers = build_hf_headers(token=settings.token or False, headers={"Accept-Encoding": "identity"})
     with tqdm(
         total=total, initial=total - left, desc=settings.folder.name, unit="B", unit_scale=True, disable=None
@@ -338,6 +340,12 @@ def _download(settings: Settings, commit: str, files: list[_HubFile], missing: l
             if file.name == "config.json" and _converted_bytes(files):
                 # before gigabytes are brought that nobody can convert
                 _empty_model(settings, work)
+
+
+def _without_delay(response: "httpx2.Response") -> None:
+    """Leave how often a busy hub is asked again to the client: the hub may say a day, waited for without a word."""
+    for header in ("Retry-After", "RateLimit"):
+        response.headers.pop(header, None)
 
 
 def _empty_model(settings: Settings, work: Path) -> "PreTrainedModel":

@@ -17,6 +17,7 @@ _REASONS = {
     errno.EEXIST: "ya existe",
     errno.EIO: "el disco falla",
     errno.ENOEXEC: "no es un programa",
+    errno.EBADF: "está cerrado",
     errno.EMFILE: "hay demasiados archivos abiertos",
 }
 

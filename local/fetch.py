@@ -1,18 +1,17 @@
 """script/weights: bring the model into weights/NAME/, or verify the one that is there."""
 
-import argparse
 import os
 import sys
 
 from llm import weights
 from llm.settings import Settings
 from local import demo
-from local.terminal import command
+from local.terminal import Parser, command
 
 
 @command
 def main() -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="script/weights", description="Trae el modelo de MODEL_ID a weights/, o comprueba el que ya está."
     )
     parser.add_argument("--demo", action="store_true", help="el modelo de muestra, que no necesita Hugging Face")

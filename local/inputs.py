@@ -2,8 +2,8 @@
 
 import json
 import math
-import sys
-from pathlib import Path
+import os
+import re
 from typing import Any
 
 from llm.errors import UserError
@@ -13,6 +13,9 @@ Properties = dict[str, dict[str, Any]]
 """Each input's name and its part of the schema."""
 
 _TYPES = {"string": "un texto", "integer": "un número entero", "number": "un número", "boolean": "true o false"}
+
+# What Python makes of a byte that is no UTF-8, and of half an emoji in JSON. The server takes neither.
+_NO_TEXT = re.compile("[\ud800-\udfff]")
 
 
 def from_pairs(pairs: list[str], schema: dict[str, Any]) -> dict[str, Any]:
@@ -32,11 +35,15 @@ def from_pairs(pairs: list[str], schema: dict[str, Any]) -> dict[str, Any]:
 
 def from_json(source: str, schema: dict[str, Any]) -> dict[str, Any]:
     """The inputs of a JSON object: in a file, in `-` for stdin, or in `source` itself. Raises UserError."""
+    source = source.removeprefix("\ufeff")
     text = source if source.lstrip().startswith("{") else _read(source.removeprefix("@"))
     try:
         inputs = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"Lo que da --json no es JSON correcto ({error})") from error
+    except json.JSONDecodeError as error:
+        where = f"la línea {error.lineno}, columna {error.colno}"
+        raise UserError(f"Lo que da --json no es JSON correcto: mire {where}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError("Lo que da --json lleva números demasiado largos, o demasiados corchetes") from error
     if not isinstance(inputs, dict):
         raise UserError('Lo que da --json ha de ser un objeto, como {"pregunta": "..."}')
     for name in inputs:
@@ -56,7 +63,10 @@ def _refuse_unknown(name: str, properties: Properties) -> None:
 
 def _read(path: str) -> str:
     try:
-        return sys.stdin.read() if path == "-" else Path(path).expanduser().read_text(encoding="utf-8")
+        # by its number: sys.stdin may be none, and takes what is no UTF-8
+        file = 0 if path == "-" else os.path.expanduser(path)
+        with open(file, encoding="utf-8-sig", closefd=path != "-") as stream:
+            return stream.read()
     except OSError as error:
         raise UserError(f"No se puede leer {path}: {reason(error)}") from error
     except UnicodeDecodeError as error:
@@ -90,8 +100,11 @@ def _wrong(value: Any, schema: dict[str, Any]) -> str | None:
     """What the server would refuse with 422, said in Spanish."""
     kind = schema.get("type", "")
     if kind in _TYPES and not _is(value, kind):
-        return f"ha de ser {_TYPES[kind]}, y se dio {json.dumps(value, ensure_ascii=False)}"
+        given = "varios valores" if isinstance(value, list | dict) else json.dumps(value, ensure_ascii=False)
+        return f"ha de ser {_TYPES[kind]}, y se dio {given}"
     if isinstance(value, str):
+        if _NO_TEXT.search(value):
+            return "lleva bytes que no son UTF-8, o medio emoji: escríbala de nuevo"
         if len(value) < schema.get("minLength", 0):
             return "está vacía" if not value else f"ha de tener al menos {schema['minLength']} caracteres"
         if len(value) > schema.get("maxLength", math.inf):

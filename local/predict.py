@@ -105,7 +105,7 @@ def _output(path: str | None) -> Iterator[TextIO]:
             raise UserError("La salida está cerrada: quite >&-, o dé un archivo con -o")
         yield sys.stdout
         return
-    file = Path(path).expanduser()
+    file = Path(os.path.expanduser(path))
     new = not os.path.lexists(file)
     try:
         # before the model loads, and without a trace: what is in it stays, and a new one goes

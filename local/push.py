@@ -21,7 +21,7 @@ from pathspec import GitIgnoreSpec
 from llm import weights
 from llm.errors import UserError
 from llm.settings import ROOT, Settings
-from llm.words import one_line, reason
+from llm.words import reason
 from local.terminal import Parser, command
 
 # What Docker takes for a name. Replicate's registry is the only one that this is for.
@@ -48,9 +48,7 @@ def push(name: str, options: list[str]) -> int:
     """Push the image to `name`; return what cog returned. Raises UserError for what can be told before."""
     match = _NAME.fullmatch(name)
     if match is None:
-        raise UserError(
-            f'"{one_line(name)}" no es un nombre de Replicate: se escribe r8.im/USUARIO/NOMBRE, en minúsculas'
-        )
+        raise UserError(f'"{name}" no es un nombre de Replicate: se escribe r8.im/USUARIO/NOMBRE, en minúsculas')
     name = f"r8.im/{match[1]}"
     if shutil.which("cog") is None:
         raise UserError(

@@ -8,18 +8,35 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from llm.errors import UserError
-from llm.words import decimal
+from llm.words import decimal, one_line
 from local.server import Line, signals_as_exits
 
 # what a terminal takes to write over the line that counts
 _EMPTY_LINE = "\r\x1b[K"
+
+_SPANISH = {
+    "usage: ": "uso: ",
+    "options": "opciones",
+    "positional arguments": "argumentos",
+    "show this help message and exit": "muestra esta ayuda",
+    "argument %(argument_name)s: %(message)s": "%(argument_name)s %(message)s",
+    "unrecognized arguments: %s": "sobra %s",
+    "the following arguments are required: %s": "falta %s",
+    "expected one argument": "va con un valor",
+    "ignored explicit argument %r": "va sin valor, y se dio %r",
+    "not allowed with argument %s": "no va con %s",
+    "invalid %(type)s value: %(value)r": "no puede ser %(value)r",
+    "ambiguous option: %(option)s could match %(matches)s": "%(option)s puede ser %(matches)s",
+}
+# argparse's texts pass through gettext, which would need a compiled catalogue in a folder of its own.
+argparse._ = lambda text: _SPANISH.get(text, text)  # type: ignore[attr-defined]
 
 
 class Parser(argparse.ArgumentParser):
     """Arguments whose mistakes end in one Spanish line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog} no entiende la orden ({message}): vea {self.prog} --help\n")
+        self.exit(2, f"{self.prog} no entiende la orden ({one_line(message)}): vea {self.prog} --help\n")
 
 
 def command(main: Callable[[], int]) -> Callable[[], int]:
@@ -36,7 +53,8 @@ def command(main: Callable[[], int]) -> Callable[[], int]:
             with signals_as_exits():
                 return main()
         except UserError as error:
-            print(error, file=sys.stderr)
+            # what the user typed may stand in it
+            print(one_line(str(error)), file=sys.stderr)
             return 1
         except KeyboardInterrupt:
             print("\nInterrumpido", file=sys.stderr)

@@ -60,8 +60,10 @@ class Repository:
     """Errors that are answered first when the file is asked for; under None, when the repository is described."""
     says: Callable[[dict[str, Any]], object] = lambda body: body
     """What the hub answers for the repository's true description; bytes as they are."""
-    stall_after: dict[str, int] = field(default_factory=dict)
-    """The file's first answer stops after so many bytes, until the client goes."""
+    stall_after: dict[str | None, list[int]] = field(default_factory=dict)
+    """The answer stops after so many bytes of the file, or of the description under None, once for each number."""
+    ranges: bool = True
+    """A part of a file can be asked for."""
 
 
 class Hub:
@@ -157,7 +159,7 @@ class _Handler(BaseHTTPRequestHandler):
         body = {"id": model_id, "sha": repository.commit, "private": False, "gated": gated, "siblings": siblings}
         said = repository.says(body)
         content = said if isinstance(said, bytes) else json.dumps(said).encode()
-        self._send(200, content, {"Content-Type": "application/json"})
+        self._stop_or_send(repository, None, 200, content, {"Content-Type": "application/json"})
 
     def _resolve(self, model_id: str, repository: Repository, file: str) -> None:
         content = repository.files[file]
@@ -176,19 +178,27 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _deliver(self, repository: Repository, file: str, headers: dict[str, str]) -> None:
         whole = repository.delivered.get(file, repository.files[file])
-        start = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").partition("-")[0])
+        wanted = self.headers.get("Range") if repository.ranges else None
+        start = int((wanted or "bytes=0-").removeprefix("bytes=").partition("-")[0])
         body, status = whole[start:], 200
         if start:
             status, headers = 206, {**headers, "Content-Range": f"bytes {start}-{len(whole) - 1}/{len(whole)}"}
         if repository.cut_after.get(file):
             return self._send(status, body, headers, stop=repository.cut_after[file].pop(0))
-        if file in repository.stall_after:
-            self._send(status, body, headers, stop=repository.stall_after.pop(file))
-            return self.hub.wait_for_close()
-        return self._send(status, body, headers)
+        return self._stop_or_send(repository, file, status, body, headers)
+
+    def _stop_or_send(
+        self, repository: Repository, file: str | None, status: int, body: bytes, headers: dict[str, str]
+    ) -> None:
+        if not repository.stall_after.get(file):
+            return self._send(status, body, headers)
+        self._send(status, body, headers, stop=repository.stall_after[file].pop(0))
+        return self.hub.wait_for_close()
 
     def _refuse(self, status: int, code: str | None, message: str) -> None:
         headers = {"X-Error-Message": message, **({"X-Error-Code": code} if code else {})}
+        if status == 429:
+            headers |= {"Retry-After": "86400", "RateLimit": '"resolvers";r=0;t=86400'}
         self._send(status, json.dumps({"error": message}).encode(), {**headers, "Content-Type": "application/json"})
 
     def _send(self, status: int, body: bytes, headers: dict[str, str], stop: int | None = None) -> None:

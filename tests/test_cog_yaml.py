@@ -141,6 +141,8 @@ def ignored() -> GitIgnoreSpec:
         "local/server.py",
         "script/predict",
         "docs/bench/table.md",
+        "examples/answer.py",
+        "examples/javascript/node_modules/replicate/index.js",
         "README.md",
         "README.en.md",
         "llm/__pycache__/engine.cpython-313.pyc",

@@ -108,19 +108,78 @@ def test_json_in_and_a_file_out(script: Run, tmp_path: Path) -> None:
         (["--json", '{"pregunta": 1}'], "pregunta ha de ser un texto, y se dio 1"),
         (["--json", '{"pregunta": "a", "seed": null}'], "seed ha de ser un número entero, y se dio null"),
         (["--json", '{"prompt": "a"}'], "No hay ninguna entrada prompt: "),
-        (["--json", '{"pregunta": '], "Lo que da --json no es JSON correcto ("),
-        (["--json", "-"], "Lo que da --json no es JSON correcto ("),
+        (["--json", '{"pregunta": '], "Lo que da --json no es JSON correcto: mire la línea 1, columna 14\n"),
+        (["--json", "-"], "Lo que da --json no es JSON correcto: mire la línea 1, columna 1\n"),
+        (["--json", '\ufeff{"pregunta": ""}'], "pregunta está vacía\n"),
+        (["--json", "marca.json"], "pregunta está vacía\n"),
+        (["--json", "hondo.json"], "Lo que da --json lleva números demasiado largos, o demasiados corchetes\n"),
+        (["--json", f'{{"seed": {"1" * 5000}}}'], "Lo que da --json lleva números demasiado largos, o demasiados"),
+        (["--json", '{"pregunta": [[1]]}'], "pregunta ha de ser un texto, y se dio varios valores\n"),
         (["--json", "no.json"], "No se puede leer no.json: "),
+        (["--json", "n" * 300], f"No se puede leer {'n' * 300}: el nombre es demasiado largo\n"),
         (["-i", "pregunta=@no.txt"], "No se puede leer no.txt: "),
+        (["-i", "pregunta=@~nadie-asi/x"], "No se puede leer ~nadie-asi/x: no existe\n"),
+        (["-i", "pregunta=\udcff\udcfe"], "pregunta lleva bytes que no son UTF-8"),
+        (["--json", '{"pregunta": "\\ud83d"}'], "pregunta lleva bytes que no son UTF-8, o medio emoji"),
+        (["-i", "uno\ndos\udcff=x"], "No hay ninguna entrada uno?dos?: las que hay son"),
         ([*QUESTION, "-o", "no/respuesta.txt"], "No se puede escribir en no/respuesta.txt: "),
-        (["hola"], "script/predict no entiende la orden (unrecognized arguments: hola): vea script/predict --help"),
+        ([*QUESTION, "-o", "~nadie-asi/x"], "No se puede escribir en ~nadie-asi/x: no existe\n"),
     ],
 )
-def test_a_mistake_ends_in_its_line_before_anything_starts(script: Run, arguments: list[str], line: str) -> None:
+def test_a_mistake_ends_in_its_line_before_anything_starts(
+    script: Run, tmp_path: Path, arguments: list[str], line: str
+) -> None:
+    (tmp_path / "marca.json").write_text('{"pregunta": ""}', encoding="utf-8-sig")
+    (tmp_path / "hondo.json").write_text("[" * 200_000)
     result = script("predict", *arguments)
-    assert (result.returncode, result.stdout) == (2 if arguments == ["hola"] else 1, "")
+    assert (result.returncode, result.stdout) == (1, "")
     assert result.stderr.count("\n") == 1
     assert result.stderr.startswith(line)
+
+
+def test_a_closed_input_ends_in_its_line(project: Path, environment: dict[str, str]) -> None:
+    command = f"{shlex.quote(str(project))}/script/predict --json - <&-"
+    result = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (1, "No se puede leer -: está cerrado\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "says"),
+    [
+        ("predict", ["hola"], "sobra hola"),
+        ("predict", ["uno\ndos"], "sobra uno?dos"),
+        ("predict", ["-i"], "-i/--input va con un valor"),
+        ("predict", ["--demo=3"], "--demo va sin valor, y se dio '3'"),
+        ("predict", [*QUESTION, "--json", "x"], "--json no va con -i/--input"),
+        ("serve", ["--port", "x"], "--port no puede ser 'x'"),
+        ("weights", ["extra"], "sobra extra"),
+        ("bench", ["extra"], "sobra extra"),
+        ("audit", ["extra"], "sobra extra"),
+        ("push", [], "falta r8.im/USUARIO/NOMBRE, ..."),
+    ],
+)
+def test_an_order_that_is_none_ends_in_its_line(script: Run, name: str, arguments: list[str], says: str) -> None:
+    result = script(name, *arguments)
+    line = f"script/{name} no entiende la orden ({says}): vea script/{name} --help\n"
+    assert (result.returncode, result.stdout, result.stderr) == (2, "", line)
+
+
+def test_help_is_in_spanish(script: Run) -> None:
+    lines = script("push", "--help").stdout.splitlines()
+    assert lines[0].startswith("uso: script/push")
+    assert {"argumentos:", "opciones:", "  -h, --help            muestra esta ayuda"} <= {*lines}
+
+
+@pytest.mark.parametrize("name", ["predict", "serve", "weights", "push", "bench", "audit", "setup", "test"])
+def test_a_script_finds_its_project(project: Path, environment: dict[str, str], tmp_path: Path, name: str) -> None:
+    (tmp_path / "orden").symlink_to(project / "script" / name)
+    (tmp_path / "otra").symlink_to("orden")
+    # a cd that looks elsewhere first, and prints where it went
+    (tmp_path / "script").mkdir()
+    environment["CDPATH"] = f"{tmp_path}:."
+    for command, folder in (("./otra", tmp_path), (f"script/{name}", project)):
+        result = subprocess.run([command, "--help"], cwd=folder, env=environment, capture_output=True, text=True)
+        assert (result.returncode, result.stderr) == (0, "")
 
 
 @pytest.mark.parametrize(
@@ -395,7 +454,7 @@ def bare(project: Path, tmp_path: Path) -> Path:
     folder = tmp_path / "bare"
     shutil.copytree(project, folder, ignore=shutil.ignore_patterns(".venv", ".cog"))
     (folder / "bin").mkdir()
-    for name in ("bash", "cat", "chmod", "cksum", "dirname", "env", "grep", "mkdir", "mktemp", "rm"):
+    for name in ("bash", "cat", "chmod", "cksum", "dirname", "env", "grep", "mkdir", "mktemp", "readlink", "rm"):
         tool = shutil.which(name)
         assert tool is not None
         (folder / "bin" / name).symlink_to(tool)

@@ -29,6 +29,8 @@ WARM = 200
 """Predictions after which memory has to stay as it is, ..."""
 GROWTH = 1.05
 """... but for this."""
+SECONDS = 300
+"""A prediction that takes longer hangs. Beside busy programs one of 40 may take a minute."""
 THREADS_KEPT = min(32, (os.cpu_count() or 1) + 4)
 """By asyncio.to_thread, once they have been used."""
 
@@ -88,7 +90,7 @@ class Clients:
 
     def _connections(self) -> httpx.AsyncClient:
         return httpx.AsyncClient(
-            base_url=self._url, timeout=FINALLY, trust_env=False, limits=httpx.Limits(max_connections=None)
+            base_url=self._url, timeout=SECONDS, trust_env=False, limits=httpx.Limits(max_connections=None)
         )
 
     async def _ask(self, http: httpx.AsyncClient, draw: random.Random, until: Callable[[], bool]) -> None:
@@ -96,7 +98,7 @@ class Clients:
             inputs, alone = draw.choice(self._alone)
             manner = draw.choice(["whole", "stream", "stream", "dropped stream", "cancelled whole", "cancelled stream"])
             try:
-                async with asyncio.timeout(FINALLY):
+                async with asyncio.timeout(SECONDS):
                     if manner.endswith("whole"):
                         end, text = await self._whole(http, inputs, draw, manner)
                     else:
@@ -194,7 +196,7 @@ def test_the_soak(
             over = time.monotonic() + minutes * 60
             asyncio.run(clients.ask_at_once(lambda: clients.predictions >= WARM))
             _, _, memory_before = observer.look()
-            asyncio.run(clients.ask_at_once(lambda: time.monotonic() > over))
+            asyncio.run(clients.ask_at_once(lambda: time.monotonic() > over and clients.predictions > 2 * WARM))
             _, _, memory = observer.look()
 
             # the server lets go of its connections, and of the threads that carried the answers, after some seconds
@@ -211,7 +213,6 @@ def test_the_soak(
             f"threads {threads_before}, {threads}; {kinds_before}, {kinds}"
         )
     assert clients.wrong == []
-    assert clients.predictions > 2 * WARM
     assert (
         min(clients.ends["succeeded"], clients.ends["refused"], clients.ends["canceled"], clients.ends["dropped"]) > 0
     )

@@ -78,8 +78,17 @@ def environment(hub: Hub | str, directory: Path, **variables: str) -> dict[str, 
 COMMAND = [sys.executable, "-m", "local.fetch"]
 
 
-# The client waits a second or more before it asks again.
-IMPATIENT = "import sys, time; time.sleep = lambda seconds: None; from local.fetch import main; sys.exit(main())"
+# The client waits some seconds before it asks again.
+IMPATIENT = """
+import sys, time
+from llm import weights
+from local.fetch import main
+def sleep(seconds):
+    assert seconds < 60, seconds
+time.sleep = sleep
+weights._SECONDS_TO_ANSWER = 1
+sys.exit(main())
+"""
 
 
 def start(hub: Hub | str, directory: Path, impatient: bool = False, **variables: str) -> subprocess.Popen[str]:
@@ -251,7 +260,7 @@ def test_the_second_run_verifies_and_has_nothing_to_do(hub: Hub, safetensors: di
 
 def interrupted(hub: Hub, directory: Path, stop: signal.Signals, cut: int) -> subprocess.Popen[str]:
     """A run that got `cut` bytes of model.safetensors and was stopped when they were written."""
-    hub.repositories[MODEL].stall_after["model.safetensors"] = cut
+    hub.repositories[MODEL].stall_after["model.safetensors"] = [cut]
     run = start(hub, directory)
     hub.stalled.wait(60)
     deadline = time.monotonic() + 60
@@ -302,10 +311,26 @@ def test_each_cut_is_taken_up_where_it_was(hub: Hub, tmp_path: Path) -> None:
 
 def test_a_hub_that_stalls_is_asked_again(hub: Hub, tmp_path: Path) -> None:
     files = {"config.json": b"{}", "model.safetensors": os.urandom(100_000)}
-    hub.add(MODEL, files).stall_after["model.safetensors"] = 65_000
+    hub.add(MODEL, files).stall_after["model.safetensors"] = [65_000]
     fetch(hub, tmp_path, HF_HUB_DOWNLOAD_TIMEOUT="1")
     assert (tmp_path / NAME / "model.safetensors").read_bytes() == files["model.safetensors"]
     assert "bytes=65000-" in {request.range for request in hub.requests}
+
+
+@pytest.mark.parametrize("file", [None, "model.safetensors"])
+def test_a_hub_that_only_stalls(hub: Hub, small: Repository, tmp_path: Path, file: str | None) -> None:
+    small.stall_after[file] = [0] * 9
+    line = refused(hub, tmp_path, impatient=True, HF_HUB_DOWNLOAD_TIMEOUT="1")
+    assert line.startswith("Sin conexión con 127.0.0.1: compruebe la red y repita")
+
+
+def test_a_hub_that_knows_no_parts(hub: Hub, tmp_path: Path) -> None:
+    files = {"config.json": b"{}", "model.safetensors": os.urandom(100_000)}
+    repository = hub.add(MODEL, files)
+    repository.ranges = False
+    repository.cut_after["model.safetensors"] = [65_000]
+    fetch(hub, tmp_path, impatient=True)
+    assert (tmp_path / NAME / "model.safetensors").read_bytes() == files["model.safetensors"]
 
 
 def test_a_hub_that_is_busy_is_asked_again(hub: Hub, tmp_path: Path) -> None:
@@ -327,7 +352,7 @@ def test_more_than_the_hub_said_is_not_kept(hub: Hub, tmp_path: Path) -> None:
     repository = hub.add(MODEL, {"config.json": b"{}", "model.safetensors": b"123"})
     # the rest never comes: who wants it waits
     repository.delivered["model.safetensors"] = b"123" + bytes(1_000_000)
-    repository.stall_after["model.safetensors"] = 65_000
+    repository.stall_after["model.safetensors"] = [65_000]
     assert refused(hub, tmp_path).startswith("model.safetensors llegó cambiado de 127.0.0.1")
     assert contents(tmp_path) == {f".{NAME}.partial", f".{NAME}.partial/config.json"}
     assert hub.fetched.count("model.safetensors") == 1
