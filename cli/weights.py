@@ -12,7 +12,7 @@ from llm.settings import Settings
 @command
 def main() -> int:
     parser = Parser(
-        prog="script/weights", description="Trae el modelo de MODEL_ID a weights/, o comprueba el que ya está."
+        prog="script/weights", description="Descarga el modelo de MODEL_ID en weights/, o comprueba el que ya está."
     )
     parser.add_argument("--demo", action="store_true", help="el modelo de muestra, que no necesita Hugging Face")
     arguments = parser.parse_args()

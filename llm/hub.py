@@ -185,7 +185,7 @@ def _download(settings: Settings, commit: str, files: list[_HubFile], missing: l
 
     total, left = sum(file.size for file in files), _bytes_left(missing, work)
     rest = f", de los que faltan {about(left)}" if left < total else ""
-    _say(f"Trayendo {settings.model_id} ({commit[:7]}) de {_hub()}: {about(total)}{rest}")
+    _say(f"Descargando {settings.model_id} ({commit[:7]}) de {_hub()}: {about(total)}{rest}")
 
     # As it arrives: http_get would collect 10 MB, and lose them where an answer is cut before.
     constants.DOWNLOAD_CHUNK_SIZE = None  # type: ignore[assignment]

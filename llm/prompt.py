@@ -100,7 +100,7 @@ class Prompter:
         size = len(template) + template.count(place) * (len(pregunta) - len(place))
         if size > MAX_CHARACTERS:
             raise UserError(
-                f"prompt_template con la pregunta ocupa {size} caracteres y se admiten {MAX_CHARACTERS}: acórtalos"
+                f"prompt_template con la pregunta ocupa {size} caracteres y se admiten {MAX_CHARACTERS}: acórtelos"
             )
         # The longest names first: one may be part of another.
         for name, secret in self._names.items():
@@ -109,9 +109,12 @@ class Prompter:
         # Of the encoder's methods only those for a batch let other threads run meanwhile.
         ids: list[int] = self._encoder.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
         if not ids:
-            raise UserError("La pregunta no contiene nada que el modelo pueda leer")
+            raise UserError("La pregunta no contiene nada que el modelo pueda leer: escríbala con letras o números")
         if len(ids) >= self._context:
-            raise UserError(f"La pregunta ocupa {len(ids)} tokens y el modelo admite {self._context} en total")
+            raise UserError(
+                f"La pregunta ocupa {len(ids)} tokens y el modelo admite {self._context} en total, con la respuesta: "
+                "acorte la pregunta o prompt_template"
+            )
         return ids
 
 

@@ -77,7 +77,7 @@ def _verify(settings: Settings, thorough: bool) -> Weights:
         if not (folder / "config.json").is_file() or not has_weights:
             raise UserError(
                 f"{name} no es un modelo, le falta config.json o los pesos (.safetensors): "
-                f"mueva o borre esa carpeta y se traerá {settings.model_id}, o cambie MODEL_ID"
+                f"mueva o borre esa carpeta y se descargará {settings.model_id}, o cambie MODEL_ID"
             )
         return Weights(folder, None, f"{name} (carpeta propia)", verified=False)
 
@@ -89,7 +89,7 @@ def _verify(settings: Settings, thorough: bool) -> Weights:
             f"{settings.revision}: mueva o borre esa carpeta"
         )
 
-    way_out = f"borre {name} y se traerá de nuevo (si el cambio es suyo, borre solo {name}/{MANIFEST})"
+    way_out = f"borre {name} y se descargará de nuevo (si el cambio es suyo, borre solo {name}/{MANIFEST})"
     entries = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if not is_folder(path)}
     if unnamed := sorted(entries.keys() - manifest.files.keys() - {MANIFEST}):
         raise UserError(
@@ -133,7 +133,7 @@ def _read_manifest(folder: Path) -> _Manifest | None:
         return manifest
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
-            f"{shown(path)} no se entiende: borre {shown(folder)} y se traerá de nuevo, o solo {MANIFEST} si los "
+            f"{shown(path)} no se entiende: borre {shown(folder)} y se descargará de nuevo, o solo {MANIFEST} si los "
             "archivos son suyos"
         ) from error
 
@@ -160,7 +160,7 @@ def workspace(folder: Path) -> Iterator[Path]:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise UserError(f"Otro proceso está trayendo {shown(folder)}: espere a que acabe") from error
+                raise UserError(f"Otro proceso está descargando {shown(folder)}: espere a que acabe") from error
             yield work
         finally:
             os.close(lock)

