@@ -140,6 +140,7 @@ def ignored() -> GitIgnoreSpec:
         "tests/test_engine.py",
         "local/server.py",
         "script/predict",
+        "deploy/compose.yaml",
         "docs/bench/table.md",
         "README.md",
         "README.en.md",
