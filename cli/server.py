@@ -79,9 +79,9 @@ def running(
         "PYTHONWARNINGS": "ignore::DeprecationWarning",
         **WAITING,
         **os.environ,
+        "COG_MAX_CONCURRENCY": str(interface.concurrency),
         **(environment or {}),
         "COG_PREDICT_TYPE_STUB": f"predict.py:{schema.TARGET}",
-        "COG_MAX_CONCURRENCY": str(interface.concurrency),
         "PORT": str(port),
         # The server starts its worker as `python`: another one would lack Cog.
         "PATH": os.pathsep.join([str(python.parent), os.environ.get("PATH", os.defpath)]),

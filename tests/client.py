@@ -42,6 +42,7 @@ class Client:
 
 
 def events(response: httpx.Response) -> Iterator[Event]:
+    """Of a stream, as they come."""
     name = ""
     for line in response.iter_lines():
         field, _, value = line.partition(": ")

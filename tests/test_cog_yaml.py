@@ -134,6 +134,7 @@ def ignored() -> GitIgnoreSpec:
         "tests/test_engine.py",
         "cli/server.py",
         "script/predict",
+        "deploy/compose.yaml",
         "docs/bench/table.md",
         "examples/answer.py",
         "examples/javascript/node_modules/replicate/index.js",

@@ -1,0 +1,524 @@
+"""deploy/: its files against their schemas, its probes against a genuine server, and HAProxy with the configuration
+that ships before genuine servers, which it finds by name as it would Docker's or Kubernetes'. Neither of those is here.
+"""
+
+import http.client
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+import psutil
+import pytest
+import yaml
+from dnslib import QTYPE, RR, SRV, A, DNSRecord
+from dnslib.server import BaseResolver, DNSLogger, DNSServer
+
+from cli import schema, server
+from llm.settings import ROOT
+from tests.client import Client, Event, events
+from tests.processes import FINALLY, Marked
+
+DEPLOY = ROOT / "deploy"
+COMPOSE: dict[str, Any] = yaml.safe_load((DEPLOY / "compose.yaml").read_text(encoding="utf-8"))
+KUBERNETES: list[dict[str, Any]] = list(yaml.safe_load_all((DEPLOY / "kubernetes.yaml").read_text(encoding="utf-8")))
+CONFIGURATION = (DEPLOY / "haproxy.cfg").read_text(encoding="utf-8")
+ENVIRONMENT: dict[str, str] = COMPOSE["x-cog"]["environment"]
+"""What a server in a container gets."""
+
+# Debian puts it where a user's PATH does not look
+HAPROXY = shutil.which("haproxy", path=f"{os.environ['PATH']}{os.pathsep}/usr/sbin")
+needs_haproxy = pytest.mark.skipif(
+    HAPROXY is None, reason="deploy/haproxy.cfg no se ha probado: haproxy no está instalado (apt install haproxy)"
+)
+
+LONG = {"pregunta": "Once upon a time", "temperature": 0, "max_tokens": 2048, "prompt_template": "{pregunta}"}
+SHORT = {**LONG, "max_tokens": 8}
+SSE = {"Accept": "text/event-stream"}
+
+
+# The files
+
+
+def valid(tool: str, *arguments: str | Path) -> bool:
+    return subprocess.run([sys.executable, "-m", tool, *arguments], capture_output=True).returncode == 0
+
+
+def valid_compose(path: Path) -> bool:
+    return valid("check_jsonschema", "--builtin-schema", "vendor.compose-spec", path)
+
+
+def valid_kubernetes(path: Path) -> bool:
+    return valid("kubernetes_validate", "--strict", path)
+
+
+def test_each_file_is_what_its_schema_says() -> None:
+    assert valid_compose(DEPLOY / "compose.yaml")
+    assert valid_kubernetes(DEPLOY / "kubernetes.yaml")
+
+
+@pytest.mark.parametrize(
+    ("name", "check", "word", "wrong"),
+    [
+        ("compose.yaml", valid_compose, "pull_policy", "pull"),
+        ("kubernetes.yaml", valid_kubernetes, "maxReplicas", "max_replicas"),
+        ("kubernetes.yaml", valid_kubernetes, "clusterIP: None", "clusterIP: []"),
+    ],
+)
+def test_a_mistake_in_a_file_is_seen(
+    tmp_path: Path, name: str, check: Callable[[Path], bool], word: str, wrong: str
+) -> None:
+    text = (DEPLOY / name).read_text(encoding="utf-8")
+    (tmp_path / name).write_text(text.replace(word, wrong), encoding="utf-8")
+    assert not check(tmp_path / name)
+
+
+def resource(kind: str, name: str) -> Any:
+    (found,) = [one for one in KUBERNETES if (one["kind"], one["metadata"]["name"]) == (kind, name)]
+    return found["spec"]
+
+
+def environment(container: dict[str, Any]) -> dict[str, str]:
+    return {variable["name"]: variable.get("value", "") for variable in container["env"]}
+
+
+def test_the_files_agree() -> None:
+    (cog,) = resource("Deployment", "falcon-cog")["template"]["spec"]["containers"]
+    (proxy,) = resource("Deployment", "falcon")["template"]["spec"]["containers"]
+    composed = COMPOSE["services"]["proxy"]
+    assert environment(cog) == ENVIRONMENT
+    assert proxy["image"] == composed["image"]
+    # the servers' names
+    aliases = COMPOSE["x-cog"]["networks"]["servers"]["aliases"]
+    assert [composed["environment"].pop("SERVERS")] == [f"{name}:5000" for name in aliases]
+    variables = environment(proxy)
+    assert variables.pop("SERVERS").startswith("falcon-cog.") and resource("Service", "falcon-cog")
+    assert variables.pop("NAMESPACE") == ""
+    assert variables == composed["environment"]
+    # how many at once, and the places beside them
+    concurrency = schema.read(ROOT / "predict.py").concurrency
+    assert re.findall(r"maxconn (\d+)$", CONFIGURATION, re.MULTILINE) == ["4096", str(concurrency)]
+    assert int(ENVIRONMENT["COG_MAX_CONCURRENCY"]) == 2 * concurrency
+    # how many servers
+    scaler = resource("HorizontalPodAutoscaler", "falcon-cog")
+    (most,) = set(re.findall(r"server-template cog 1-(\d+)", CONFIGURATION))
+    assert scaler["maxReplicas"] <= int(most)
+    assert resource("Deployment", scaler["scaleTargetRef"]["name"])
+    # whom it chooses
+    for name in ("falcon", "falcon-cog"):
+        labels = resource("Deployment", name)["template"]["metadata"]["labels"]
+        assert resource("Service", name)["selector"] == labels == {"app": name}
+    policy = resource("NetworkPolicy", "falcon-cog")
+    assert policy["podSelector"]["matchLabels"] == {"app": "falcon-cog"}
+    assert policy["ingress"][0]["from"] == [{"podSelector": {"matchLabels": {"app": "falcon"}}}]
+
+
+# The probes
+
+
+def probe(command: list[str], port: int) -> subprocess.CompletedProcess[str]:
+    """What the container would run, on a server's own port; instead of ending process 1 it says so."""
+    name, flag, source = command
+    assert (name, flag) == ("python", "-c")
+    source = source.replace("5000", str(port)).replace("os.kill(1, 15)", "print('SIGTERM')")
+    return subprocess.run([sys.executable, flag, source], capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_the_probes_read_the_status(falcon_environment: dict[str, str], processes: Marked) -> None:
+    (container,) = resource("Deployment", "falcon-cog")["template"]["spec"]["containers"]
+    (kubernetes,) = {
+        tuple(container[f"{name}Probe"]["exec"]["command"]) for name in ("startup", "readiness", "liveness")
+    }
+    compose = COMPOSE["x-cog"]["healthcheck"]["test"][1:]
+
+    def seen() -> tuple[str, bool, bool, str]:
+        """The status, whether it passes Kubernetes' and compose's, and what compose's does."""
+        composed = probe(compose, running.port)
+        passes = probe(list(kubernetes), running.port).returncode == 0
+        return running.health()["status"], passes, composed.returncode == 0, composed.stdout
+
+    one_place = {"COG_MAX_CONCURRENCY": "1"}
+    with server.running(environment=falcon_environment | processes.environment | one_place) as running:
+        while not running.port:
+            time.sleep(0.01)
+        assert seen() == ("STARTING", False, False, "")
+        running.wait_until_ready()
+        assert seen() == ("READY", True, True, "")
+        with httpx.stream("POST", f"{running.url}/predictions", json={"input": LONG}, headers=SSE) as stream:
+            lines = stream.iter_lines()
+            assert next(lines) == "event: start"
+            assert seen() == ("BUSY", True, True, "")
+        (worker,) = processes.alive("_run_worker")
+        worker.kill()
+        while running.health()["status"] in ("READY", "BUSY"):
+            time.sleep(0.01)
+        assert seen() == ("UNHEALTHY", False, False, "SIGTERM\n")
+        # what tini makes of it
+        (process,) = processes.alive("cog.server.http")
+        process.terminate()
+        process.wait(FINALLY)
+    assert probe(list(kubernetes), running.port).returncode != 0
+    assert probe(compose, running.port).returncode != 0
+
+
+# HAProxy
+
+
+class Names(BaseResolver):  # type: ignore[misc]
+    """The servers that there are: as SRV records, with their ports, for all have one address; and that address."""
+
+    def __init__(self) -> None:
+        self.ports: list[int] = []
+
+    def resolve(self, request: DNSRecord, handler: object) -> DNSRecord:
+        reply = request.reply()
+        if request.q.qtype == QTYPE.SRV:
+            for port in self.ports:
+                host = f"{port}.test"
+                reply.add_answer(RR(request.q.qname, QTYPE.SRV, rdata=SRV(weight=100, port=port, target=host)))
+                reply.add_ar(RR(host, QTYPE.A, rdata=A(server.HOST)))
+        elif request.q.qtype == QTYPE.A:
+            reply.add_answer(RR(request.q.qname, QTYPE.A, rdata=A(server.HOST)))
+        return reply
+
+
+class Site:
+    """HAProxy before the servers that it finds."""
+
+    def __init__(self, names: Names, url: str, metrics: str, log: Path) -> None:
+        self.names = names
+        self.url = url
+        self.client = httpx.Client(
+            base_url=url, timeout=FINALLY * 2, trust_env=False, limits=httpx.Limits(max_connections=None)
+        )
+        self._metrics = metrics
+        self._log = log
+
+    def metric(self, name: str) -> int:
+        """Of the predictions."""
+        text = httpx.get(self._metrics, trust_env=False).text
+        (value,) = re.findall(rf'^haproxy_backend_{name}{{proxy="predictions"}} (\d+)$', text, re.MULTILINE)
+        return int(value)
+
+    def wait(self, name: str, value: int, most: int | None = None) -> None:
+        """Until the metric has the value, or one from it to `most`."""
+        give_up = time.monotonic() + FINALLY
+        while not value <= (now := self.metric(name)) <= (most or value):
+            assert time.monotonic() < give_up, f"{name}: {now}"
+            time.sleep(0.05)
+
+    def logged(self, prediction: str) -> tuple[str, str]:
+        """The server that got it and the status that it answered, once it has ended."""
+        line = rf' predictions/(\w+) \S+ (\S+) .*"PUT /predictions/{prediction} '
+        give_up = time.monotonic() + FINALLY
+        while not (found := re.findall(line, self._log.read_text())):
+            assert time.monotonic() < give_up, prediction
+            time.sleep(0.05)
+        return found[-1][0], found[-1][1]
+
+    def predict(self, inputs: dict[str, Any] = SHORT) -> httpx.Response:
+        return self.client.post("/predictions", json={"input": inputs})
+
+    @contextmanager
+    def stream(self, method: str = "POST", path: str = "/predictions") -> Iterator[Iterator[Event]]:
+        """The events of a long prediction as they come: name, data."""
+        with self.client.stream(method, path, json={"input": LONG}, headers=SSE) as response:
+            assert response.status_code == httpx.codes.OK, response.read()
+            yield events(response)
+
+    def end_of(self, prediction: str, max_tokens: int) -> str:
+        """How it ends for the client that streams it."""
+        inputs = {**LONG, "max_tokens": max_tokens}
+        try:
+            with self.client.stream(
+                "PUT", f"/predictions/{prediction}", json={"input": inputs}, headers=SSE
+            ) as response:
+                if response.status_code != httpx.codes.OK:
+                    return str(response.status_code)
+                *_, (_, data) = events(response)
+                return str(data.get("status"))
+        except httpx.RemoteProtocolError:
+            return "cut"
+
+
+@contextmanager
+def haproxy(folder: Path, servers: str = "_cog._tcp.test") -> Iterator[Site]:
+    """HAProxy with the configuration that ships, on ports that are its own from the start."""
+    assert HAPROXY
+    names = Names()
+    dns = DNSServer(names, address=server.HOST, port=0, logger=DNSLogger("-request,-reply"))
+    dns.start_thread()
+    with ExitStack() as stack:
+        stack.callback(dns.stop)
+        listening = [stack.enter_context(socket.create_server((server.HOST, 0))) for _ in range(2)]
+        log = folder / "haproxy.log"
+        process = subprocess.Popen(
+            [HAPROXY, "-db", "-f", DEPLOY / "haproxy.cfg"],
+            env={
+                "LISTEN": f"fd@{listening[0].fileno()}",
+                "METRICS": f"fd@{listening[1].fileno()}",
+                "SERVERS": servers,
+                "HOSTNAME": uuid.uuid4().hex,
+                "DNS": f"{server.HOST}:{dns.server.server_address[1]}",
+            },
+            pass_fds=[one.fileno() for one in listening],
+            stdout=stack.enter_context(log.open("wb")),
+            stderr=subprocess.STDOUT,
+        )
+        stack.callback(process.wait)
+        stack.callback(process.kill)
+        url, metrics = (f"http://{server.HOST}:{one.getsockname()[1]}" for one in listening)
+        yield Site(names, url, f"{metrics}/metrics", log)
+        assert process.poll() is None, log.read_text()
+
+
+@contextmanager
+def before_two(folder: Path, variables: dict[str, str]) -> Iterator[tuple[Site, list[server.Server]]]:
+    with ExitStack() as stack:
+        servers = [stack.enter_context(server.running(environment=variables | ENVIRONMENT)) for _ in range(2)]
+        for one in servers:
+            one.wait_until_ready()
+        site = stack.enter_context(haproxy(folder))
+        site.names.ports = [one.port for one in servers]
+        site.wait("active_servers", 2)
+        yield site, servers
+
+
+@pytest.fixture(scope="module")
+def site(falcon_environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    with before_two(tmp_path_factory.mktemp("haproxy"), falcon_environment) as (site, _):
+        yield site
+
+
+def ask(site: Site, method: str, path: str, body: str | None = None) -> tuple[int, str]:
+    """The path as it stands, which no client library would leave so."""
+    connection = http.client.HTTPConnection(urlsplit(site.url).netloc, timeout=FINALLY)
+    try:
+        connection.request(method, path, body, {"Content-Type": "application/json"})
+        answer = connection.getresponse()
+        return answer.status, answer.read().decode()
+    finally:
+        connection.close()
+
+
+BODY = json.dumps({"input": {**SHORT, "max_tokens": 1}})
+
+
+@needs_haproxy
+def test_without_a_dns_of_its_own_it_takes_the_systems() -> None:
+    assert HAPROXY
+    variables = {"LISTEN": ":5000", "METRICS": ":8404", "SERVERS": "cog:5000"}
+    subprocess.run([HAPROXY, "-c", "-f", DEPLOY / "haproxy.cfg"], env=variables, check=True)
+
+
+@needs_haproxy
+@pytest.mark.slow
+def test_a_name_and_a_port_find_a_server_too(falcon_server: Client, tmp_path: Path) -> None:
+    with haproxy(tmp_path, f"cog.test:{falcon_server.server.port}") as site:
+        site.wait("active_servers", 1)
+        assert site.predict().json()["status"] == "succeeded"
+
+
+@needs_haproxy
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("PUT", "/predictions/" + "a" * 64, 200),
+        ("PUT", "/predictions/A-z_0", 200),
+        ("PUT", "/predictions/cancel", 200),
+        ("PUT", "/predictions/" + "a" * 65, 400),
+        ("PUT", "/predictions/" + "a" * 256, 400),
+        ("PUT", "/predictions/%00", 400),
+        ("PUT", "/predictions/%61", 400),
+        ("PUT", "/predictions/..%2F..%2Fx%2Fdeep", 400),
+        ("PUT", "/predictions/../shutdown", 400),
+        ("PUT", "/predictions/a.b", 400),
+        ("PUT", "/predictions/a%C3%B1o", 400),
+        ("POST", "/predictions/..%2F..%2Fx/cancel", 400),
+        ("POST", "/predictions/%2e%2e/cancel", 400),
+        ("POST", "/predictions/" + "a" * 65 + "/cancel", 400),
+        ("POST", "/predictions/", 400),
+        ("POST", "/predictions/ninguna/cancel", 404),
+        ("POST", "/shutdown", 404),
+        ("POST", "//shutdown", 404),
+        ("POST", "/%73hutdown", 404),
+        ("POST", "/trainings", 404),
+        ("GET", "/predictions", 404),
+        ("DELETE", "/predictions/a", 404),
+        ("GET", "/", 404),
+        ("GET", "/metrics", 404),
+        ("GET", "/health-check", 200),
+        ("GET", "/openapi.json", 200),
+    ],
+)
+def test_only_what_clients_need_is_let_through(site: Site, method: str, path: str, status: int) -> None:
+    body = None if method == "GET" or (method == "POST" and path.endswith("/cancel")) else BODY
+    answer, text = ask(site, method, path, body)
+    assert answer == status, text
+
+
+@needs_haproxy
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("body", "headers", "status"),
+    [
+        (BODY.ljust(1_000_000), {}, 200),
+        (BODY.ljust(1_000_001), {}, 413),
+        ("x" * 50_000_000, {}, 413),
+        # without a length
+        (iter([BODY.encode()]), {}, 411),
+        # the whole of it has to fit beside its headers
+        (BODY.ljust(1_000_000), {"X": "x" * 50_000}, 413),
+        (BODY, {"Prefer": "respond-async"}, 400),
+        (BODY, {"Prefer": "wait, respond-async"}, 400),
+        (BODY, {"Prefer": "wait"}, 200),
+        (BODY[:-1] + ', "webhook": "http://127.0.0.1/shutdown"}', {}, 400),
+        (r'{"\u0077ebh\u006Fok" : "http://127.0.0.1/shutdown", ' + BODY[1:], {}, 400),
+        (json.dumps({"input": {**SHORT, "pregunta": '{"webhook": 1}'}}), {}, 200),
+        # what the server itself refuses: an id in the body, which it would write a folder for
+        (BODY[:-1] + ', "id": "../../x"}', {}, 422),
+        (BODY[:-1] + r', "i\u0064": "una"}', {}, 422),
+        ("{", {}, 400),
+    ],
+)
+def test_bodies(site: Site, body: Any, headers: dict[str, str], status: int) -> None:
+    answer = site.client.post("/predictions", content=body, headers={"Content-Type": "application/json", **headers})
+    assert answer.status_code == status, answer.text
+
+
+@needs_haproxy
+@pytest.mark.slow
+def test_a_stream_comes_as_it_grows_and_its_cancel_finds_its_server(site: Site) -> None:
+    with ExitStack() as clients:
+        streams = [clients.enter_context(site.stream()) for _ in range(4)]
+        # on both servers
+        ids = []
+        for stream in streams:
+            ids.append(next(data["id"] for name, data in stream if name == "start"))
+            assert next(name for name, _ in stream if name != "log") == "output"
+        # not in the order that they came in, in which a guess would be right
+        for place in (0, 2, 1, 3):
+            assert ask(site, "POST", f"/predictions/{ids[place]}/cancel")[0] == httpx.codes.OK
+            *_, (name, end) = streams[place]
+            assert (name, end["status"]) == ("completed", "canceled")
+    site.wait("current_sessions", 0)
+
+
+@needs_haproxy
+@pytest.mark.slow
+def test_the_id_of_a_running_prediction_joins_it(site: Site) -> None:
+    with ExitStack() as clients:
+        first = clients.enter_context(site.stream("PUT", "/predictions/una"))
+        seen = [next(first) for _ in range(4)]
+        # one of them would else go to the other server
+        again = [clients.enter_context(site.stream("PUT", "/predictions/una")) for _ in range(2)]
+        for stream in again:
+            assert [next(stream) for _ in range(4)] == seen
+        assert ask(site, "POST", "/predictions/una/cancel")[0] == httpx.codes.OK
+        for stream in (first, *again):
+            *_, (_, end) = stream
+            assert end["status"] == "canceled"
+    site.wait("current_sessions", 0)
+
+
+@needs_haproxy
+@pytest.mark.slow
+def test_96_clients_are_answered(site: Site) -> None:
+    with ThreadPoolExecutor(96) as clients:
+        for _ in range(3):
+            answers = list(clients.map(lambda _: site.predict(), range(96)))
+            assert [answer.text for answer in answers if answer.status_code != httpx.codes.OK] == []
+            assert {answer.json()["status"] for answer in answers} == {"succeeded"}
+
+
+@needs_haproxy
+@pytest.mark.slow
+def test_who_leaves_makes_room_for_who_waits(site: Site) -> None:
+    with ThreadPoolExecutor(64) as clients:
+        with ExitStack() as leaving:
+            for _ in range(64):
+                leaving.enter_context(site.stream())
+            answers = [clients.submit(site.predict) for _ in range(64)]
+            # what the autoscaler counts
+            site.wait("current_queue", 64)
+            assert site.metric("current_sessions") == 128
+        assert [answer.result().text for answer in answers if answer.result().status_code != httpx.codes.OK] == []
+
+
+@needs_haproxy
+@pytest.mark.slow
+def test_who_leaves_before_any_answer_does_too(site: Site) -> None:
+    with pytest.raises(httpx.ReadTimeout):
+        site.client.put("/predictions/se-va", json={"input": LONG}, timeout=1)
+    _, status = site.logged("se-va")
+    assert status != "200"
+
+
+@needs_haproxy
+@pytest.mark.slow
+def test_servers_that_end_and_come_back(falcon_environment: dict[str, str], processes: Marked, tmp_path: Path) -> None:
+    variables = falcon_environment | processes.environment
+    with before_two(tmp_path, variables) as (site, servers), ThreadPoolExecutor(96) as clients:
+
+        def started(prefix: str, count: int, max_tokens: int) -> dict[str, "Future[str]"]:
+            ids = [f"{prefix}-{number}" for number in range(count)]
+            return {name: clients.submit(site.end_of, name, max_tokens) for name in ids}
+
+        running = started("antes", 96, 64)
+        site.wait("current_queue", 1, 32)
+        os.killpg(listening(processes, servers[0]).pid, signal.SIGKILL)
+        ends = {name: future.result() for name, future in running.items()}
+        failed = [name for name, end in ends.items() if end != "succeeded"]
+        # what had begun there, and nothing that waited
+        assert 0 < len(failed) <= 32
+        assert {ends[name] for name in failed} <= {"cut", "502"}
+        assert len({site.logged(name)[0] for name in failed}) == 1
+
+        with server.running(environment=variables | ENVIRONMENT) as back:
+            while not back.port:
+                assert site.end_of("sin-ella", 8) == "succeeded"
+            # it is found while it loads, as a container is
+            site.names.ports = [servers[1].port, back.port]
+            while back.health()["status"] != "READY":
+                assert site.end_of("mientras", 8) == "succeeded"
+            site.wait("active_servers", 2)
+
+            running = started("luego", 96, 64)
+            site.wait("current_queue", 1, 32)
+            # to it alone, as tini hands it on: it ends what it has
+            stopped = listening(processes, servers[1])
+            stopped.terminate()
+            assert {future.result() for future in running.values()} == {"succeeded"}
+            assert len({site.logged(name)[0] for name in running}) == 2
+            stopped.wait(FINALLY)
+
+            # one without its model answers /health-check with 200
+            for worker in listening(processes, back).children():
+                worker.kill()
+            site.wait("active_servers", 0)
+            assert site.predict().status_code == httpx.codes.SERVICE_UNAVAILABLE
+
+
+def listening(processes: Marked, one: server.Server) -> psutil.Process:
+    """The server's process, which is not its worker's."""
+    (found,) = [
+        process
+        for process in processes.alive("cog.server.http")
+        if one.port in [connection.laddr.port for connection in process.net_connections()]
+    ]
+    return found
