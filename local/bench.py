@@ -14,14 +14,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from datetime import date
 from importlib.metadata import version
-from itertools import chain, cycle, islice
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -122,60 +121,66 @@ def _settings(wants_demo: bool, folder: Path | None) -> Settings:
 
 def measure(settings: Settings, rounds: int, tokens: int) -> Figures:
     """Measure everything, with a bar on stderr. Raises UserError."""
-    shows = "{desc}: {percentage:.0f}%|{bar}| {elapsed}, que no corra nada más"
-    with tqdm(total=rounds * (2 + 2 * len(AT_ONCE)), disable=None, bar_format=shows) as bar:
-        engine = _measure_engine(rounds, tokens, bar)
-        service = _measure_server(rounds, tokens, bar)
+    # how many requests at once, and whether beside a busy process
+    engine_turns = [*((requests, False) for requests in AT_ONCE), (1, True)]
+    turns: list[list[Figures]] = []
+    bar = tqdm(
+        total=rounds * (2 + 2 * len(AT_ONCE)),
+        disable=None,
+        bar_format="{desc}: {percentage:.0f}%|{bar}| {elapsed}, que no corra nada más",
+    )
+
+    def told(what: str, measured: Iterator[Figures]) -> Iterator[Figures]:
+        bar.set_description(what)
+        for turn in measured:
+            yield turn
+            bar.update()
+
+    with bar:
+        for number in range(1, rounds + 1):
+            engine = told(f"Ronda {number} de {rounds}, el motor", contend("engine", engine_turns, tokens))
+            generate = told(f"Ronda {number} de {rounds}, generate", contend("generate", [(1, False)], tokens))
+            turns.append([*engine, *generate])
+        loads = [*told("El servidor", serve(AT_ONCE * rounds, tokens))]
+    *together, beside, alone = map(speed, zip(*turns, strict=True))
+    facts, service = turns[-1][-2], loads[-1]
     said = subprocess.getoutput("LC_ALL=C lscpu || sysctl machdep.cpu.brand_string kern.hv_vmm_present")
     processor = re.search(r"^ *(?:Model name|machdep\.cpu\.brand_string): *(.+)", said, re.MULTILINE)
-    packages = ("torch", "transformers", "cog")
     return {
         "model": settings.model_id,
+        "dtype": facts["dtype"],
+        "device": facts["device"],
         "date": date.today().isoformat(),
+        "machine": {
+            "processor": processor[1] if processor else platform.processor() or platform.machine(),
+            "virtual": bool(re.search(r"\bhypervisor\b|hv_vmm_present: 1", said, re.IGNORECASE)),
+            "cores": psutil.cpu_count(logical=False) or os.cpu_count(),
+            "threads": facts["threads"],
+            "ram_bytes": psutil.virtual_memory().total,
+            "gpus": facts["gpus"],
+            "system": platform.platform(terse=True),
+        },
+        "versions": {
+            "python": platform.python_version(),
+            **{package: version(package) for package in ("torch", "transformers", "cog")},
+        },
         "rounds": rounds,
         "tokens": tokens,
         "prompt_lengths": PROMPT_LENGTHS,
-        **engine,
-        **service,
-        "memory": engine["memory"] | service["memory"],
-        "machine": {
-            "processor": processor[1] if processor else platform.processor() or platform.machine(),
-            "cores": psutil.cpu_count(logical=False) or os.cpu_count(),
-            "ram_bytes": psutil.virtual_memory().total,
-            "virtual": "Hypervisor vendor:" in said or "kern.hv_vmm_present: 1" in said,
-            "system": platform.platform(terse=True),
-            **engine["machine"],
-        },
-        "versions": {"python": platform.python_version(), **{package: version(package) for package in packages}},
-    }
-
-
-def _measure_engine(rounds: int, tokens: int, bar: tqdm) -> Figures:
-    seen: list[list[Figures]] = []
-    for number in range(1, rounds + 1):
-        bar.set_description(f"Ronda {number} de {rounds}, el motor y generate")
-        seen.append([])
-        # how many requests at once, and whether beside a busy process
-        engine = contend("engine", [*((requests, False) for requests in AT_ONCE), (1, True)], tokens)
-        for turn in chain(engine, contend("generate", [(1, False)], tokens)):
-            seen[-1].append(turn)
-            bar.update()
-    *together, beside, alone = map(speed, zip(*seen, strict=True))
-    facts = seen[-1][-2]
-    return {
-        **{name: facts[name] for name in ("dtype", "device", "rows")},
-        "machine": {name: facts[name] for name in ("threads", "gpus")},
+        "rows": facts["rows"],
         "generate": alone,
         "engine": [row | {"decode_ratio_to_generate": ratio(row, alone)} for row in together],
         "beside": beside | {"decode_ratio_to_quiet": ratio(beside, together[0])},
-        "memory": {"engine": facts["peak_bytes"], "gpu": facts["gpu_bytes"]},
+        "server": [load(loads[at :: len(AT_ONCE)]) for at in range(len(AT_ONCE))],
+        "setup": service["setup"],
+        "ready": service["ready"],
+        "memory": {"engine": facts["peak_bytes"], "server": service["peak_bytes"], "gpu": facts["gpu_bytes"]},
     }
 
 
 def contend(name: str, turns: list[tuple[int, bool]], tokens: int) -> Iterator[Figures]:
     """Start one of local.contenders, and what each turn takes it. Raises UserError."""
-    lengths = list(islice(cycle(PROMPT_LENGTHS), max(AT_ONCE)))
-    order = json.dumps({"name": name, "turns": turns, "lengths": lengths, "tokens": tokens})
+    order = json.dumps({"name": name, "turns": turns, "lengths": PROMPT_LENGTHS, "tokens": tokens})
     with (
         tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log,
         subprocess.Popen(
@@ -234,43 +239,37 @@ def ratio(ours: Figures, theirs: Figures) -> Figures:
     return spread([mine / other for mine, other in zip(*decode, strict=True)])
 
 
-def _measure_server(rounds: int, tokens: int, bar: tqdm) -> Figures:
+def serve(turns: Sequence[int], tokens: int) -> Iterator[Figures]:
+    """Start the server, and what so many clients at once see in each turn. Raises UserError."""
     log: list[server.Line] = []
-    seen: dict[int, list[tuple[list[Answer], float]]] = defaultdict(list)
-    bar.set_description("Arrancando el servidor")
     start = time.perf_counter()
     with (
         # it waits for its threads, which end when the server does: so that one stops first
-        ThreadPoolExecutor(max(AT_ONCE)) as pool,
+        ThreadPoolExecutor(max(turns)) as pool,
         server.running(log=log.append) as running,
     ):
         running.wait_until_ready()
         ready = time.perf_counter() - start
         ask(running.port, QUESTIONS[0], tokens)
-        for number in range(1, rounds + 1):
-            for clients in AT_ONCE:
-                bar.set_description(f"Ronda {number} de {rounds}, servidor con {clients}")
-                questions = islice(cycle(QUESTIONS), clients)
-                start = time.perf_counter()
-                answers = list(pool.map(lambda question: ask(running.port, question, tokens), questions))
-                seen[clients].append((answers, time.perf_counter() - start))
-                bar.update()
-        # the model's process is the largest of those that the server started
-        sizes = [_peak_bytes(process.pid) or 0 for process in psutil.Process().children(recursive=True)]
-    return {
-        "server": list(map(_load, seen, seen.values())),
-        "setup": setup_parts(line.text for line in log if line.ours and not line.prediction),
-        "ready": ready,
-        "memory": {"server": max(sizes, default=0) or None},
-    }
+        for clients in turns:
+            questions = islice(cycle(QUESTIONS), clients)
+            start = time.perf_counter()
+            answers = list(pool.map(lambda question: ask(running.port, question, tokens), questions))
+            seconds = time.perf_counter() - start
+            # the model's process is the largest of those that the server started
+            peak = max(_peak_bytes(process.pid) for process in psutil.Process().children(recursive=True)) or None
+            # late lines of the log too
+            setup = setup_parts(line.text for line in log if line.ours and not line.prediction)
+            yield {"answers": answers, "seconds": seconds, "setup": setup, "ready": ready, "peak_bytes": peak}
 
 
-def _load(clients: int, rounds: list[tuple[list[Answer], float]]) -> Figures:
-    asked, made, first_text = zip(*(answer for answers, _ in rounds for answer in answers), strict=True)
+def load(turns: list[Figures]) -> Figures:
+    """What the same clients saw in all rounds."""
+    asked, made, first_text = zip(*(answer for turn in turns for answer in turn["answers"]), strict=True)
     p50, p95 = numpy.percentile(first_text, [50, 95], method="inverted_cdf").tolist()
     return {
-        "clients": clients,
-        "tokens_per_second": spread([sum(made for _, made, _ in answers) / seconds for answers, seconds in rounds]),
+        "clients": len(turns[0]["answers"]),
+        "tokens_per_second": spread([sum(made for _, made, _ in turn["answers"]) / turn["seconds"] for turn in turns]),
         "first_text_p50_s": p50,
         "first_text_p95_s": p95,
         "first_text_s": first_text,
@@ -317,12 +316,12 @@ def setup_parts(lines: Iterable[str]) -> dict[str, float]:
     return {match[1]: float(match[2].replace(",", ".")) for match in matches if match}
 
 
-def _peak_bytes(pid: int) -> int | None:
-    """The most memory that a process has had. None where it has ended, or the system is not Linux."""
+def _peak_bytes(pid: int) -> int:
+    """The most memory that a process has had. 0 where it has ended, or the system is not Linux."""
     with suppress(OSError):
         if peak := re.search(r"^VmHWM:\s*(\d+) kB", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE):
             return int(peak[1]) * 1024
-    return None
+    return 0
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from itertools import cycle, islice
 from typing import Any
 
 import torch
@@ -89,7 +90,8 @@ def contend(name: str, turns: list[tuple[int, bool]], lengths: list[int], tokens
         raise UserError(f"--tokens {tokens} no cabe: el modelo admite {facts['context']} en total")
     # ids that any vocabulary has: how fast they are read does not depend on what they say
     ids = random.Random(1)
-    prompts = [ids.choices(range(256), k=length) for length in lengths]
+    most = max(requests for requests, _ in turns)
+    prompts = [ids.choices(range(256), k=length) for length in islice(cycle(lengths), most)]
     gpus = range(torch.cuda.device_count())
     facts |= {"threads": torch.get_num_threads(), "gpus": [torch.cuda.get_device_name(gpu) for gpu in gpus]}
 

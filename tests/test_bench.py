@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llm.errors import UserError
 from llm.settings import ROOT
@@ -84,7 +84,8 @@ def test_the_figures_say_of_what(figures: dict[str, Any]) -> None:
     assert figures["versions"]["torch"] == torch.__version__
     assert set(figures["versions"]) == {"python", "torch", "transformers", "cog"}
     machine = figures["machine"]
-    assert machine["virtual"] == ("hypervisor" in Path("/proc/cpuinfo").read_text())
+    if sys.platform == "linux":
+        assert machine["virtual"] == ("hypervisor" in Path("/proc/cpuinfo").read_text())
     assert machine["processor"] and machine["system"] and machine["gpus"] == []
     assert machine["cores"] >= 1 and machine["threads"] >= 1
     assert machine["ram_bytes"] == psutil.virtual_memory().total
@@ -104,14 +105,10 @@ def test_each_figure_is_there_for_each_round(figures: dict[str, Any]) -> None:
 
 
 def test_the_ratios_are_those_of_each_round(figures: dict[str, Any]) -> None:
-    theirs = figures["generate"]["decode_tokens_per_second"]["rounds"]
-    for speed in figures["engine"]:
-        ours = speed["decode_tokens_per_second"]["rounds"]
-        expected = [a / b for a, b in zip(ours, theirs, strict=True)]
-        assert speed["decode_ratio_to_generate"]["rounds"] == pytest.approx(expected)
-    beside, quiet = (speed["decode_tokens_per_second"]["rounds"] for speed in (figures["beside"], figures["engine"][0]))
-    expected = [a / b for a, b in zip(beside, quiet, strict=True)]
-    assert figures["beside"]["decode_ratio_to_quiet"]["rounds"] == pytest.approx(expected)
+    compared = [(speed, "decode_ratio_to_generate", figures["generate"]) for speed in figures["engine"]]
+    for speed, name, other in [*compared, (figures["beside"], "decode_ratio_to_quiet", figures["engine"][0])]:
+        ours, theirs = (row["decode_tokens_per_second"]["rounds"] for row in (speed, other))
+        assert speed[name]["rounds"] == pytest.approx([a / b for a, b in zip(ours, theirs, strict=True)])
 
 
 def test_the_clients_of_the_server_get_their_tokens(figures: dict[str, Any]) -> None:
@@ -201,20 +198,13 @@ def ending(falcon: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     folder = tmp_path / "falcon"
     shutil.copytree(falcon, folder)
     network: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    last = network.transformer.ln_f
+    end = AutoTokenizer.from_pretrained(folder).eos_token_id
     with torch.no_grad():
-        last.weight.zero_()
-        last.bias.copy_(network.transformer.word_embeddings.weight[5])
+        network.transformer.ln_f.weight.zero_()
+        network.transformer.ln_f.bias.copy_(network.get_output_embeddings().weight[end])
+    network.generation_config.eos_token_id = end
+    assert network.generate(torch.tensor([[6]]), do_sample=False, max_new_tokens=3).tolist() == [[6, end]]
     network.save_pretrained(folder)
-    end_id = network.generate(torch.tensor([[6]]), do_sample=False, max_new_tokens=1)[0, 1].item()
-    ids = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
-    (end,) = [token for token, id in ids.items() if id == end_id]
-    for name, key, value in (
-        ("tokenizer_config.json", "eos_token", end),
-        ("generation_config.json", "eos_token_id", end_id),
-    ):
-        content = json.loads((folder / name).read_text())
-        (folder / name).write_text(json.dumps({**content, key: value}))
     for name, value in (("MODEL_ID", folder.name), ("WEIGHTS_DIR", str(tmp_path)), ("DTYPE", "float32")):
         monkeypatch.setenv(name, value)
 
@@ -237,7 +227,7 @@ def test_a_contender_makes_each_token_and_says_why_it_ended(monkeypatch: pytest.
 
 def test_a_contender_ends_with_who_told_it(falcon_environment: dict[str, str]) -> None:
     # what takes many minutes
-    order = {"name": "engine", "turns": [(1, False), (5000, False)], "lengths": [2] * 5000, "tokens": 200}
+    order = {"name": "engine", "turns": [(1, False), (5000, False)], "lengths": [2], "tokens": 200}
     with subprocess.Popen(
         [sys.executable, "-m", "local.contenders", json.dumps(order)],
         cwd=ROOT,
