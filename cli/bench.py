@@ -8,27 +8,28 @@ import http.client
 import json
 import os
 import platform
-import random
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import replace
 from datetime import date
 from importlib.metadata import version
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
+import numpy
 import psutil
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from cli import demo, report, server
-from cli.contenders import Contender, Run, contending
-from cli.report import Load, Machine, Report, Rounds, Speed
+from cli.report import Figures
 from cli.terminal import Parser, command
 from llm import hub, weights
 from llm.errors import UserError
@@ -48,13 +49,17 @@ QUESTIONS = (
     "Which inventions changed the way people travel, and how?",
 )
 
-_PART = re.compile(r"(.+) en ([\d.,]+) s")
-_SECONDS_BEFORE_ANOTHER_TRY = 0.05
+
+Answer = tuple[int, int, float]
+"""Tokens of the prompt, new tokens, and seconds to the first text."""
 
 
 @command
 def main() -> int:
-    parser = Parser(prog="script/bench", description="Mide lo que da un modelo en este ordenador, en unos minutos.")
+    parser = Parser(
+        prog="script/bench",
+        description="Mide lo que da un modelo en este ordenador, en unos minutos. Mientras, que no corra nada más.",
+    )
     model = parser.add_mutually_exclusive_group()
     model.add_argument("--demo", action="store_true", help="el modelo de muestra, que no necesita Hugging Face")
     model.add_argument("--model", type=Path, metavar="CARPETA", help="un modelo que ya está en esa carpeta")
@@ -66,269 +71,31 @@ def main() -> int:
     arguments = parser.parse_args()
     settings = _settings(arguments.demo, arguments.model)
     hub.ensure(settings)
-    _make_writable(arguments.out)
+    try:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=arguments.out).close()
+    except OSError as error:
+        raise UserError(f"No se puede escribir en {arguments.out}: {reason(error)}") from error
+    # what is started takes the same model
+    os.environ |= {
+        "MODEL_ID": settings.model_id,
+        "MODEL_REVISION": settings.revision or "",
+        "WEIGHTS_DIR": str(settings.weights_dir),
+    }
     start = time.monotonic()
-    measured = measure(settings, arguments.rounds, arguments.tokens)
-    name = f"{settings.folder.name}-{_slug(measured.on)}"
-    for path in report.write(measured, arguments.out, name):
+    for path in report.write(measure(settings, arguments.rounds, arguments.tokens), arguments.out):
         print(weights.shown(path.resolve()))
     print(f"Medido en {(time.monotonic() - start) / 60:.0f} min")
     return 0
 
 
-def measure(settings: Settings, rounds: int, tokens: int) -> Report:
-    """Measure everything, with a bar on stderr. Raises UserError."""
-    environment = {
-        "MODEL_ID": settings.model_id,
-        "MODEL_REVISION": settings.revision or "",
-        "WEIGHTS_DIR": str(settings.weights_dir),
-    }
-    steps = (rounds + 1) * (1 + len(AT_ONCE)) + rounds + 1 + rounds * len(AT_ONCE)
-    with tqdm(total=steps, unit="", disable=None, bar_format="{desc}: {percentage:.0f}%|{bar}| {elapsed}") as bar:
-        contest = _contest(environment, rounds, tokens, bar)
-        service = _serve(environment, rounds, tokens, bar)
-    facts = contest.facts
-    return Report(
-        model=settings.model_id,
-        dtype=facts["dtype"],
-        device=facts["device"],
-        date=date.today().isoformat(),
-        machine=Machine(
-            processor=_processor(),
-            cores=psutil.cpu_count(logical=False) or os.cpu_count() or 1,
-            threads=facts["threads"],
-            ram_bytes=psutil.virtual_memory().total,
-            gpus=tuple(facts["gpus"]),
-            system=platform.platform(terse=True),
-        ),
-        versions={
-            "python": platform.python_version(),
-            **{package: version(package) for package in ("torch", "transformers", "cog")},
-        },
-        rounds=rounds,
-        tokens=tokens,
-        prompt_lengths=PROMPT_LENGTHS,
-        rows=facts["rows"],
-        generate=contest.generate,
-        engine=contest.engine,
-        beside=contest.beside,
-        server=service.loads,
-        setup=service.setup,
-        ready=service.ready,
-        memory={"engine": contest.peak_bytes, "server": service.peak_bytes, "gpu": contest.gpu_bytes},
-    )
+def _from_to(least: int, most: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if not text.isdecimal() or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"{text} no es un número de {least} a {most}")
+        return int(text)
 
-
-@dataclass(frozen=True)
-class Contest:
-    """How the engine and generate did, what the engine says of itself, and the most memory that it used."""
-
-    generate: Speed
-    engine: tuple[Speed, ...]
-    beside: Speed
-    facts: dict[str, Any]
-    peak_bytes: int | None
-    gpu_bytes: int | None
-
-
-def _contest(environment: dict[str, str], rounds: int, tokens: int, bar: tqdm) -> Contest:
-    bar.set_description("Cargando generate")
-    with contending("generate", environment) as generate:
-        # before the engine loads, which gives its cache the memory that it finds free
-        generate.generate([[0] * max(PROMPT_LENGTHS)], 4)
-        bar.update()
-        bar.set_description("Cargando el motor")
-        with contending("engine", environment) as engine:
-            if max(PROMPT_LENGTHS) + tokens > engine.facts["context"]:
-                raise UserError(f"--tokens {tokens} no cabe: el modelo admite {engine.facts['context']} en total")
-            prompts = _prompts(engine.facts["vocabulary"])
-            for requests in AT_ONCE:
-                engine.generate(prompts[:requests], 4)
-                bar.update()
-            alone: list[tuple[float, float]] = []
-            beside: list[tuple[float, float]] = []
-            together: dict[int, list[tuple[float, float]]] = {requests: [] for requests in AT_ONCE}
-            for number in range(1, rounds + 1):
-                bar.set_description(f"Ronda {number} de {rounds}, generate")
-                alone.append(_timed(generate, prompts[:1], tokens))
-                bar.update()
-                for requests in AT_ONCE:
-                    bar.set_description(f"Ronda {number} de {rounds}, motor con {requests}")
-                    together[requests].append(_timed(engine, prompts[:requests], tokens))
-                    bar.update()
-                bar.set_description(f"Ronda {number} de {rounds}, motor junto a otro proceso")
-                with busy_core():
-                    beside.append(_timed(engine, prompts[:1], tokens))
-                bar.update()
-            return Contest(
-                _speed(1, alone),
-                tuple(_speed(requests, rates) for requests, rates in together.items()),
-                _speed(1, beside),
-                engine.facts,
-                _peak_bytes(engine.pid),
-                engine.gpu_bytes,
-            )
-
-
-@contextmanager
-def busy_core() -> Iterator[None]:
-    """Beside a process that only counts, on one core. Should this one be killed, it ends too."""
-    counts = f"import os\nwhile os.getppid() == {os.getpid()}: pass"
-    # a Ctrl-C reaches the command alone, which ends this one
-    with subprocess.Popen([sys.executable, "-c", counts], start_new_session=True) as process:
-        try:
-            yield
-        finally:
-            process.kill()
-
-
-def _timed(contender: Contender, prompts: list[list[int]], tokens: int) -> tuple[float, float]:
-    return rates(contender.generate(prompts, 1), contender.generate(prompts, tokens))
-
-
-def rates(first: Run, whole: Run) -> tuple[float, float]:
-    """Tokens a second, decoding and in all, of the same requests for one token each and for all of them.
-
-    The time of one token is that of reading the prompt: without it, what is left is decoding.
-    """
-    return (whole.tokens - first.tokens) / (whole.seconds - first.seconds), whole.tokens / whole.seconds
-
-
-def _speed(requests: int, rounds: list[tuple[float, float]]) -> Speed:
-    decode, whole = zip(*rounds, strict=True)
-    return Speed(requests, Rounds(decode), Rounds(whole))
-
-
-def _prompts(vocabulary: int) -> list[list[int]]:
-    """Ids of nothing in particular: how fast they are read does not depend on what they say."""
-    chosen = random.Random(1)
-    lengths = [PROMPT_LENGTHS[i % len(PROMPT_LENGTHS)] for i in range(max(AT_ONCE))]
-    return [[chosen.randrange(vocabulary) for _ in range(length)] for length in lengths]
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a client of the server saw: tokens of the prompt, new tokens, and seconds to the first text."""
-
-    asked: int
-    tokens: int
-    first_text: float
-
-
-@dataclass(frozen=True)
-class Service:
-    """What the server's clients saw, how it started, in seconds, and the most memory that its model's process used."""
-
-    loads: tuple[Load, ...]
-    setup: dict[str, float]
-    ready: float
-    peak_bytes: int | None
-
-
-def _serve(environment: dict[str, str], rounds: int, tokens: int, bar: tqdm) -> Service:
-    log: list[server.Line] = []
-    speeds: dict[int, list[float]] = {clients: [] for clients in AT_ONCE}
-    answers: dict[int, list[Answer]] = {clients: [] for clients in AT_ONCE}
-    bar.set_description("Arrancando el servidor")
-    start = time.perf_counter()
-    with (
-        # it waits for its threads, which end when the server does: so that one stops first
-        ThreadPoolExecutor(max(AT_ONCE)) as pool,
-        server.running(environment=environment, log=log.append) as running,
-    ):
-        running.wait_until_ready()
-        ready = time.perf_counter() - start
-        ask(running.port, QUESTIONS[0], tokens)
-        bar.update()
-        for number in range(1, rounds + 1):
-            for clients in AT_ONCE:
-                bar.set_description(f"Ronda {number} de {rounds}, servidor con {clients}")
-                questions = [QUESTIONS[i % len(QUESTIONS)] for i in range(clients)]
-                start = time.perf_counter()
-                together = list(pool.map(lambda question: ask(running.port, question, tokens), questions))
-                seconds = time.perf_counter() - start
-                speeds[clients].append(sum(answer.tokens for answer in together) / seconds)
-                answers[clients] += together
-                bar.update()
-        # the model's process is the largest of those that the server started
-        sizes = [_peak_bytes(process.pid) for process in psutil.Process().children(recursive=True)]
-    loads = tuple(
-        Load(
-            clients,
-            Rounds(tuple(speeds[clients])),
-            tuple(answer.first_text for answer in answers[clients]),
-            tuple(answer.asked for answer in answers[clients]),
-            tuple(answer.tokens for answer in answers[clients]),
-        )
-        for clients in AT_ONCE
-    )
-    setup = setup_parts(line.text for line in log if line.ours and not line.prediction)
-    return Service(loads, setup, ready, max((size for size in sizes if size is not None), default=None))
-
-
-def ask(port: int, question: str, tokens: int) -> Answer:
-    """One prediction, streamed. While no place is free it tries again, as a queue before the server would."""
-    inputs = {"pregunta": question, "max_tokens": tokens, "temperature": 0}
-    headers = {"Content-Type": "application/json", "Accept": "text/event-stream"}
-    first: float | None = None
-    received = b""
-    start = time.perf_counter()
-    try:
-        while True:
-            connection = http.client.HTTPConnection(server.HOST, port)
-            connection.request("POST", "/predictions", json.dumps({"input": inputs}), headers)
-            response = connection.getresponse()
-            if response.status != http.HTTPStatus.CONFLICT:
-                break
-            connection.close()
-            time.sleep(_SECONDS_BEFORE_ANOTHER_TRY)
-        # in whatever pieces it comes: with many clients of a GPU, parsing every event would take longer than making it
-        while piece := response.read1(1 << 16):
-            received += piece
-            if first is None and b"event: output" in received:
-                first = time.perf_counter() - start
-    except (ConnectionError, http.client.HTTPException) as error:
-        raise UserError("El servidor se cerró mientras respondía, casi siempre por falta de memoria") from error
-    whole = time.perf_counter() - start
-    if response.status != http.HTTPStatus.OK:
-        raise UserError(f"El servidor no aceptó la pregunta: {received.decode()}")
-    _, _, end = received.decode().rpartition("event: completed\ndata: ")
-    prediction = json.loads(end)
-    if prediction["status"] != "succeeded":
-        raise UserError(server.error_text(prediction.get("error", "La predicción se canceló: repita la orden")))
-    metrics = prediction["metrics"]
-    # an answer may be empty: then its first text is its end
-    return Answer(metrics["input_token_count"], metrics["output_token_count"], whole if first is None else first)
-
-
-def setup_parts(lines: Iterable[str]) -> dict[str, float]:
-    """The parts of setup() that its log gives the seconds of."""
-    matches = (_PART.fullmatch(line) for line in lines)
-    return {match[1]: float(match[2].replace(",", ".")) for match in matches if match}
-
-
-def _peak_bytes(pid: int) -> int | None:
-    """The most memory that a process has had. None where it has ended, or the system is not Linux."""
-    with suppress(OSError):
-        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    return None
-
-
-def _processor() -> str:
-    """The processor's name."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists() and (found := re.search(r"^model name\s*: (.+)$", cpuinfo.read_text(), re.MULTILINE)):
-        return found[1].strip()
-    if sys.platform == "darwin":
-        return subprocess.check_output(["sysctl", "-n", "machdep.cpu.brand_string"], text=True).strip()
-    return platform.processor() or platform.machine()
-
-
-def _slug(name: str) -> str:
-    plain = re.sub(r"\((R|TM)\)", "", name, flags=re.IGNORECASE).lower()
-    return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")
+    return number
 
 
 def _settings(wants_demo: bool, folder: Path | None) -> Settings:
@@ -351,23 +118,203 @@ def _settings(wants_demo: bool, folder: Path | None) -> Settings:
     return settings
 
 
-def _make_writable(folder: Path) -> None:
-    """Before anything is measured. Raises UserError."""
+def measure(settings: Settings, rounds: int, tokens: int) -> Figures:
+    """Measure everything, with a bar on stderr. Raises UserError."""
+    # how many requests at once, and whether beside a busy process
+    engine_turns = [*((requests, False) for requests in AT_ONCE), (1, True)]
+    turns: list[list[Figures]] = []
+    bar = tqdm(
+        total=rounds * (2 + 2 * len(AT_ONCE)),
+        disable=None,
+        bar_format="{desc}: {percentage:.0f}%|{bar}| {elapsed}, que no corra nada más",
+    )
+
+    def told(what: str, measured: Iterator[Figures]) -> Iterator[Figures]:
+        bar.set_description(what)
+        for turn in measured:
+            yield turn
+            bar.update()
+
+    with bar:
+        for number in range(1, rounds + 1):
+            engine = told(f"Ronda {number} de {rounds}, el motor", contend("engine", engine_turns, tokens))
+            generate = told(f"Ronda {number} de {rounds}, generate", contend("generate", [(1, False)], tokens))
+            turns.append([*engine, *generate])
+        loads = [*told("El servidor", serve(AT_ONCE * rounds, tokens))]
+    *together, beside, alone = map(speed, zip(*turns, strict=True))
+    facts, service = turns[-1][-2], loads[-1]
+    said = subprocess.getoutput("LC_ALL=C lscpu || sysctl machdep.cpu.brand_string kern.hv_vmm_present")
+    processor = re.search(r"^ *(?:Model name|machdep\.cpu\.brand_string): *(.+)", said, re.MULTILINE)
+    return {
+        "model": settings.model_id,
+        "dtype": facts["dtype"],
+        "device": facts["device"],
+        "date": date.today().isoformat(),
+        "machine": {
+            "processor": processor[1] if processor else platform.processor() or platform.machine(),
+            "virtual": bool(re.search(r"\bhypervisor\b|hv_vmm_present: 1", said, re.IGNORECASE)),
+            "cores": psutil.cpu_count(logical=False) or os.cpu_count(),
+            "threads": facts["threads"],
+            "ram_bytes": psutil.virtual_memory().total,
+            "gpus": facts["gpus"],
+            "system": platform.platform(terse=True),
+        },
+        "versions": {
+            "python": platform.python_version(),
+            **{package: version(package) for package in ("torch", "transformers", "cog")},
+        },
+        "rounds": rounds,
+        "tokens": tokens,
+        "prompt_lengths": PROMPT_LENGTHS,
+        "rows": facts["rows"],
+        "generate": alone,
+        "engine": [row | {"decode_ratio_to_generate": ratio(row, alone)} for row in together],
+        "beside": beside | {"decode_ratio_to_quiet": ratio(beside, together[0])},
+        "server": [load(loads[at :: len(AT_ONCE)]) for at in range(len(AT_ONCE))],
+        "setup": facts["setup"],
+        "ready": service["ready"],
+        "memory": {"engine": facts["peak_bytes"], "server": service["peak_bytes"], "gpu": facts["gpu_bytes"]},
+    }
+
+
+def contend(name: str, turns: list[tuple[int, bool]], tokens: int) -> Iterator[Figures]:
+    """Start one of cli.contenders, and what each turn takes it. Raises UserError."""
+    order = json.dumps({"name": name, "turns": turns, "lengths": PROMPT_LENGTHS, "tokens": tokens})
+    with (
+        tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log,
+        subprocess.Popen(
+            [sys.executable, "-m", "cli.contenders", order],
+            cwd=ROOT,
+            # generate as it comes
+            env={**(server.WAITING if name == "engine" else {}), **os.environ},
+            # it ends when this is closed
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            # a Ctrl-C reaches the command alone
+            start_new_session=True,
+            encoding="utf-8",
+        ) as process,
+    ):
+        assert process.stdout is not None
+        try:
+            for _ in turns:
+                if not (line := process.stdout.readline()):
+                    log.seek(0)
+                    *_, last = ["nada", *filter(str.strip, log)]
+                    raise UserError(
+                        "El proceso que se medía se cerró, casi siempre por falta de memoria: cierre otros programas o "
+                        f"pruebe el modelo de muestra con --demo. Lo último que dijo: {last.strip()}"
+                    )
+                turn: Figures = json.loads(line)
+                if "error" in turn:
+                    raise UserError(turn["error"])
+                yield turn
+        finally:
+            process.kill()
+
+
+def speed(turns: Sequence[Figures]) -> Figures:
+    """Tokens a second of the same requests, each time for one token each and for all of them: decoding, and in all.
+
+    The time of one token is that of reading the prompt: without it, what is left is decoding.
+    """
+    times = [(*turn["first"], *turn["whole"]) for turn in turns]
+    return {
+        "requests": turns[0]["requests"],
+        "decode_tokens_per_second": spread([(made - one) / (all_ - reading) for one, reading, made, all_ in times]),
+        "whole_tokens_per_second": spread([made / seconds for _, _, made, seconds in times]),
+    }
+
+
+def spread(rounds: list[float]) -> Figures:
+    """A figure of each round. What counts is their median; the least and the most say how far to trust it."""
+    return {"median": statistics.median(rounds), "min": min(rounds), "max": max(rounds), "rounds": rounds}
+
+
+def ratio(ours: Figures, theirs: Figures) -> Figures:
+    """Of two speeds of decoding, round by round: what slows the machine for a while slows both."""
+    decode = (row["decode_tokens_per_second"]["rounds"] for row in (ours, theirs))
+    return spread([mine / other for mine, other in zip(*decode, strict=True)])
+
+
+def serve(turns: Sequence[int], tokens: int) -> Iterator[Figures]:
+    """Start the server, and what so many clients at once see in each turn. Raises UserError."""
+    start = time.perf_counter()
+    with (
+        # it waits for its threads, which end when the server does: so that one stops first
+        ThreadPoolExecutor(max(turns)) as pool,
+        server.running() as running,
+    ):
+        running.wait_until_ready()
+        ready = time.perf_counter() - start
+        ask(running.port, QUESTIONS[0], tokens)
+        for clients in turns:
+            questions = islice(cycle(QUESTIONS), clients)
+            start = time.perf_counter()
+            answers = list(pool.map(lambda question: ask(running.port, question, tokens), questions))
+            seconds = time.perf_counter() - start
+            # the model's process is the largest of those that the server started
+            peak = max(_peak_bytes(process.pid) for process in psutil.Process().children(recursive=True)) or None
+            yield {"answers": answers, "seconds": seconds, "ready": ready, "peak_bytes": peak}
+
+
+def load(turns: list[Figures]) -> Figures:
+    """What the same clients saw in all rounds."""
+    asked, made, first_text = zip(*(answer for turn in turns for answer in turn["answers"]), strict=True)
+    p50, p95 = numpy.percentile(first_text, [50, 95], method="inverted_cdf").tolist()
+    return {
+        "clients": len(turns[0]["answers"]),
+        "tokens_per_second": spread([sum(made for _, made, _ in turn["answers"]) / turn["seconds"] for turn in turns]),
+        "first_text_p50_s": p50,
+        "first_text_p95_s": p95,
+        "first_text_s": first_text,
+        "tokens_per_prompt": statistics.fmean(asked),
+        "tokens_per_answer": statistics.fmean(made),
+    }
+
+
+def ask(port: int, question: str, tokens: int) -> Answer:
+    """One prediction, streamed. While no place is free it tries again, as a queue before the server would."""
+    body = json.dumps({"input": {"pregunta": question, "max_tokens": tokens, "temperature": 0}})
+    headers = {"Content-Type": "application/json", "Accept": "text/event-stream"}
+    received, first = b"", 0.0
+    start = time.perf_counter()
+    connection = http.client.HTTPConnection(server.HOST, port)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UserError(f"No se puede escribir en {folder}: {reason(error)}") from error
+        while True:
+            connection.request("POST", "/predictions", body, headers)
+            response = connection.getresponse()
+            if response.status != http.HTTPStatus.CONFLICT:
+                break
+            response.read()
+            time.sleep(0.05)
+        # in whatever pieces it comes: with many clients of a GPU, parsing every event would take longer than making it
+        while piece := response.read1(1 << 16):
+            received += piece
+            if not first and b"event: output" in received:
+                first = time.perf_counter() - start
+    except (ConnectionError, http.client.HTTPException) as error:
+        raise UserError(
+            "El servidor se cerró mientras respondía, casi siempre por falta de memoria: cierre otros programas o "
+            "pruebe el modelo de muestra con --demo"
+        ) from error
+    # an answer may be empty: then its first text is its end
+    first = first or time.perf_counter() - start
+    # a refusal is no stream, but JSON as well
+    prediction = json.loads(received.rpartition(b"event: completed\ndata: ")[2])
+    if prediction.get("status") != "succeeded":
+        raise UserError(server.error_text(prediction.get("error", "La predicción no se completó: repita la orden")))
+    metrics = prediction["metrics"]
+    return metrics["input_token_count"], metrics["output_token_count"], first
 
 
-def _from_to(least: int, most: int) -> Callable[[str], int]:
-    def number(text: str) -> int:
-        if not text.isdecimal() or not least <= int(text) <= most:
-            raise argparse.ArgumentTypeError(f"{text} no es un número de {least} a {most}")
-        return int(text)
-
-    return number
+def _peak_bytes(pid: int) -> int:
+    """The most memory that a process has had. 0 where it has ended, or the system is not Linux."""
+    with suppress(OSError):
+        if peak := re.search(r"^VmHWM:\s*(\d+) kB", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE):
+            return int(peak[1]) * 1024
+    return 0
 
 
 if __name__ == "__main__":
