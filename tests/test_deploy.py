@@ -230,8 +230,8 @@ class Site:
             time.sleep(0.05)
         return found[-1][0], found[-1][1]
 
-    def predict(self, inputs: dict[str, Any] = SHORT) -> httpx.Response:
-        return self.client.post("/predictions", json={"input": inputs})
+    def predict(self) -> httpx.Response:
+        return self.client.post("/predictions", json={"input": SHORT})
 
     @contextmanager
     def stream(self, method: str = "POST", path: str = "/predictions") -> Iterator[Iterator[Event]]:
@@ -251,7 +251,7 @@ class Site:
                     return str(response.status_code)
                 *_, (_, data) = events(response)
                 return str(data.get("status"))
-        except httpx.RemoteProtocolError:
+        except (httpx.RemoteProtocolError, httpx.ReadError):
             return "cut"
 
 
