@@ -38,10 +38,10 @@ class Client:
         headers = {"Content-Type": "application/json", "Accept": "text/event-stream"}
         with self._http.stream("POST", "/predictions", json={"input": inputs}, headers=headers) as response:
             assert response.status_code == httpx.codes.OK, response.read()
-            yield _events(response)
+            yield events(response)
 
 
-def _events(response: httpx.Response) -> Iterator[Event]:
+def events(response: httpx.Response) -> Iterator[Event]:
     name = ""
     for line in response.iter_lines():
         field, _, value = line.partition(": ")

@@ -11,6 +11,7 @@ import pytest
 from llm.settings import Settings
 from local import demo, server
 from tests.client import Client
+from tests.gateway import Gateway
 from tests.processes import FINALLY, Marked
 
 # Tests compute too, beside whatever else runs. It has to be there before torch is imported: nothing above does.
@@ -89,6 +90,14 @@ def falcon_server(falcon_environment: dict[str, str]) -> Iterator[Client]:
 def demo_server(demo_folder: Path) -> Iterator[Client]:
     """The server with the embedded model."""
     yield from _client({"MODEL_ID": demo.MODEL_ID, "MODEL_REVISION": "", "WEIGHTS_DIR": str(demo_folder.parent)})
+
+
+@pytest.fixture(scope="session")
+def demo_gateway(demo_server: Client) -> Iterator[Gateway]:
+    """A Replicate to which the embedded model was pushed."""
+    with Gateway(demo_server.server.url) as gateway:
+        gateway.publish()
+        yield gateway
 
 
 def _client(environment: dict[str, str]) -> Iterator[Client]:

@@ -12,11 +12,8 @@ import shutil
 import subprocess
 import sys
 import textwrap
-import threading
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -26,6 +23,7 @@ from llm.prompt import COMPLETION
 from llm.settings import ROOT, Settings
 from local import inputs, schema
 from tests.client import Client
+from tests.gateway import MODEL, Gateway
 
 Execute = Callable[[str], str]
 
@@ -34,7 +32,6 @@ ENGLISH = (ROOT / "README.en.md").read_text(encoding="utf-8")
 BOTH = pytest.mark.parametrize("text", [SPANISH, ENGLISH], ids=["es", "en"])
 
 ANSWER = "The capital of France is Paris."
-TOKEN = "r8_prueba"
 
 NOT_RUN = {
     "git clone": "the address is the reader's",
@@ -82,69 +79,13 @@ def unmarked(cell: str) -> str:
 # Commands
 
 
-@pytest.fixture(scope="module")
-def replicate(demo_server: Client) -> Iterator[str]:
-    """The address of a small Replicate with the demo's model: the routes and answers that its client and curl use."""
-    service = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Replicate,), {"model": demo_server}))
-    thread = threading.Thread(target=service.serve_forever, kwargs={"poll_interval": 0.05})
-    thread.start()
-    yield f"http://127.0.0.1:{service.server_address[1]}"
-    service.shutdown()
-    service.server_close()
-    thread.join()
-
-
-class Replicate(BaseHTTPRequestHandler):
-    model: Client
-    predictions: dict[str, dict[str, Any]] = {}  # noqa: RUF012
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
-    def do_POST(self) -> None:
-        assert self.path == "/v1/predictions"
-        assert self.headers["Authorization"] == f"Bearer {TOKEN}"
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        assert body["version"].removeprefix("tu-usuario/nombre-modelo:") == "VERSION"
-        done = self.model.predict(**body["input"]).json()
-        done |= {"model": "tu-usuario/nombre-modelo", "version": "VERSION", "created_at": "2026-01-01T00:00:00Z"}
-        here = f"http://{self.headers['Host']}"
-        done["urls"] = {name: f"{here}/{name}/{done['id']}" for name in ("stream", "cancel")}
-        done["urls"]["get"] = f"{here}/v1/predictions/{done['id']}"
-        self.predictions[done["id"]] = done
-        # who does not ask to wait gets it before it has run
-        waits = self.headers["Prefer"] == "wait"
-        self._send(done if waits else {**done, "status": "starting", "output": None})
-
-    def do_GET(self) -> None:
-        *_, id = self.path.split("/")
-        if self.path == "/v1/models/tu-usuario/nombre-modelo/versions/VERSION":
-            openapi = self.model.get("/openapi.json")
-            self._send({"id": id, "created_at": "2026-01-01T00:00:00Z", "cog_version": "0", "openapi_schema": openapi})
-        elif self.path.startswith("/stream/"):
-            events = [("output", chunk) for chunk in self.predictions[id]["output"]] + [("done", "{}")]
-            lines = [f"event: {name}\nid: {at}\ndata: {data}\n\n" for at, (name, data) in enumerate(events)]
-            self._send("".join(lines).encode(), "text/event-stream")
-        else:
-            self._send(self.predictions[id])
-
-    def _send(self, body: Any, kind: str = "application/json") -> None:
-        content = body if isinstance(body, bytes) else json.dumps(body).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-
 @pytest.fixture
-def environment(replicate: str, demo_folder: Path) -> dict[str, str]:
+def environment(demo_gateway: Gateway, demo_folder: Path) -> dict[str, str]:
     return {
         **os.environ,
         "PYTHONPATH": str(ROOT),
         "WEIGHTS_DIR": str(demo_folder.parent),
-        "REPLICATE_API_TOKEN": TOKEN,
-        "REPLICATE_BASE_URL": replicate,
+        **demo_gateway.environment,
         # nobody listens there
         "HF_ENDPOINT": "http://127.0.0.1:1",
     }
@@ -257,24 +198,30 @@ def test_the_copied_env_changes_nothing(execute: Execute, tmp_path: Path, monkey
     assert Settings.read(tmp_path) == nothing
 
 
+def with_version(program: str, gateway: Gateway) -> str:
+    """As the reader fills it in."""
+    assert f"{MODEL}:VERSION" in program
+    return program.replace("VERSION", next(iter(gateway.versions)))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("program", blocks(SPANISH, "python"), ids=["run", "stream"])
 def test_a_program_that_calls_replicate(
-    execute: Execute, environment: dict[str, str], tmp_path: Path, program: str
+    execute: Execute, environment: dict[str, str], demo_gateway: Gateway, tmp_path: Path, program: str
 ) -> None:
     # the token comes from .env
-    del environment["REPLICATE_API_TOKEN"]
-    (tmp_path / ".env").write_text(f"REPLICATE_API_TOKEN={TOKEN}\n")
-    (tmp_path / "llamar.py").write_text(program)
+    (tmp_path / ".env").write_text(f"REPLICATE_API_TOKEN={environment.pop('REPLICATE_API_TOKEN')}\n")
+    (tmp_path / "llamar.py").write_text(with_version(program, demo_gateway))
     (command,) = (c for c in commands(SPANISH) if c.startswith(".venv/bin/python"))
     assert execute(command.replace(".venv/bin/python", shlex.quote(sys.executable))) == f"{ANSWER}\n"
 
 
 @pytest.mark.slow
-def test_curl_that_calls_replicate(execute: Execute, replicate: str) -> None:
+def test_curl_that_calls_replicate(execute: Execute, demo_gateway: Gateway) -> None:
     (curl,) = (command for command in commands(SPANISH) if command.startswith("curl -s"))
     assert "https://api.replicate.com/" in curl
-    answer = json.loads(execute(curl.replace("https://api.replicate.com", replicate)))
+    curl = with_version(curl.replace("https://api.replicate.com", demo_gateway.url), demo_gateway)
+    answer = json.loads(execute(curl))
     assert "".join(answer["output"]) == ANSWER
     assert answer["urls"]["stream"]
 
