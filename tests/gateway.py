@@ -384,7 +384,8 @@ class _Handler(BaseHTTPRequestHandler):
             arguments = found.groupdict()
             if route in _WITH_BODY:
                 arguments["body"] = read(content)
-            answer = route(self.gateway, **arguments)
+            # by its name: what a test does to one of these methods, in a class of its own, counts
+            answer = getattr(self.gateway, route.__name__)(**arguments)
         except Problem as problem:
             self._send(problem.status, problem.body, "application/problem+json")
             return

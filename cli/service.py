@@ -1,0 +1,249 @@
+"""Where the model answers, on Replicate or at a Cog server's address: asked, streamed and cancelled in one way."""
+
+import json
+import re
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Protocol
+
+import httpx
+from replicate.prediction import Prediction
+
+from cli import hosted
+from cli.hosted import Reference, Refused
+from cli.server import error_text
+from llm.errors import UserError
+
+TERMINAL = ("succeeded", "failed", "canceled")
+
+_MOST_QUOTED = 300
+_SECONDS_TO_ANSWER = 300
+_SECONDS_TO_END = 1800
+"""Of a prediction, its machine's start included."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A prediction that is over. Times are seconds since the epoch, by one clock."""
+
+    status: str
+    text: str
+    error: str
+    metrics: dict[str, Any]
+    asked: float
+    begun: float
+    ended: float
+    pieces: Sequence[str]
+    """As they came, where it was streamed."""
+    first_text: float | None
+    """Seconds until the first of them came."""
+
+
+class Service(Protocol):
+    """Each call raises Refused for an input that is not valid, and UserError where there is no answer to it."""
+
+    name: str
+    inputs: set[str]
+    """The names of those that it takes."""
+    seconds_to_start: float | None
+    """What setup() took; None: not known."""
+    precision: str | None
+    """The model's dtype and device, as "float32 en cpu"; None: not known."""
+
+    def ask(self, **inputs: Any) -> Answer: ...
+
+    def stream(self, *, cancel: bool = False, **inputs: Any) -> Answer:
+        """The answer, read as it grows; with `cancel`, cancelled at its first piece."""
+
+
+class Hosted:
+    """A version on Replicate."""
+
+    seconds_to_start: float | None = None
+    precision: str | None = None
+
+    def __init__(self, reference: Reference) -> None:
+        """Without a version, the newest. Raises UserError."""
+        model, self.name = reference.model, ":".join(filter(None, [reference.model, reference.version]))
+        self._client = hosted.client(seconds=_SECONDS_TO_ANSWER)
+        with hosted.explained(self.name):
+            found = self._client.models.get(model)
+            version = found.versions.get(reference.version) if reference.version else found.latest_version
+        if version is None:
+            raise UserError(f"En {model} no hay nada publicado todavía: publíquelo con script/push {model}")
+        self.name = f"{model}:{version.id}"
+        self.inputs = _inputs(version.openapi_schema)
+        self._version = version.id
+
+    def ask(self, **inputs: Any) -> Answer:
+        with self._running(inputs) as prediction:
+            return self._over(prediction)
+
+    def stream(self, *, cancel: bool = False, **inputs: Any) -> Answer:
+        pieces, first, start = [], None, time.monotonic()
+        with self._running(inputs) as prediction:
+            for piece in self._pieces(prediction):
+                if first is None:
+                    first = time.monotonic() - start
+                    if cancel:
+                        prediction.cancel()
+                pieces.append(piece)
+            return self._over(prediction, pieces, first)
+
+    def _pieces(self, prediction: Prediction) -> Iterator[str]:
+        try:
+            yield from filter(None, map(str, prediction.stream()))
+        except RuntimeError:
+            # of a prediction that fails; its error is in the prediction too
+            return
+        except ValueError as error:
+            raise UserError(f"{self.name} no emite la respuesta palabra a palabra: {error}") from error
+
+    @contextmanager
+    def _running(self, inputs: dict[str, Any]) -> Iterator[Prediction]:
+        """A prediction, which would go on, and cost, when the block ends by an error: it is then cancelled."""
+        with hosted.explained(self.name):
+            prediction = self._client.predictions.create(version=self._version, input=inputs, stream=True)
+            try:
+                yield prediction
+            except BaseException:
+                prediction.cancel()
+                raise
+
+    def _over(self, prediction: Prediction, pieces: Sequence[str] = (), first: float | None = None) -> Answer:
+        end = time.monotonic() + _SECONDS_TO_END
+        prediction.reload()
+        while prediction.status not in TERMINAL:
+            if time.monotonic() > end:
+                raise UserError(
+                    f"Tras {_SECONDS_TO_END // 60} minutos una predicción sigue en {prediction.status}: mire por qué "
+                    f"en https://replicate.com/p/{prediction.id}"
+                )
+            time.sleep(self._client.poll_interval)
+            prediction.reload()
+        asked, ended = _seconds(prediction.created_at), _seconds(prediction.completed_at)
+        return Answer(
+            status=prediction.status,
+            text="".join(prediction.output or []),
+            error=error_text(prediction.error or ""),
+            metrics=prediction.metrics or {},
+            asked=asked,
+            # never, if it was cancelled before
+            begun=_seconds(prediction.started_at) if prediction.started_at else ended,
+            ended=ended,
+            pieces=pieces,
+            first_text=first,
+        )
+
+
+class Cog:
+    """A Cog server, of script/serve or in a container."""
+
+    def __init__(self, url: str) -> None:
+        """Raises UserError unless it is ready."""
+        self.name = url
+        self._http = httpx.Client(base_url=url, timeout=_SECONDS_TO_ANSWER, trust_env=False)
+        health = self._get("/health-check")
+        if health.get("status") not in ("READY", "BUSY"):
+            raise UserError(
+                f"El servidor de {url} no está listo, sino {health.get('status')}: espere o mire su registro"
+            )
+        setup = health["setup"]
+        self.seconds_to_start: float | None = _seconds(setup["completed_at"]) - _seconds(setup["started_at"])
+        said = re.search(r"Modelo: .* en (\w+)$(?s:.*?)Cargado en (.+?)(?: con \d+ hilos)? en ", setup["logs"], re.M)
+        self.precision = f"{said[1]} en {said[2]}" if said else None
+        self.inputs = _inputs(self._get("/openapi.json"))
+
+    def ask(self, **inputs: Any) -> Answer:
+        asked = time.time()
+        with self._explained():
+            response = self._http.post("/predictions", json={"input": inputs})
+            self._check(response)
+            return _answer(response.json(), asked)
+
+    def stream(self, *, cancel: bool = False, **inputs: Any) -> Answer:
+        pieces, first, asked = [], None, time.time()
+        path, headers = f"/predictions/{uuid.uuid4().hex}", {"Accept": "text/event-stream"}
+        with (
+            self._explained(),
+            self._http.stream("PUT", path, json={"input": inputs}, headers=headers) as response,
+        ):
+            self._check(response)
+            for name, data in _events(response):
+                if name == "output":
+                    if first is None:
+                        first = time.time() - asked
+                        if cancel:
+                            self._http.post(f"{path}/cancel")
+                    pieces.append(data["chunk"])
+                elif name == "completed":
+                    return _answer(data, asked, pieces, first)
+        raise UserError(f"{self.name} cerró la respuesta antes de acabarla: mire su registro")
+
+    def _get(self, path: str) -> dict[str, Any]:
+        with self._explained():
+            response = self._http.get(path)
+            self._check(response)
+            body: dict[str, Any] = response.json()
+            return body
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
+            raise UserError(f"{self.name} no es una dirección: se escribe http://127.0.0.1:5000") from error
+        except httpx.TimeoutException as error:
+            raise UserError(f"{self.name} no contesta: mire su registro") from error
+        except httpx.TransportError as error:
+            raise UserError(f"Sin conexión con {self.name}: compruebe que el servidor está en marcha") from error
+        except json.JSONDecodeError as error:
+            raise UserError(
+                f"Lo que contesta en {self.name} no es un servidor de Cog: compruebe la dirección"
+            ) from error
+
+    def _check(self, response: httpx.Response) -> None:
+        if response.status_code == httpx.codes.OK:
+            return
+        said = " ".join(response.read().decode(errors="replace").split())[:_MOST_QUOTED]
+        if response.status_code == httpx.codes.UNPROCESSABLE_ENTITY:
+            raise Refused(f"{self.name} no acepta las entradas: {said}")
+        raise UserError(f"{self.name} contestó {response.status_code}: {said or 'nada más'}")
+
+
+def _events(response: httpx.Response) -> Iterator[tuple[str, dict[str, Any]]]:
+    name = ""
+    for line in response.iter_lines():
+        field, _, value = line.partition(": ")
+        if field == "event":
+            name = value
+        elif field == "data":
+            yield name, json.loads(value)
+
+
+def _answer(shown: dict[str, Any], asked: float, pieces: Sequence[str] = (), first: float | None = None) -> Answer:
+    """Of a prediction as Cog shows it."""
+    return Answer(
+        status=shown["status"],
+        text="".join(shown.get("output") or []),
+        error=error_text(shown.get("error") or ""),
+        metrics=shown.get("metrics") or {},
+        asked=asked,
+        begun=asked,
+        ended=time.time(),
+        pieces=pieces,
+        first_text=first,
+    )
+
+
+def _inputs(schema: dict[str, Any]) -> set[str]:
+    return set(schema["components"]["schemas"]["Input"]["properties"])
+
+
+def _seconds(moment: str | None) -> float:
+    """An ISO 8601 moment as seconds since the epoch."""
+    return datetime.fromisoformat(moment or "").timestamp()

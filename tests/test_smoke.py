@@ -1,0 +1,452 @@
+"""script/smoke, as its user runs it and against services that are broken in one way each."""
+
+import json
+import os
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cli import service, smoke
+from cli.hosted import Reference
+from cli.service import Answer, Cog, Hosted, Service
+from cli.smoke import Fault, Smoke
+from llm.errors import UserError
+from tests.client import Client
+from tests.gateway import MODEL, Gateway
+from tests.prediction import Body, Prediction
+from tests.problem import Problem
+from tests.processes import Marked
+from tests.project import copied
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+GOOD = ["entradas", "preguntas", "palabra a palabra", "cancelar", "entrada mala", "semilla", "8 a la vez"]
+ROWS = ["arranque en frío, s", "primer texto, s", "tokens/s, una sola", "tokens/s, 8 a la vez", "tokens de entrada"]
+ROWS += ["tokens de salida", "segundos de predict_time"]
+ASKED = 15
+"""Predictions that it makes."""
+
+
+@pytest.fixture
+def script(tmp_path: Path, falcon_environment: dict[str, str], processes: Marked) -> Run:
+    project = copied(tmp_path / "project")
+
+    def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [project / "script" / "smoke", *arguments],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env={**os.environ, **falcon_environment, **processes.environment, **variables},
+        )
+
+    return run
+
+
+def checks(output: str) -> dict[str, str]:
+    """What it says of each check, "bien" or "MAL" first."""
+    lines = [line for line in output.splitlines() if line.startswith(("bien  ", "MAL   "))]
+    return {line[6:].partition(": ")[0]: f"{line[:5].strip()} {line.partition(': ')[2]}" for line in lines}
+
+
+def measured(output: str) -> dict[str, float]:
+    rows = output.partition("\n\n")[2].splitlines()
+    return {name.strip(): float(value.replace(",", ".")) for name, _, value in (row.rpartition(" ") for row in rows)}
+
+
+# As it should be
+
+
+@pytest.mark.slow
+def test_a_server_that_is_as_it_should_be(script: Run, falcon_server: Client) -> None:
+    result = script("--local", falcon_server.server.url)
+    assert result.returncode == 0, result.stdout + result.stderr
+    said = checks(result.stdout)
+    assert list(said) == [*GOOD, "lo mismo que aquí"]
+    assert said["8 a la vez"] == "bien 8 respuestas; la de la semilla de antes, la misma"
+    assert said["lo mismo que aquí"] == "bien 4 de 4 textos iguales, de temperatura 0 y de la semilla"
+    rows = measured(result.stdout)
+    assert list(rows) == ROWS and all(value >= 0 for value in rows.values())
+    assert rows["arranque en frío, s"] > 0 and rows["tokens/s, 8 a la vez"] > 0
+    # 4 answers of 16 tokens and 10 of 32: these weights never end by themselves
+    assert rows["tokens de salida"] == 4 * 16 + 10 * 32
+
+
+@pytest.mark.slow
+def test_a_version_that_is_as_it_should_be(script: Run, falcon_server: Client) -> None:
+    with Gateway(falcon_server.server.url) as gateway:
+        version = gateway.publish()
+        newer = gateway.publish(schema={**gateway.versions[version]["openapi_schema"], "info": {"title": "Otra"}})
+        variables = {**gateway.environment, "REPLICATE_POLL_INTERVAL": "0.05"}
+        refused = script(MODEL, **variables)
+        assert (refused.returncode, refused.stdout, gateway.predictions) == (1, "", {})
+        cost, way_out = refused.stderr.splitlines()
+        assert cost.startswith(f"Se harán {ASKED} predicciones cortas en {MODEL}:{newer}. Replicate cobra")
+        assert way_out.endswith("repita con --yes")
+
+        result = script(f"r8.im/{MODEL}:{version}", "--yes", **variables)
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert list(checks(result.stdout)) == [*GOOD, "lo mismo que aquí"]
+        assert {prediction.shown()["version"] for prediction in gateway.predictions.values()} == {version}
+        assert len(gateway.predictions) == ASKED
+        billed = sum(prediction.shown()["metrics"]["predict_time"] for prediction in gateway.predictions.values())
+    rows = measured(result.stdout)
+    assert list(rows) == ROWS
+    assert rows["segundos de predict_time"] == pytest.approx(billed, abs=0.06)
+    assert gateway.token not in result.stdout + result.stderr
+
+
+@pytest.mark.slow
+def test_the_embedded_model(script: Run, demo_gateway: Gateway, demo_folder: Path) -> None:
+    variables = {**demo_gateway.environment, "WEIGHTS_DIR": str(demo_folder.parent), "DTYPE": ""}
+    result = script(MODEL, "--demo", "--yes", **variables)
+    assert result.returncode == 0, result.stdout + result.stderr
+    said = checks(result.stdout)
+    assert said["preguntas"].endswith("contesta «The capital of France is Paris.»")
+    assert said["lo mismo que aquí"].startswith("bien 4 de 4 textos iguales")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ([], "script/smoke no entiende la orden"),
+        ([MODEL, "--local", "http://127.0.0.1:5000"], "script/smoke no entiende la orden"),
+        (["Usuario/x"], '"Usuario/x" no es un nombre de Replicate: se escribe USUARIO/NOMBRE o USUARIO/NOMBRE:VERSIÓN'),
+        ([MODEL], "Falta REPLICATE_API_TOKEN: cópielo de"),
+        (["--local", "http://127.0.0.1:1"], "Sin conexión con http://127.0.0.1:1: compruebe que el servidor está en"),
+        (["--local", "127.0.0.1:1"], "127.0.0.1:1 no es una dirección: se escribe http://127.0.0.1:5000"),
+    ],
+)
+@pytest.mark.slow
+def test_a_mistake_is_one_line(script: Run, arguments: list[str], line: str) -> None:
+    result = script(*arguments, REPLICATE_API_TOKEN="")
+    assert result.returncode == (2 if "entiende" in line else 1)
+    assert result.stdout == "" and result.stderr.count("\n") == 1 and result.stderr.startswith(line)
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("otra/otro", "Replicate no tiene otra/otro, o su token no lo ve"),
+        (f"{MODEL}:otra", f"Replicate no tiene {MODEL}:otra, o su token no lo ve"),
+        (MODEL, f"En {MODEL} no hay nada publicado todavía: publíquelo con script/push {MODEL}"),
+    ],
+)
+def test_a_version_that_is_not_there(
+    falcon_server: Client, monkeypatch: pytest.MonkeyPatch, name: str, line: str
+) -> None:
+    with Gateway(falcon_server.server.url) as empty:
+        for variable, value in empty.environment.items():
+            monkeypatch.setenv(variable, value)
+        with pytest.raises(UserError) as raised:
+            Hosted(Reference.parse(name, versioned=True))
+    assert str(raised.value).startswith(line)
+
+
+def test_what_is_no_server_of_cog(demo_gateway: Gateway) -> None:
+    with pytest.raises(UserError, match=f"{demo_gateway.url} contestó 404: "):
+        Cog(demo_gateway.url)
+
+
+# Broken on Replicate
+
+
+class Short(Gateway):
+    """Answers in 8 tokens, so that these tests are fast; what is to be cancelled goes on."""
+
+    def predict(self, body: Body) -> Prediction:
+        given = body["input"]
+        return super().predict({**body, "input": {**given, "max_tokens": self.tokens(given["max_tokens"])}})
+
+    def tokens(self, asked: int) -> int:
+        return asked if asked > 32 else 8
+
+
+class LosesPieces(Short):
+    def stream(self, key: str) -> Iterator[str]:
+        outputs = 0
+        for event in super().stream(key):
+            outputs += event.startswith("event: output")
+            if outputs != 3:
+                yield event
+
+
+class AllAtOnce(Short):
+    def stream(self, key: str) -> Iterator[str]:
+        events = super().stream(key)
+        texts = [event.partition("\ndata: ")[2].removesuffix("\n\n") for event in islice(events, 8)]
+        yield f"event: output\nid: 1\ndata: {''.join(texts)}\n\n"
+        yield from events
+
+
+class NoStream(Short):
+    def stream(self, key: str) -> Iterator[str]:
+        raise Problem(HTTPStatus.NOT_FOUND, "No stream.")
+
+
+class IgnoresCancels(Short):
+    def tokens(self, asked: int) -> int:
+        return 8
+
+    def cancel_prediction(self, id: str) -> Body:
+        return self.predictions[id].shown()
+
+
+class TakesAnything(Short):
+    def predict(self, body: Body) -> Prediction:
+        given = body["input"]
+        return super().predict({**body, "input": {**given, "temperature": min(given.get("temperature", 1), 2)}})
+
+
+class DoesNotSayWhy(Short):
+    def predict(self, body: Body) -> Prediction:
+        try:
+            return super().predict(body)
+        except Problem as problem:
+            raise Problem(problem.status, "Input validation failed") from problem
+
+
+class ForgetsSeeds(Short):
+    def predict(self, body: Body) -> Prediction:
+        return super().predict({**body, "input": {key: body["input"][key] for key in body["input"] if key != "seed"}})
+
+
+class Throttles(Short):
+    def predict(self, body: Body) -> Prediction:
+        # seven are asked for before, one after another
+        if len(self.predictions) == 10:
+            raise Problem(HTTPStatus.TOO_MANY_REQUESTS, "Request was throttled.")
+        return super().predict(body)
+
+
+class Talkative(Short):
+    def tokens(self, asked: int) -> int:
+        return asked + 1
+
+
+class Fails(Short):
+    def predict(self, body: Body) -> Prediction:
+        return super().predict({**body, "input": {**body["input"], "prompt_template": "sin sitio"}})
+
+
+class Silent(Short):
+    def get_prediction(self, id: str) -> Body:
+        return {**super().get_prediction(id), "output": [" "]}
+
+
+class CountsNothing(Short):
+    def get_prediction(self, id: str) -> Body:
+        return {**super().get_prediction(id), "metrics": {"predict_time": 1}}
+
+
+@pytest.fixture
+def hosted(falcon_server: Client, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[type[Gateway]], Hosted]]:
+    """The version that was pushed to such a Replicate."""
+    monkeypatch.setenv("REPLICATE_POLL_INTERVAL", "0.02")
+    opened: list[Gateway] = []
+
+    def open(kind: type[Gateway]) -> Hosted:
+        gateway = kind(falcon_server.server.url).__enter__()
+        opened.append(gateway)
+        gateway.publish()
+        for name, value in gateway.environment.items():
+            monkeypatch.setenv(name, value)
+        return Hosted(Reference.parse(MODEL))
+
+    yield open
+    for gateway in opened:
+        gateway.__exit__(None, None, None)
+
+
+def nothing_here() -> dict[str, str]:
+    raise UserError("este ordenador no tiene los pesos")
+
+
+def wrong(service: Service, output: pytest.CaptureFixture[str]) -> dict[str, str]:
+    """What it finds wrong; the command then ends by saying so."""
+    with pytest.raises(UserError) as raised:
+        smoke.run(Smoke(service, nothing_here))
+    found = {name: said[4:] for name, said in checks(output.readouterr().out).items() if said.startswith("MAL ")}
+    assert str(raised.value) == f"{service.name} no está como debe: {', '.join(found)}"
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "check", "says"),
+    [
+        (LosesPieces, "palabra a palabra", "llegó «"),
+        (AllAtOnce, "palabra a palabra", "llegó de una vez, y no palabra a palabra"),
+        (IgnoresCancels, "cancelar", "se canceló al primer trozo y acabó en succeeded, con 8 trozos"),
+        (TakesAnything, "entrada mala", "aceptó temperature=99, que pasa del máximo, y acabó en succeeded"),
+        (DoesNotSayWhy, "entrada mala", "rechaza temperature=99 sin nombrarla: "),
+        (ForgetsSeeds, "semilla", "la misma dio «"),
+        (Throttles, "8 a la vez", "Demasiadas peticiones para su cuenta de Replicate"),
+        (Talkative, "preguntas", "la respuesta a «What is the capital of France?» pasa de max_tokens=16"),
+        (Fails, "preguntas", "«What is the capital of France?» acabó en failed: prompt_template debe contener {pregu"),
+        (Silent, "preguntas", "la respuesta a «What is the capital of France?» está vacía"),
+        (CountsNothing, "preguntas", "la respuesta a «What is the capital of France?» no trae la métrica input_token"),
+    ],
+)
+def test_a_broken_service(
+    hosted: Callable[[type[Gateway]], Hosted],
+    capsys: pytest.CaptureFixture[str],
+    kind: type[Gateway],
+    check: str,
+    says: str,
+) -> None:
+    found = wrong(hosted(kind), capsys)
+    assert list(found) == [check]
+    assert found[check].startswith(says)
+
+
+@pytest.mark.slow
+def test_without_a_stream_what_needs_one_is_wrong(
+    hosted: Callable[[type[Gateway]], Hosted], capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = wrong(hosted(NoStream), capsys)
+    assert list(found) == ["palabra a palabra", "cancelar"]
+    assert all("no emite la respuesta palabra a palabra" in said for said in found.values())
+
+
+@pytest.mark.slow
+def test_another_version_of_the_inputs(
+    hosted: Callable[[type[Gateway]], Hosted], capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = hosted(Short)
+    other.inputs = (other.inputs - {"seed"}) | {"semilla"}
+    found = wrong(other, capsys)
+    assert found == {"entradas": "no son las de predict.py, no coinciden seed, semilla: contesta otra versión"}
+
+
+def test_one_that_never_ends_is_given_up_and_cancelled(
+    hosted: Callable[[type[Gateway]], Hosted], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gateways: list[Gateway] = []
+
+    class Kept(Short):
+        def predict(self, body: Body) -> Prediction:
+            gateways.append(self)
+            return super().predict(body)
+
+    patient = hosted(Kept)
+    monkeypatch.setattr(service, "_SECONDS_TO_END", 0)
+    with pytest.raises(UserError, match="Tras 0 minutos una predicción sigue en "):
+        patient.ask(**smoke.ENDLESS)
+    (prediction,) = gateways[0].predictions.values()
+    assert prediction.shown()["status"] == "canceled"
+
+
+# Broken at a server
+
+
+@pytest.fixture
+def few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    for inputs in (*smoke.QUESTIONS, smoke.DRAWN):
+        monkeypatch.setitem(inputs, "max_tokens", 8)
+
+
+class InCompany(Cog):
+    """Answers something else to a seed that it has answered twice."""
+
+    asked = 0
+
+    def ask(self, **inputs: Any) -> Answer:
+        if inputs.get("seed") == smoke.DRAWN["seed"]:
+            self.asked += 1
+            inputs["seed"] += self.asked > 2
+        return super().ask(**inputs)
+
+
+@pytest.mark.usefixtures("few_tokens")
+def test_another_text_in_company(falcon_server: Client) -> None:
+    broken = InCompany(falcon_server.server.url)
+    asked = Smoke(broken, nothing_here)
+    assert smoke.seed(asked) == "dos veces el mismo texto"
+    with pytest.raises(Fault, match="con la semilla de antes dio otro texto"):
+        smoke.company(asked)
+    # where that can happen without a fault of anybody's
+    for precision in ("bfloat16 en cpu", "float32 en cuda:0", None):
+        broken.precision = precision
+        assert "otra: fuera de float32 en cpu puede pasar, y no es un fallo" in smoke.company(asked)
+
+
+class Altered(Cog):
+    """Answers with something before or after each text."""
+
+    before, after = "", ""
+
+    def ask(self, **inputs: Any) -> Answer:
+        answer = super().ask(**inputs)
+        return replace(answer, text=f"{self.before}{answer.text}{self.after}")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("few_tokens")
+def test_what_is_compared_with_this_computer(falcon_server: Client, demo_server: Client) -> None:
+    there, here = Cog(falcon_server.server.url), Altered(falcon_server.server.url)
+    asked = Smoke(there, nothing_here)
+    smoke.questions(asked)
+    smoke.seed(asked)
+    assert smoke.compared(asked, here) == "4 de 4 textos iguales, de temperatura 0 y de la semilla"
+    here.after = " más"
+    with pytest.raises(Fault, match=r"0 de 4 textos iguales, .*, y los dos calculan en float32 en cpu"):
+        smoke.compared(asked, here)
+    for precision in ("bfloat16 en cuda:0", None):
+        there.precision = precision
+        note = f"otro modo (allí, {precision or 'no se sabe'}; aquí, float32 en cpu)"
+        assert note in smoke.compared(asked, here)
+    here.before = "Otra cosa: "
+    with pytest.raises(Fault, match="y ninguno empieza igual: no son los mismos pesos"):
+        smoke.compared(asked, here)
+    with pytest.raises(Fault, match=r"son \d+ tokens allí y \d+ aquí: es otro modelo o plantilla"):
+        smoke.compared(asked, Cog(demo_server.server.url))
+
+
+def test_without_weights_here_nothing_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MODEL_ID", "MODEL_REVISION"):
+        # they are set to what cog.yaml says, and are then as they were
+        monkeypatch.setenv(name, "")
+    monkeypatch.setenv("WEIGHTS_DIR", str(tmp_path))
+    for local in (True, False):
+        with pytest.raises(UserError, match="este ordenador no tiene los pesos, que trae script/weights"):
+            smoke._here(False, local)
+
+
+def test_a_server_that_closes_its_streams(falcon_server: Client) -> None:
+    known = {path: falcon_server.get(path) for path in ("/health-check", "/openapi.json")}
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.answer(json.dumps(known[self.path]))
+
+        def do_PUT(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.answer('event: output\ndata: {"chunk": "Par", "index": 0}\n\n')
+
+        def answer(self, content: str) -> None:
+            self.send_response(HTTPStatus.OK)
+            self.end_headers()
+            self.wfile.write(content.encode())
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+        thread.start()
+        try:
+            with pytest.raises(UserError, match="cerró la respuesta antes de acabarla: mire su registro"):
+                Cog(f"http://127.0.0.1:{server.server_address[1]}").stream(**smoke.ENDLESS)
+        finally:
+            server.shutdown()
+            thread.join()
