@@ -45,17 +45,15 @@ class Settings:
     def read(cls, root: Path = ROOT) -> "Settings":
         """The settings of the process's environment, and of root/.env where the environment is silent.
 
-        An empty value counts as unset: in the environment it also unsets .env's. Raises UserError for a value that
-        cannot be.
+        Raises UserError for a value that cannot be.
         """
-        written = {**_dotenv(root / ".env"), **os.environ}
-        values = {name: value.strip() for name, value in written.items() if value and value.strip()}
+        written = values(root)
         for name in ("MODEL_ID", "MODEL_REVISION", "WEIGHTS_DIR", "DTYPE"):
             # it would stand in a path, and in the one line of an error
-            if not values.get(name, "").isprintable():
+            if not written.get(name, "").isprintable():
                 raise UserError(f"{name} lleva caracteres que no se ven: escríbalo de nuevo")
 
-        model_id = values.get("MODEL_ID", FALCON)
+        model_id = written.get("MODEL_ID", FALCON)
         # The id becomes a folder's name: no "..", no absolute path.
         if not _MODEL_ID.fullmatch(model_id):
             raise UserError(
@@ -63,33 +61,43 @@ class Settings:
                 "para un modelo suyo, ponga su carpeta en weights/NOMBRE y MODEL_ID=NOMBRE"
             )
 
-        token_name = "HUGGINGFACE_HUB_TOKEN" if "HUGGINGFACE_HUB_TOKEN" in values else "HF_TOKEN"
-        token = values.get(token_name)
-        # A token that cannot stand in an HTTP header would be quoted, whole, in the error of the HTTP library.
-        if token is not None and not _TOKEN.fullmatch(token):
-            raise UserError(
-                f"{token_name} lleva espacios o letras que un token no tiene: cópielo de nuevo de "
-                "https://huggingface.co/settings/tokens"
-            )
-
-        dtype = values.get("DTYPE")
+        token_name = "HUGGINGFACE_HUB_TOKEN" if "HUGGINGFACE_HUB_TOKEN" in written else "HF_TOKEN"
+        dtype = written.get("DTYPE")
         if dtype is not None and dtype not in DTYPES:
             raise UserError(f"DTYPE={dtype} no vale: use {', '.join(DTYPES)}, o déjelo vacío")
 
         try:
-            weights_dir = root / Path(values.get("WEIGHTS_DIR", "weights")).expanduser()
+            weights_dir = root / Path(written.get("WEIGHTS_DIR", "weights")).expanduser()
         except RuntimeError as error:
             raise UserError(
-                f"WEIGHTS_DIR={values['WEIGHTS_DIR']} no lleva a ninguna carpeta, no hay tal usuario: escríbala entera"
+                f"WEIGHTS_DIR={written['WEIGHTS_DIR']} no lleva a ninguna carpeta, no hay tal usuario: escríbala entera"
             ) from error
 
         return cls(
             model_id=model_id,
-            revision=values.get("MODEL_REVISION", FALCON_COMMIT if model_id == FALCON else None),
+            revision=written.get("MODEL_REVISION", FALCON_COMMIT if model_id == FALCON else None),
             weights_dir=weights_dir,
-            token=token,
+            token=token(written, token_name, "https://huggingface.co/settings/tokens"),
             dtype=dtype,
         )
+
+
+def values(root: Path = ROOT) -> dict[str, str]:
+    """What the environment says, and root/.env where the environment is silent. Raises UserError.
+
+    An empty value counts as unset: in the environment it also unsets .env's.
+    """
+    written = {**_dotenv(root / ".env"), **os.environ}
+    return {name: value.strip() for name, value in written.items() if value and value.strip()}
+
+
+def token(values: dict[str, str], name: str, page: str) -> str | None:
+    """The token of that name, which its owner copied from `page`. Raises UserError for one that is none."""
+    token = values.get(name)
+    # One that cannot stand in an HTTP header would be quoted, whole, in the error of the HTTP library.
+    if token is not None and not _TOKEN.fullmatch(token):
+        raise UserError(f"{name} lleva espacios o letras que un token no tiene: cópielo de nuevo de {page}")
+    return token
 
 
 def _dotenv(path: Path) -> dict[str, str | None]:

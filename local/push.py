@@ -22,10 +22,8 @@ from llm import weights
 from llm.errors import UserError
 from llm.settings import ROOT, Settings
 from llm.words import reason
+from local.hosted import Reference
 from local.terminal import Parser, command
-
-# What Docker takes for a name. Replicate's registry is the only one that this is for.
-_NAME = re.compile(r"(?:r8\.im/)?([a-z0-9]+(?:[_-]+[a-z0-9]+)*/[a-z0-9]+(?:[._-]+[a-z0-9]+)*)")
 
 _SECONDS_TO_STOP = 5
 
@@ -46,10 +44,7 @@ def main() -> int:
 
 def push(name: str, options: list[str]) -> int:
     """Push the image to `name`; return what cog returned. Raises UserError for what can be told before."""
-    match = _NAME.fullmatch(name)
-    if match is None:
-        raise UserError(f'"{name}" no es un nombre de Replicate: se escribe r8.im/USUARIO/NOMBRE, en minúsculas')
-    name = f"r8.im/{match[1]}"
+    name = f"r8.im/{Reference.parse(name).model}"
     if shutil.which("cog") is None:
         raise UserError(
             "Falta cog: instálelo con brew install replicate/tap/cog (macOS) o con "

@@ -59,6 +59,18 @@ def command(main: Callable[[], int]) -> Callable[[], int]:
     return run
 
 
+def agree(to: str, *, yes: bool) -> None:
+    """Say what is about to happen, and go on only if the user wants it; `yes` is --yes. Raises UserError."""
+    print(to, file=sys.stderr)
+    if yes:
+        return
+    if sys.stdin is None or not sys.stdin.isatty():
+        raise UserError("Sin terminal donde preguntarle no se sigue: si está de acuerdo, repita con --yes")
+    print("¿Sigo? [s/N] ", end="", file=sys.stderr, flush=True)
+    if sys.stdin.readline().strip().lower() not in ("s", "si", "sí"):
+        raise UserError("No se ha hecho nada")
+
+
 class Loading:
     """The block in which the model loads: `tick` with the seconds so far, `show` for each line of the log."""
 

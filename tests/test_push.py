@@ -246,10 +246,10 @@ def test_a_cog_yaml_that_is_none(project: Path, push: Push, notes: Path) -> None
 
 
 @pytest.mark.parametrize(
-    "name", ["../x", ";rm", "", " ", "x", "a/b c", "A/b", "r8.im/a", "r8.im/a/b/c", "a/-b", "a/b\n"]
+    "name", ["../x", ";rm", "", " ", "x", "a/b c", "A/b", "r8.im/a", "r8.im/a/b/c", "a/-b", "a/b\n", "a/b:c1"]
 )
 def test_a_name_that_is_none(push: Push, notes: Path, name: str) -> None:
-    refused(push(name), notes, "no es un nombre de Replicate: se escribe r8.im/USUARIO/NOMBRE, en minúsculas")
+    refused(push(name), notes, "no es un nombre de Replicate: se escribe USUARIO/NOMBRE, en minúsculas")
 
 
 def test_a_name_without_the_registry(project: Path, push: Push, notes: Path) -> None:
