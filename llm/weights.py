@@ -27,7 +27,7 @@ from urllib.parse import urlsplit
 
 from llm.errors import UserError
 from llm.settings import ROOT, Settings
-from llm.words import decimal, one_line, reason
+from llm.words import about, one_line, reason
 
 # torch and huggingface_hub are imported where they are used: a command that finds its folder whole needs neither.
 if TYPE_CHECKING:
@@ -213,7 +213,7 @@ def _fetch(settings: Settings) -> None:
                     _convert(settings, bins, work)
                 publish(work, settings, commit)
     size = sum(path.stat().st_size for path in settings.folder.rglob("*"))
-    _say(f"{settings.model_id} está en {shown(settings.folder)}: {_about(size)}, en {time.monotonic() - start:.0f} s")
+    _say(f"{settings.model_id} está en {shown(settings.folder)}: {about(size)}, en {time.monotonic() - start:.0f} s")
 
 
 def _listing(settings: Settings) -> tuple[str, list[_HubFile]]:
@@ -310,8 +310,8 @@ def _download(settings: Settings, commit: str, files: list[_HubFile], missing: l
     from huggingface_hub.utils import build_hf_headers, tqdm
 
     total, left = sum(file.size for file in files), _bytes_left(missing, work)
-    rest = f", de los que faltan {_about(left)}" if left < total else ""
-    _say(f"Trayendo {settings.model_id} ({commit[:7]}) de {_hub()}: {_about(total)}{rest}")
+    rest = f", de los que faltan {about(left)}" if left < total else ""
+    _say(f"Trayendo {settings.model_id} ({commit[:7]}) de {_hub()}: {about(total)}{rest}")
 
     # As it arrives: http_get would collect 10 MB, and lose them where an answer is cut before.
     constants.DOWNLOAD_CHUNK_SIZE = None  # type: ignore[assignment]
@@ -453,7 +453,7 @@ def room(work: Path, needed: int) -> Iterator[None]:
     def no_room() -> UserError:
         free = shutil.disk_usage(work).free
         return UserError(
-            f"No hay sitio en {shown(work.parent)}: hacen falta {_about(needed)} y quedan {_about(free)} libres; "
+            f"No hay sitio en {shown(work.parent)}: hacen falta {about(needed)} y quedan {about(free)} libres; "
             "libere espacio o cambie WEIGHTS_DIR, y repita: sigue donde quedó"
         )
 
@@ -554,13 +554,6 @@ def _sha256(path: Path) -> str:
 def shown(path: Path) -> str:
     """A path as the user would type it in the project's folder."""
     return one_line(str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path))
-
-
-def _about(size: int) -> str:
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size >= scale:
-            return f"{decimal(size / scale)} {unit}"
-    return f"{size} bytes"
 
 
 def _exactly(size: int) -> str:

@@ -16,7 +16,7 @@ import yaml
 
 from llm import processor
 from llm.settings import ROOT
-from local import push, server
+from local import server, staging
 from tests import logits
 from tests.client import Client
 from tests.test_server import (  # noqa: F401
@@ -45,7 +45,7 @@ def config() -> dict[str, Any]:
 def image(falcon: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What .dockerignore lets into the image, and a tiny falcon where its model goes."""
     folder = tmp_path_factory.mktemp("image")
-    push.stage(folder, push.dockerignore())
+    staging.stage(folder, staging.dockerignore())
     shutil.copytree(falcon, folder / "weights" / falcon.name)
     return folder
 
