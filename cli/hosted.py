@@ -63,15 +63,16 @@ def client(*, seconds: float = 30) -> Client:
 
 
 @contextmanager
-def explained(what: str) -> Iterator[None]:
+def explained(what: str, *, absent: str = "compruebe el nombre y la cuenta") -> Iterator[None]:
     """Turn the client's errors into a UserError of one line; `what` was asked for, a model or a deployment.
 
+    `absent` is the way out where it is not there.
     What is not valid raises Refused.
     """
     try:
         yield
     except ReplicateError as error:
-        raise _explained(error, what) from error
+        raise _explained(error, what, absent) from error
     except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
         raise UserError("REPLICATE_BASE_URL no es una dirección: se escribe https://..., o se deja vacía") from error
     except httpx.TimeoutException as error:
@@ -82,7 +83,7 @@ def explained(what: str) -> Iterator[None]:
         raise UserError("No es Replicate quien contesta: compruebe REPLICATE_BASE_URL y la red") from error
 
 
-def _explained(error: ReplicateError, what: str) -> UserError:
+def _explained(error: ReplicateError, what: str, absent: str) -> UserError:
     said = " ".join((error.detail or error.title or error.type or "sin decir por qué").split())
     match error.status:
         case 400 | 422:
@@ -94,7 +95,7 @@ def _explained(error: ReplicateError, what: str) -> UserError:
         case 403:
             return UserError(f"Su token no da acceso a {what}: use el de la cuenta a la que pertenece ({said})")
         case 404:
-            return UserError(f"Replicate no tiene {what}, o su token no lo ve: compruebe el nombre y la cuenta")
+            return UserError(f"Replicate no tiene {what}, o su token no lo ve: {absent}")
         case 429:
             return UserError(f"Demasiadas peticiones para su cuenta de Replicate: espere y repita ({said})")
         case int(status) if status >= 500:

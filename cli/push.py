@@ -1,81 +1,168 @@
-"""script/push: `cog push --separate-weights` of a clean folder, with what the image needs and nothing else.
+"""script/push: `cog push --separate-weights`, after a look at all that it needs and at what callers would miss."""
 
-Cog gives a layer to every folder with large files that it finds, without a look at .dockerignore: in this tree also to
-.venv and to other models, which Docker then does not see, and the push stops.
-"""
-
-import argparse
 import os
-import re
+import shlex
 import shutil
 import subprocess
 import sys
-import tempfile
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import yaml
-from pathspec import GitIgnoreSpec
 
+from cli import changes, hosted, prerequisites, schema, staging
 from cli.hosted import Reference
-from cli.terminal import Parser, command
-from llm import hub, weights
+from cli.schema import Schema
+from cli.terminal import Parser, agree, command
 from llm.errors import UserError
-from llm.settings import ROOT, Settings
-from llm.words import reason
+from llm.settings import ROOT, Settings, values
+from llm.words import about, one_line
 
+_TOKEN = "REPLICATE_API_TOKEN"
+_MOST_SHOWN = 5
 _SECONDS_TO_STOP = 5
 
 
 @command
 def main() -> int:
-    parser = Parser(prog="script/push", description="Publica el modelo en Replicate, con los pesos en su propia capa.")
-    parser.add_argument("name", metavar="r8.im/USUARIO/NOMBRE", help="dónde se publica")
-    parser.add_argument(
-        "options",
-        metavar="...",
-        nargs=argparse.REMAINDER,
-        help="más opciones de cog push, como --no-cache; sus archivos, con la ruta entera",
+    parser = Parser(
+        prog="script/push",
+        usage="script/push [--dry-run] [--yes] USUARIO/NOMBRE [...]",
+        description="Publica el modelo en Replicate, con los pesos en su propia capa, si está todo lo que hace falta.",
+        allow_abbrev=False,
     )
-    arguments = parser.parse_args()
-    return push(arguments.name, arguments.options)
+    parser.add_argument("name", metavar="USUARIO/NOMBRE", help="dónde se publica; puede llevar r8.im/ delante")
+    parser.add_argument("--dry-run", action="store_true", help="no publica: dice qué falta y qué se publicaría")
+    parser.add_argument("--yes", action="store_true", help="no pregunta, aunque cambie algo para quien ya lo usa")
+    parser.add_argument_group("...", "lo demás, como --no-cache, pasa a cog push; sus archivos, con la ruta entera")
+    arguments, options = parser.parse_known_args()
+    return push(Reference.parse(arguments.name), options, dry_run=arguments.dry_run, yes=arguments.yes)
 
 
-def push(name: str, options: list[str]) -> int:
-    """Push the image to `name`; return what cog returned. Raises UserError for what can be told before."""
-    name = f"r8.im/{Reference.parse(name).model}"
-    if shutil.which("cog") is None:
+def push(model: Reference, options: list[str], *, dry_run: bool, yes: bool) -> int:
+    """Push the image to `model`; return what cog returned, or 1 after a line for each thing that is missing.
+
+    Raises UserError for what leaves nothing else to look at, and where the user does not agree.
+    """
+    name = f"{prerequisites.REGISTRY}/{model.model}"
+    own = Settings.read()
+    cog_version, settings = image_config()
+    missing: list[str] = []
+    with _noted(missing):
+        prerequisites.check_cog(cog_version)
+    with _noted(missing):
+        prerequisites.check_docker()
+    with _noted(missing):
+        prerequisites.check_login()
+    with _noted(missing):
+        _check_dockerignore(staging.place(settings))
+    with _noted(missing):
+        _check_fetched(settings, own)
+        origin = weights.verify(settings, thorough=True).origin
+    with _noted(missing):
+        interface = schema.read(ROOT / "predict.py")
+    with _noted(missing):
+        published = _published(model)
+    for line in missing:
+        print(one_line(line), file=sys.stderr)
+    if missing:
+        return 1
+
+    if uncommitted := _uncommitted():
+        print(f"Aviso: no está en git tal como es aquí: {_first(uncommitted)}")
+    image = f"{name}-weights"
+    with staging.staged(settings, prerequisites.image_id(image)) as folder:
+        _print_contents(folder, name)
+        lines = changes.breaking(published, interface.schema) if published else []
+        broken = "\n  ".join(["Deja de valer para quien usa la versión publicada:", *lines]) if lines else ""
+        if broken and dry_run:
+            print(broken)
+        elif broken:
+            agree(broken, yes=yes)
+        if dry_run:
+            print(f"No falta nada: script/push {model.model}")
+            return 0
+        print(f"Publicando {origin} en {name}", flush=True)
+        status = _run(["cog", "push", "--separate-weights", name, *options], folder)
+        staging.note(folder, prerequisites.image_id(image))
+        return status
+
+
+@contextmanager
+def _noted(missing: list[str]) -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        missing.append(str(error))
+
+
+def image_config() -> tuple[str, Settings]:
+    """Cog's version in the image, and the settings there: cog.yaml names the model, and .env does not go there."""
+    try:
+        config = yaml.safe_load((ROOT / "cog.yaml").read_text(encoding="utf-8"))
+        variables = dict(line.split("=", 1) for line in config.get("environment") or [])
+        cog_version = str(config["build"]["sdk_version"])
+    except (yaml.YAMLError, ValueError, AttributeError, LookupError, TypeError) as error:
         raise UserError(
-            "Falta cog: instálelo con brew install replicate/tap/cog (macOS) o con "
-            "sh <(curl -fsSL https://cog.run/install.sh) (Linux), y repita"
-        )
-    settings = image_settings()
-    left_out = dockerignore()
-    place = Path("weights", settings.folder.name)
-    if left_out(place):
+            "cog.yaml no se entiende: en build lleva sdk_version, y en environment cada línea es - NOMBRE=valor"
+        ) from error
+    for name in ("MODEL_ID", "MODEL_REVISION"):
+        # empty, it also hides what .env says
+        os.environ[name] = variables.get(name, "")
+    return cog_version, Settings.read()
+
+
+def _check_dockerignore(place: Path) -> None:
+    if staging.dockerignore()(place):
         raise UserError(
             f".dockerignore no deja pasar {place}, el modelo de cog.yaml: cambie su última línea por !{place}, "
             "o MODEL_ID en cog.yaml"
         )
-    model = hub.ensure(settings, thorough=True)
-    try:
-        # beside the weights, where a link to them can be
-        with tempfile.TemporaryDirectory(prefix=".push-", dir=settings.weights_dir) as directory:
-            folder = Path(directory)
-            stage(folder, lambda path: left_out(path) or ROOT / path == settings.weights_dir)
-            shutil.copytree(model.folder, folder / place, copy_function=_link)
-            print(f"Publicando {model.origin} en {name}", flush=True)
-            return _run(["cog", "push", "--separate-weights", name, *options], folder)
-    except shutil.Error as error:
-        # what did not work, file by file
-        source, *_ = error.args[0][0]
-        raise UserError(
-            f"No se puede copiar {weights.shown(Path(source))}: corrija sus permisos o quítelo de la carpeta"
-        ) from error
-    except OSError as error:
-        where = weights.shown(settings.weights_dir)
-        raise UserError(f"No se puede preparar la copia en {where}: {reason(error)}") from error
+
+
+def _check_fetched(settings: Settings, own: Settings) -> None:
+    if os.path.lexists(settings.folder):
+        return
+    # what script/weights would fetch by itself is the user's own model
+    names = ("MODEL_ID", "MODEL_REVISION") if settings != own else ()
+    variables = [f"{name}={shlex.quote(os.environ[name])}" for name in names]
+    raise UserError(f"Faltan los pesos de {settings.model_id}: {' '.join([*variables, 'script/weights'])}")
+
+
+def _published(model: Reference) -> Schema | None:
+    """The schema of the newest version, if there is one."""
+    if _TOKEN not in values():
+        print(f"Sin {_TOKEN} en .env no se compara con la versión publicada")
+        return None
+    with hosted.explained(model.model, absent="créelo en https://replicate.com/create, o compruebe la cuenta"):
+        version = hosted.client().models.get(model.model).latest_version
+    return version.openapi_schema if version else None
+
+
+def _uncommitted() -> list[str]:
+    """The paths that are not as in git's last commit. None where the project is no repository."""
+    if shutil.which("git") is None:
+        return []
+    command = ["git", "--no-optional-locks", "status", "--porcelain", "--no-renames", "-z", "--", "."]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, errors="replace")
+    return [entry[3:] for entry in result.stdout.split("\0") if entry]
+
+
+def _first(paths: list[str]) -> str:
+    shown, rest = paths[:_MOST_SHOWN], len(paths) - _MOST_SHOWN
+    return one_line(", ".join(shown)) + (f" y {rest} más" if rest > 0 else "")
+
+
+def _print_contents(folder: Path, name: str) -> None:
+    sizes = {path.name: _size(path) for path in folder.iterdir() if path.name != staging.COG}
+    print(f"Lo que va a {name}, {about(sum(sizes.values()))}:")
+    for entry, size in sorted(sizes.items()):
+        print(f"{about(size):>12}  {one_line(entry)}")
+
+
+def _size(path: Path) -> int:
+    return sum(file.stat().st_size for file in (path, *path.rglob("*")) if file.is_file())
 
 
 def _run(command: list[str], folder: Path) -> int:
@@ -88,60 +175,6 @@ def _run(command: list[str], folder: Path) -> int:
             with suppress(subprocess.TimeoutExpired):
                 process.wait(_SECONDS_TO_STOP)
             process.kill()
-
-
-def image_settings() -> Settings:
-    """The settings of the model that the image will load: cog.yaml names it, and .env does not go there."""
-    try:
-        config = yaml.safe_load((ROOT / "cog.yaml").read_text(encoding="utf-8"))
-        variables = dict(line.split("=", 1) for line in config.get("environment") or [])
-    except (yaml.YAMLError, ValueError, AttributeError) as error:
-        raise UserError("cog.yaml no se entiende: en environment, cada línea es - NOMBRE=valor") from error
-    for name in ("MODEL_ID", "MODEL_REVISION"):
-        # empty, it also hides what .env says
-        os.environ[name] = variables.get(name, "")
-    return Settings.read()
-
-
-def dockerignore() -> Callable[[Path], bool]:
-    """Whether Docker leaves a path of the project out of the image."""
-    lines = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
-    # Docker's rules start at the project's folder; git's, without a slash, would match anywhere.
-    rules = [re.sub(r"^(!?)/?", r"\1/", line) for line in lines if line.strip() and not line.startswith("#")]
-    return GitIgnoreSpec.from_lines(rules).match_file
-
-
-def stage(folder: Path, left_out: Callable[[Path], bool]) -> None:
-    """Copy the project into a folder, without the weights and what is `left_out`."""
-
-    def passed_over(directory: str, names: list[str]) -> set[str]:
-        paths = [Path(directory, name).relative_to(ROOT) for name in names]
-        # Cog makes its own .cog, and the weights come apart
-        ignored = {path.name for path in paths if left_out(path) or path.parts[0] in (".cog", "weights")}
-        for path in paths:
-            if path.name not in ignored and not _can_be_copied(ROOT / path):
-                print(f"Se deja fuera {weights.shown(path)}: no es un archivo, o es un enlace que no lleva a ninguno")
-                ignored.add(path.name)
-        return ignored
-
-    shutil.copytree(ROOT, folder, ignore=passed_over, dirs_exist_ok=True)
-    shutil.copy2(ROOT / ".dockerignore", folder)
-
-
-def _can_be_copied(path: Path) -> bool:
-    if path.is_dir():
-        # a link to a folder that it is in has no end
-        return not path.parent.resolve().is_relative_to(path.resolve())
-    return path.is_file()
-
-
-def _link(source: str, target: str) -> None:
-    try:
-        # of the file itself: the hub's cache holds its files as symbolic links
-        os.link(os.path.realpath(source), target)
-    except OSError:
-        # another file system, or one without links; if the disk is what is wrong, copying says so
-        shutil.copy2(source, target)
 
 
 if __name__ == "__main__":

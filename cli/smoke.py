@@ -9,7 +9,7 @@ from typing import Any
 from cli import schema, server
 from cli.hosted import Reference, Refused
 from cli.predict import ensured
-from cli.push import image_settings
+from cli.push import image_config
 from cli.service import Answer, Cog, Hosted, Service
 from cli.terminal import Loading, Parser, agree, command
 from llm.errors import UserError
@@ -257,9 +257,9 @@ def _here(wants_demo: bool, local: bool) -> dict[str, str]:
     if wants_demo:
         return ensured(True)
     # what was published is cog.yaml's, whatever .env says
-    settings = Settings.read() if local else image_settings()
+    settings = Settings.read() if local else image_config()[1]
     if not settings.folder.is_dir():
-        raise UserError("este ordenador no tiene los pesos, que trae script/weights")
+        raise UserError("este ordenador no tiene los pesos, que descarga script/weights")
     return {}
 
 

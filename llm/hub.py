@@ -18,7 +18,8 @@ from urllib.parse import urlsplit
 from llm import weights
 from llm.errors import UserError
 from llm.settings import Settings
-from llm.weights import COMMIT, Weights, about, is_folder, publish, room, sha256, shown, workspace
+from llm.weights import COMMIT, Weights, is_folder, publish, room, sha256, shown, workspace
+from llm.words import about
 
 # torch and huggingface_hub are imported where they are used: a command that finds its folder whole needs neither.
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from stat import S_ISREG
 
 from llm.errors import UserError
 from llm.settings import ROOT, Settings
-from llm.words import decimal, one_line, reason
+from llm.words import about, one_line, reason
 
 MANIFEST = "manifest.json"
 
@@ -228,13 +228,6 @@ def sha256(path: Path) -> str:
 def shown(path: Path) -> str:
     """A path as the user would type it in the project's folder."""
     return one_line(str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path))
-
-
-def about(size: int) -> str:
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size >= scale:
-            return f"{decimal(size / scale)} {unit}"
-    return f"{size} bytes"
 
 
 def _exactly(size: int) -> str:

@@ -27,6 +27,14 @@ def decimal(number: float) -> str:
     return f"{number:.1f}".replace(".", ",")
 
 
+def about(size: int) -> str:
+    """Bytes, as a person says them."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= scale:
+            return f"{decimal(size / scale)} {unit}"
+    return f"{size} bytes"
+
+
 def one_line(text: str) -> str:
     """A name that may hold anything, fit to stand in a message."""
     return "".join(character if character.isprintable() else "?" for character in text)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from cli import push, server
+from cli import server, staging
 from llm import cpu
 from llm.settings import ROOT
 from tests import logits
@@ -45,7 +45,7 @@ def config() -> dict[str, Any]:
 def image(falcon: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What .dockerignore lets into the image, and a tiny falcon where its model goes."""
     folder = tmp_path_factory.mktemp("image")
-    push.stage(folder, push.dockerignore())
+    staging.stage(folder, staging.dockerignore())
     shutil.copytree(falcon, folder / "weights" / falcon.name)
     return folder
 

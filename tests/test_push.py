@@ -2,11 +2,11 @@
 
 import json
 import os
+import pty
 import shutil
 import signal
 import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -14,10 +14,13 @@ from typing import Any
 
 import pytest
 
+from cli import schema
 from llm import weights
 from llm.settings import FALCON, FALCON_COMMIT, ROOT, Settings
+from tests.gateway import Gateway
 from tests.hub import Hub
 from tests.processes import FINALLY, Marked
+from tests.programs import Programs
 from tests.project import copied
 
 Push = Callable[..., subprocess.CompletedProcess[str]]
@@ -25,15 +28,6 @@ Push = Callable[..., subprocess.CompletedProcess[str]]
 NAME = "r8.im/usuario/modelo"
 LARGE = 11 * 2**20
 """Bytes of a file for which Cog makes a layer."""
-
-# What it was given: its arguments, and of each file the size and where its bytes are on the disk.
-COG = """\
-import json, os, pathlib, sys
-files = {str(p): [p.lstat().st_size, p.lstat().st_ino] for p in pathlib.Path().rglob("*") if p.is_file()}
-pathlib.Path(os.environ["NOTES"]).write_text(json.dumps({"arguments": sys.argv[1:], "files": files}))
-print("You are not logged in", file=sys.stderr)
-sys.exit(3)
-"""
 
 SECRETS = [".env", ".env~", ".envrc", ".env.bak", ".env.local", ".env.swp", ".env.save", "#.env#", ".#.env", "._.env"]
 SECRETS += ["env.local", "env.bak", "prod.env", "token", "token.json", "hf.token", ".netrc", "settings.py~", "a.py.swp"]
@@ -76,25 +70,51 @@ def notes(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def push(project: Path, notes: Path, tmp_path: Path) -> Push:
+def programs(tmp_path: Path) -> Programs:
+    return Programs(tmp_path / "programs")
+
+
+@pytest.fixture
+def environment(programs: Programs, notes: Path) -> dict[str, str]:
+    """What makes script/push take those programs and nothing of the developer's."""
+    ours = ("WEIGHTS_DIR", "HF_TOKEN", "REPLICATE_API_TOKEN", "GIT_DIR")
+    return {
+        **{name: value for name, value in os.environ.items() if name not in ours},
+        **programs.environment,
+        "NOTES": str(notes),
+        "HF_ENDPOINT": "http://127.0.0.1:1",
+    }
+
+
+@pytest.fixture
+def push(project: Path, environment: dict[str, str], tmp_path: Path) -> Push:
     """Run script/push with its arguments, from a folder that is not the project's."""
-    cog = tmp_path / "bin" / "cog"
-    cog.parent.mkdir()
-    cog.write_text(f"#!{sys.executable}\n{COG}")
-    cog.chmod(0o755)
 
     def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-        mine = {name: value for name, value in os.environ.items() if name not in ("WEIGHTS_DIR", "HF_TOKEN")}
-        path = os.pathsep.join([str(cog.parent), os.environ["PATH"]])
-        environment = {**mine, "PATH": path, "NOTES": str(notes), "HF_ENDPOINT": "http://127.0.0.1:1", **variables}
         command = [str(project / "script" / "push"), *arguments]
-        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        return subprocess.run(
+            command,
+            cwd=tmp_path,
+            env={**environment, **variables},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+        )
 
     return run
 
 
+def staged(project: Path) -> Path:
+    return project / "weights" / ".push"
+
+
+def noted(notes: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(notes.read_text())
+    return content
+
+
 def pushed(notes: Path) -> tuple[list[str], dict[str, Any]]:
-    content = json.loads(notes.read_text())
+    content = noted(notes)
     return content["arguments"], content["files"]
 
 
@@ -117,12 +137,16 @@ def test_cog_gets_what_the_image_needs_and_nothing_else(project: Path, push: Pus
     assert f"Publicando weights/falcon-rw-1b ({FALCON}, {FALCON_COMMIT[:7]}) en {NAME}" in result.stdout
     assert sorted(path.name for path in (project / "weights").iterdir()) == [
         ".otro.partial",
+        ".push",
         "falcon-rw-1b",
         "smollm2-135m-instruct",
     ]
+    assert [path.name for path in staged(project).iterdir()] == [".cog"]
 
 
-def test_another_model_which_is_fetched_first(project: Path, push: Push, notes: Path) -> None:
+def test_another_model_has_to_be_fetched_first(
+    project: Path, push: Push, notes: Path, environment: dict[str, str]
+) -> None:
     for name, before, after in (
         ("cog.yaml", FALCON, "org/Otro"),
         (".dockerignore", "!weights/falcon-rw-1b", "!weights/otro"),
@@ -134,11 +158,15 @@ def test_another_model_which_is_fetched_first(project: Path, push: Push, notes: 
         hub.add("org/Otro", {"config.json": b"{}", "model.safetensors": bytes(LARGE)})
         hub.tokens["hf_secreto"] = True
         # in the project, and not named in .dockerignore
-        result = push(NAME, HF_ENDPOINT=hub.endpoint, WEIGHTS_DIR="modelos")
+        variables = {"HF_ENDPOINT": hub.endpoint, "WEIGHTS_DIR": "modelos"}
+        result = push(NAME, **variables)
+        mends = "MODEL_ID=org/Otro MODEL_REVISION='' script/weights"
+        refused(result, notes, f"Faltan los pesos de org/Otro: {mends}")
+        subprocess.run(mends, shell=True, check=True, cwd=project, env={**environment, **variables})
+        result = push(NAME, **variables)
     assert result.returncode == 3, result.stderr
     _, files = pushed(notes)
     assert {Path(file).parts[:2] for file in files if file.startswith(("weights", "modelos"))} == {("weights", "otro")}
-    assert (project / "modelos" / "otro" / "model.safetensors").is_file()
     assert "hf_secreto" not in result.stdout + result.stderr
 
 
@@ -197,11 +225,10 @@ def test_what_cannot_be_copied_is_named(project: Path, push: Push, notes: Path) 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)])
 def test_a_signal_ends_cog_and_leaves_nothing(
-    project: Path, push: Push, notes: Path, tmp_path: Path, processes: Marked, number: signal.Signals, status: int
+    project: Path, push: Push, notes: Path, programs: Programs, processes: Marked, number: signal.Signals, status: int
 ) -> None:
     model(project / "weights", FALCON, FALCON_COMMIT)
-    cog = tmp_path / "bin" / "cog"
-    cog.write_text(cog.read_text().replace("sys.exit(3)", "import time; time.sleep(600)"))
+    programs.write("cog", programs.read("cog").replace("sys.exit(3)", "import time; time.sleep(600)"))
     with ThreadPoolExecutor() as pool:
         result = pool.submit(push, NAME, **processes.environment)
         while not notes.exists():
@@ -209,7 +236,7 @@ def test_a_signal_ends_cog_and_leaves_nothing(
         (command,) = processes.alive("cli.push")
         command.send_signal(number)
         assert result.result(FINALLY).returncode == status
-    assert not list((project / "weights").glob(".push-*"))
+    assert [path.name for path in staged(project).iterdir()] == [".cog"]
     assert not processes.alive()
 
 
@@ -230,18 +257,23 @@ def test_altered_weights_are_not_pushed(project: Path, push: Push, notes: Path) 
     refused(push(NAME), notes, "weights/falcon-rw-1b/model.safetensors está alterado")
 
 
-def test_weights_that_cannot_be_fetched(push: Push, notes: Path) -> None:
-    refused(push(NAME), notes, "Sin conexión con 127.0.0.1: compruebe la red y repita")
+def test_weights_that_are_not_there(push: Push, notes: Path) -> None:
+    # .env names another model
+    line = f"Faltan los pesos de {FALCON}: MODEL_ID={FALCON} MODEL_REVISION='' script/weights"
+    refused(push(NAME), notes, line)
+    refused(push(NAME, MODEL_ID="", MODEL_REVISION=""), notes, f"Faltan los pesos de {FALCON}: script/weights")
 
 
 def test_a_model_that_dockerignore_leaves_out(project: Path, push: Push, notes: Path) -> None:
     text = (project / "cog.yaml").read_text()
     (project / "cog.yaml").write_text(text.replace(FALCON, "org/Otro"))
+    model(project / "weights", "org/Otro", "rueda")
     refused(push(NAME), notes, ".dockerignore no deja pasar weights/otro, el modelo de cog.yaml")
 
 
-def test_a_cog_yaml_that_is_none(project: Path, push: Push, notes: Path) -> None:
-    (project / "cog.yaml").write_text("environment:\n  - MODEL_ID\n")
+@pytest.mark.parametrize("text", ["environment:\n  - MODEL_ID\n", "build: {}\n", "- a\n", "a: [\n"])
+def test_a_cog_yaml_that_is_none(project: Path, push: Push, notes: Path, text: str) -> None:
+    (project / "cog.yaml").write_text(text)
     refused(push(NAME), notes, "cog.yaml no se entiende")
 
 
@@ -259,14 +291,248 @@ def test_a_name_without_the_registry(project: Path, push: Push, notes: Path) -> 
     assert arguments == ["push", "--separate-weights", NAME]
 
 
-def test_without_cog(push: Push, notes: Path) -> None:
-    folders = os.environ["PATH"].split(os.pathsep)
-    path = os.pathsep.join(folder for folder in folders if not Path(folder, "cog").exists())
-    refused(push(NAME, PATH=path), notes, "Falta cog: instálelo")
-
-
 def test_without_a_name(push: Push, notes: Path) -> None:
     result = push()
     assert result.returncode == 2
     assert result.stderr.startswith("script/push no entiende la orden") and result.stderr.count("\n") == 1
     assert not notes.exists()
+
+
+# What is looked at before
+
+
+def lines(result: subprocess.CompletedProcess[str], notes: Path) -> list[str]:
+    """What is missing."""
+    assert result.returncode == 1 and not notes.exists()
+    return result.stderr.splitlines()
+
+
+def test_all_that_is_missing_is_named_at_once(project: Path, push: Push, notes: Path, programs: Programs) -> None:
+    for name in ("cog", "docker"):
+        (programs.folder / name).unlink()
+    programs.login({})
+    text = (project / "predict.py").read_text()
+    (project / "predict.py").write_text(text.replace("default=128", "default=2 * 64"))
+    for path in (path for folder in os.get_exec_path() for path in Path(folder).glob("*")):
+        if path.name not in ("cog", "docker") and not os.path.lexists(programs.folder / path.name):
+            (programs.folder / path.name).symlink_to(path)
+    *found, unread = lines(push(NAME, "--dry-run", PATH=str(programs.folder)), notes)
+    assert [line.partition(":")[0] for line in found] == [
+        "Falta cog",
+        "Falta Docker",
+        "No ha entrado en r8.im",
+        f"Faltan los pesos de {FALCON}",
+    ]
+    assert unread.startswith("predict.py, línea ") and "2 * 64" in unread
+    assert not staged(project).exists()
+
+
+def test_a_dry_run_says_what_would_go(project: Path, push: Push, notes: Path) -> None:
+    model(project / "weights", FALCON, FALCON_COMMIT)
+    (project / "datos").mkdir()
+    (project / "datos" / "tabla.csv").write_bytes(bytes(2_000_000))
+    result = push(NAME, "--dry-run")
+    assert (result.returncode, result.stderr) == (0, "")
+    no_token, total, *entries, last = result.stdout.splitlines()
+    assert no_token == "Sin REPLICATE_API_TOKEN en .env no se compara con la versión publicada"
+    assert total.startswith(f"Lo que va a {NAME}, 13,")
+    sizes = {name: size.strip() for size, _, name in (entry.rpartition("  ") for entry in entries)}
+    assert (sizes["weights"], sizes["datos"]) == ("11,5 MB", "2,0 MB")
+    assert sizes.keys() == {".dockerignore", "cog.yaml", "datos", "llm", "predict.py", "requirements.txt", "weights"}
+    assert last == "No falta nada: script/push usuario/modelo"
+    assert not notes.exists() and not list(staged(project).iterdir())
+
+
+@pytest.mark.slow
+def test_what_git_does_not_have_is_a_warning(project: Path, push: Push, notes: Path) -> None:
+    model(project / "weights", FALCON, FALCON_COMMIT)
+    shutil.rmtree(project / ".git")
+
+    def git(*arguments: str) -> None:
+        identity = ["-c", "user.name=Ana", "-c", "user.email=ana@example.com"]
+        subprocess.run(["git", *identity, *arguments], cwd=project, check=True, capture_output=True)
+
+    git("init")
+    git("add", ".")
+    git("commit", "--message", "Todo")
+    assert "Aviso" not in push(NAME).stdout
+    git("mv", "LICENSE", "LICENCIA")
+    (project / "predict.py").write_text((project / "predict.py").read_text() + "\n")
+    for number in range(3):
+        (project / f"año {number}.py").touch()
+    warning = "Aviso: no está en git tal como es aquí: LICENCIA, LICENSE, predict.py, año 0.py, año 1.py y 1 más\n"
+    assert warning in push(NAME).stdout
+    assert notes.exists()
+
+
+# The folder that stays
+
+
+@pytest.mark.slow
+def test_weights_that_did_not_change_are_not_built_again(project: Path, push: Push, notes: Path) -> None:
+    falcon = model(project / "weights", FALCON, FALCON_COMMIT)
+    push(NAME)
+    first = noted(notes)
+    (project / "nuevo.py").touch()
+    push(NAME)
+    second = noted(notes)
+    assert (first["built"], second["built"]) == (True, False)
+    assert first["folder"] == second["folder"] == str(staged(project)) and "nuevo.py" in second["files"]
+
+    (falcon / "manifest.json").unlink()
+    (falcon / "config.json").write_text("{ }")
+    (project / "nuevo.py").unlink()
+    push(NAME)
+    third = noted(notes)
+    assert third["built"] and "nuevo.py" not in third["files"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("change", ["pruned", "of another folder", "of another name"])
+def test_weights_whose_image_is_not_there_are_built_again(
+    project: Path, push: Push, notes: Path, programs: Programs, change: str
+) -> None:
+    model(project / "weights", FALCON, FALCON_COMMIT)
+    push(NAME)
+    (image,) = programs.images.iterdir()
+    if change == "pruned":
+        image.unlink()
+    elif change == "of another folder":
+        image.write_text("sha256:otra")
+    push("usuario/otro" if change == "of another name" else NAME)
+    assert (noted(notes)["built"], noted(notes)["image"]) == (True, True)
+
+
+@pytest.mark.slow
+def test_weights_whose_image_went_while_they_were_pushed_are_built_again(
+    project: Path, push: Push, notes: Path, programs: Programs
+) -> None:
+    model(project / "weights", FALCON, FALCON_COMMIT)
+    cog = programs.read("cog")
+    programs.write("cog", cog.replace("sys.exit(3)", "image.unlink()"))
+    assert push(NAME).returncode == 0
+    programs.write("cog", cog)
+    push(NAME)
+    assert (noted(notes)["built"], noted(notes)["image"]) == (True, True)
+
+
+def test_what_a_killed_push_left_is_not_pushed(project: Path, push: Push, notes: Path) -> None:
+    model(project / "weights", FALCON, FALCON_COMMIT)
+    (staged(project) / "llm").mkdir(parents=True)
+    (staged(project) / "llm" / "viejo.py").touch()
+    (staged(project) / "viejo.py").touch()
+    push(NAME)
+    assert not {"viejo.py", "llm/viejo.py"} & noted(notes)["files"].keys()
+
+
+@pytest.mark.slow
+def test_two_pushes_at_once(project: Path, push: Push, notes: Path, programs: Programs, tmp_path: Path) -> None:
+    model(project / "weights", FALCON, FALCON_COMMIT)
+    go_on = tmp_path / "go on"
+    os.mkfifo(go_on)
+    cog = programs.read("cog")
+    programs.write("cog", cog.replace("sys.exit(3)", f"open({str(go_on)!r}).read()"))
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(push, NAME)
+        while not notes.exists():
+            assert not first.done(), first.result()
+        programs.write("cog", cog)
+        second = push(NAME)
+        go_on.write_text("")
+        assert first.result(FINALLY).returncode == 0
+    assert (second.returncode, second.stderr.splitlines()) == (
+        1,
+        ["Ya hay otro script/push en marcha: espere a que acabe"],
+    )
+    assert "predict.py" in noted(notes)["files"]
+
+
+# The version that is published
+
+
+@pytest.fixture
+def gateway() -> Iterator[Gateway]:
+    """A Replicate without any server: what is published there is only looked at."""
+    with Gateway("http://127.0.0.1:1", model="usuario/modelo") as gateway:
+        yield gateway
+
+
+def published(gateway: Gateway, **limits: Any) -> None:
+    """A version like this one, but for what its max_tokens says."""
+    interface = schema.read(ROOT / "predict.py").schema
+    interface["components"]["schemas"]["Input"]["properties"]["max_tokens"].update(limits)
+    gateway.publish(schema=interface)
+
+
+BROKEN = ["Deja de valer para quien usa la versión publicada:", "  max_tokens: el máximo era 4096 y será 2048"]
+
+
+def test_a_version_that_takes_no_more(project: Path, push: Push, notes: Path, gateway: Gateway) -> None:
+    model(project / "weights", FALCON, FALCON_COMMIT)
+    published(gateway, maximum=4096)
+    published(gateway, maximum=1024)
+    result = push(NAME, **gateway.environment)
+    assert result.stderr == "You are not logged in\n" and notes.exists()
+    assert "no se compara" not in result.stdout and gateway.token not in result.stdout
+
+
+@pytest.mark.slow
+def test_without_a_terminal_what_breaks_a_caller_is_not_pushed(
+    project: Path, push: Push, notes: Path, gateway: Gateway
+) -> None:
+    model(project / "weights", FALCON, FALCON_COMMIT)
+    published(gateway, maximum=4096)
+    *said, refusal = lines(push(NAME, **gateway.environment), notes)
+    assert said == BROKEN
+    assert refusal == "Sin terminal donde preguntarle no se sigue: si está de acuerdo, repita con --yes"
+
+    dry = push(NAME, "--dry-run", **gateway.environment)
+    assert (dry.returncode, dry.stdout.splitlines()[-3:-1]) == (0, BROKEN) and not notes.exists()
+
+    assert push(NAME, "--yes", "--no-cache", **gateway.environment).stderr.splitlines()[:2] == BROKEN
+    assert pushed(notes)[0] == ["push", "--separate-weights", NAME, "--no-cache"]
+
+
+@pytest.mark.parametrize(("answer", "goes_on"), [("s", True), ("", False)])
+def test_the_user_is_asked(
+    project: Path,
+    environment: dict[str, str],
+    notes: Path,
+    gateway: Gateway,
+    answer: str,
+    goes_on: bool,
+) -> None:
+    model(project / "weights", FALCON, FALCON_COMMIT)
+    published(gateway, maximum=4096)
+    master, terminal = pty.openpty()
+    os.write(master, f"{answer}\n".encode())
+    result = subprocess.run(
+        [project / "script" / "push", NAME],
+        env={**environment, **gateway.environment},
+        stdin=terminal,
+        capture_output=True,
+        text=True,
+    )
+    for end in (master, terminal):
+        os.close(end)
+    assert result.stderr.splitlines()[:2] == BROKEN and notes.exists() == goes_on
+    assert result.returncode == (3 if goes_on else 1)
+
+
+def test_a_model_to_which_nothing_was_pushed(project: Path, push: Push, notes: Path, gateway: Gateway) -> None:
+    model(project / "weights", FALCON, FALCON_COMMIT)
+    assert push(NAME, **gateway.environment).returncode == 3 and notes.exists()
+
+
+def test_a_model_that_is_not_on_replicate(project: Path, push: Push, notes: Path, gateway: Gateway) -> None:
+    model(project / "weights", FALCON, FALCON_COMMIT)
+    line = "Replicate no tiene usuario/otro, o su token no lo ve: créelo en https://replicate.com/create, o compruebe"
+    refused(push("usuario/otro", **gateway.environment), notes, line)
+
+
+def test_a_token_that_is_none(project: Path, push: Push, notes: Path, gateway: Gateway) -> None:
+    model(project / "weights", FALCON, FALCON_COMMIT)
+    variables = {**gateway.environment, "REPLICATE_API_TOKEN": "r8_secreto"}
+    result = push(NAME, **variables)
+    refused(result, notes, "Replicate no reconoce su REPLICATE_API_TOKEN: cópielo de nuevo")
+    assert "r8_secreto" not in result.stdout + result.stderr

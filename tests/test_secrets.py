@@ -13,8 +13,10 @@ import httpx
 import pytest
 
 from tests import project
+from tests.gateway import Gateway
 from tests.hub import Hub, files_of
 from tests.processes import FINALLY, Marked
+from tests.programs import Programs
 
 # not to be found in this file, which is a part of what is searched
 GOOD, NO_ACCESS, WRONG, REPLICATE = TOKENS = [f"hf_{uuid.uuid4().hex}" for _ in range(4)]
@@ -23,6 +25,9 @@ MODEL = "prueba/falcon-rw-1b"
 # What it is given to publish, it keeps.
 COG = """\
 import os, pathlib, shutil, sys
+if sys.argv[1:] == ["--version"]:
+    print("cog version 0.23.1")
+    sys.exit()
 shutil.copytree(pathlib.Path(), os.environ["PUBLISHED"])
 print(*sys.argv)
 """
@@ -35,15 +40,14 @@ class Home:
         self.folder = folder
         self.project = project.copied(folder / "project")
         self.outputs = folder / "outputs"
-        cog = folder / "bin" / "cog"
-        for path in (self.outputs, folder / "home", folder / "tmp", cog.parent):
+        programs = Programs(folder / "programs")
+        programs.write("cog", f"#!{sys.executable}\n{COG}")
+        for path in (self.outputs, folder / "home", folder / "tmp"):
             path.mkdir()
-        cog.write_text(f"#!{sys.executable}\n{COG}")
-        cog.chmod(0o755)
         unset = dict.fromkeys(("MODEL_REVISION", "DTYPE", "WEIGHTS_DIR", "HF_HUB_OFFLINE", "HF_HOME"), "")
         self.environment = {
             **{name: value for name, value in os.environ.items() if name not in unset},
-            "PATH": os.pathsep.join([str(cog.parent), os.environ["PATH"]]),
+            **programs.environment,
             "HOME": str(folder / "home"),
             "TMPDIR": str(folder / "tmp"),
             "PUBLISHED": str(folder / "published"),
@@ -136,7 +140,10 @@ def test_a_token_is_in_nothing_that_is_written(hub: Hub, tmp_path: Path, process
     (home.project / "weights" / "falcon-rw-1b" / "manifest.json").unlink()
     for name in (".env~", "token.json", "llm/.env.bak"):
         (home.project / name).write_text(GOOD)
-    assert home.run("push", "usuario/modelo") == 0
+    with Gateway("http://127.0.0.1:1", model="usuario/modelo") as gateway:
+        assert home.run("push", "usuario/modelo", REPLICATE_BASE_URL=gateway.url) == 1
+        gateway.token = REPLICATE
+        assert home.run("push", "usuario/modelo", REPLICATE_BASE_URL=gateway.url) == 0
     assert (home.folder / "published" / "predict.py").is_file()
     for name in (".env~", "token.json", "llm/.env.bak"):
         (home.project / name).unlink()

@@ -1,0 +1,137 @@
+"""What a push needs on this computer, looked for among programs of ours."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cli import prerequisites
+from llm.errors import UserError
+from tests.programs import Programs
+
+
+@pytest.fixture
+def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Programs:
+    programs = Programs(tmp_path)
+    for name, value in programs.environment.items():
+        monkeypatch.setenv(name, value)
+    return programs
+
+
+def refused(check: Callable[[], None]) -> str:
+    with pytest.raises(UserError) as raised:
+        check()
+    return str(raised.value)
+
+
+def check_cog() -> None:
+    prerequisites.check_cog("0.23.1")
+
+
+@pytest.mark.parametrize(
+    "version", ["0.23.1", "0.23.10", "1.0.0", "0.24.0-rc.1", "dev (built none)", "0.23.1-dev+g6110c91"]
+)
+def test_a_cog_that_is_new_enough(programs: Programs, version: str) -> None:
+    programs.write("cog", f"#!/bin/sh\necho 'cog version {version}'\n")
+    check_cog()
+
+
+@pytest.mark.parametrize(
+    ("says", "line"),
+    [
+        ("cog version 0.23.0 (built 2026-09-01T12:00:00Z)", "cog es el 0.23.0 y hace falta el 0.23.1 de cog.yaml"),
+        ("cog version 0.9.9", "cog es el 0.9.9 y hace falta el 0.23.1 de cog.yaml, o más nuevo: brew upgrade"),
+        # the browser of that name, and the generator of code
+        ("0.18.4 (WPE WebKit 2.46.1)", "bin/cog no es el cog de Replicate: brew install"),
+        ("", "bin/cog no es el cog de Replicate: brew install"),
+    ],
+)
+def test_a_cog_that_is_too_old_or_another(programs: Programs, says: str, line: str) -> None:
+    programs.write("cog", f"#!/bin/sh\necho '{says}'\n")
+    assert line in refused(check_cog)
+
+
+def test_a_cog_that_is_no_program(programs: Programs) -> None:
+    programs.write("cog", "\0")
+    assert "bin/cog, no es un programa: instálelo de nuevo" in refused(check_cog)
+
+
+def test_docker_that_answers(programs: Programs) -> None:
+    prerequisites.check_docker()
+
+
+@pytest.mark.parametrize(
+    ("says", "line"),
+    [
+        ("Cannot connect to the Docker daemon at unix:///var/run/docker.sock.", "Docker no contesta: abra Docker Des"),
+        (
+            "permission denied while trying to connect to the docker API at unix:///var/run/docker.sock",
+            "Docker no le deja entrar: sudo usermod -aG docker $USER",
+        ),
+    ],
+)
+def test_docker_that_does_not(programs: Programs, says: str, line: str) -> None:
+    programs.write("docker", f"#!/bin/sh\necho 'ERROR: {says}' >&2; exit 1\n")
+    assert line in refused(prerequisites.check_docker)
+
+
+def test_docker_that_hangs(programs: Programs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prerequisites, "_SECONDS", 0.1)
+    programs.write("docker", "#!/bin/sh\nexec sleep 600\n")
+    assert "docker no contesta en 0.1 s: repita, o reinicie Docker" in refused(prerequisites.check_docker)
+
+
+def keeps(programs: Programs, store: str) -> None:
+    """Make a store of Docker's have the login."""
+    answer = '{"ServerURL":"r8.im","Username":"usuario","Secret":"secreto"}'
+    programs.write(f"docker-credential-{store}", f"#!/bin/sh\n[ \"$1 $(cat)\" = 'get r8.im' ] && echo '{answer}'\n")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"auths": {"r8.im": {"auth": "eDp5"}}},
+        {"auths": {"r8.im": {"auth": "eDp5"}}, "credsStore": "falta"},
+        # as Docker Desktop has it
+        {"auths": {"r8.im": {}}, "credsStore": "tiene"},
+        # which Docker finds by itself
+        {},
+        None,
+    ],
+)
+def test_the_login_is_where_cog_leaves_it(programs: Programs, config: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    programs.login(config)
+    for store in ("tiene", "pass"):
+        keeps(programs, store)
+    prerequisites.check_login()
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"auths": {"r8.im": {}, "https://index.docker.io/v1/": {"auth": "eDp5"}}},
+        {"auths": {"https://index.docker.io/v1/": {"auth": "eDp5"}}},
+        {"auths": {"r8.im": {}}, "credsStore": "secretservice"},
+        {"auths": {}, "credsStore": "falta"},
+        # where cog does not look
+        {"credHelpers": {"r8.im": "pass"}},
+    ],
+)
+def test_a_login_elsewhere_is_none(programs: Programs, config: Any) -> None:
+    programs.login(config)
+    keeps(programs, "pass")
+    assert refused(prerequisites.check_login) == "No ha entrado en r8.im: cog login"
+
+
+@pytest.mark.parametrize("config", [{}, None])
+def test_nobody_has_logged_in_yet(programs: Programs, config: Any) -> None:
+    programs.login(config)
+    assert refused(prerequisites.check_login) == "No ha entrado en r8.im: cog login"
+
+
+@pytest.mark.parametrize("config", [[], {"auths": []}, {"auths": {"r8.im": "x"}}])
+def test_a_configuration_that_is_none(programs: Programs, config: Any) -> None:
+    programs.login(config)
+    assert "config.json no se entiende: corríjalo o bórrelo, y cog login" in refused(prerequisites.check_login)
