@@ -15,6 +15,7 @@ from cli import changes, hosted, prerequisites, schema, staging
 from cli.hosted import Reference
 from cli.schema import Schema
 from cli.terminal import Parser, agree, command
+from llm import weights
 from llm.errors import UserError
 from llm.settings import ROOT, Settings, values
 from llm.words import about, one_line
