@@ -13,6 +13,7 @@ from cog import AsyncConcatenateIterator, BasePredictor, Input, streaming
 
 from llm.cancellation import follow_cancels, on_cancel
 from llm.engine import Engine, Generation, Request
+from llm.errors import UserError
 from llm.model import Model
 from llm.prompt import Prompter
 from llm.sampling import Sampling
@@ -33,8 +34,10 @@ class Predictor(BasePredictor):
         print(f"Listo en {decimal(time.perf_counter() - start)} s")
 
     async def healthcheck(self) -> bool:
-        """False once the device is lost: /health-check then says UNHEALTHY."""
-        return self.engine.lost is None
+        """Raises UserError once the device is lost: /health-check then says UNHEALTHY, and why."""
+        if self.engine.lost:
+            raise UserError(self.engine.lost)
+        return True
 
     @streaming
     @cog.concurrent(max=32)

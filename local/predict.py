@@ -49,8 +49,7 @@ def main() -> int:
         with _output(arguments.output) as output:
             predict(values, output, environment=ensured(arguments.demo))
     except BrokenPipeError:
-        # Whoever read the answer has gone, `head` perhaps. Python would complain of it once more at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # whoever read the answer has gone, `head` perhaps
         return 141
     return 0
 
@@ -69,11 +68,11 @@ def predict(values: dict[str, Any], output: TextIO, environment: dict[str, str])
             running.wait_until_ready(loading.tick)
         for name, data in _events(running, values):
             if name == "output":
-                print(data["chunk"], end="", file=output, flush=True)
+                _write(data["chunk"], output)
             elif name == "error":
                 raise UserError(f"Se perdió parte de la respuesta, repita la orden ({data['error']})")
             elif name == "completed":
-                print(file=output, flush=True)
+                _write("\n", output)
                 if data["status"] != "succeeded":
                     raise UserError(server.error_text(data.get("error", "La predicción se canceló: repita la orden")))
                 first = decimal(data["metrics"]["time_to_first_token"])
@@ -100,37 +99,62 @@ def ensured(wants_demo: bool) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _output(path: str | None) -> Iterator[TextIO]:
-    """stdout, or what becomes the file's content once the answer is whole."""
+    """stdout, or what becomes the file's content once the answer is whole; stdout's if that cannot be."""
     if path is None:
+        if sys.stdout is None:
+            raise UserError("La salida está cerrada: quite >&-, o dé un archivo con -o")
         yield sys.stdout
         return
     file = Path(os.path.expanduser(path))
+    new = not os.path.lexists(file)
     try:
-        # before the model loads, and without a loss for what is in it
+        # before the model loads, and without a trace: what is in it stays, and a new one goes
         file.open("a").close()
+        if new:
+            file.unlink()
     except OSError as error:
         raise UserError(f"No se puede escribir en {path}: {reason(error)}") from error
     answer = io.StringIO()
     yield answer
-    file.write_text(answer.getvalue(), encoding="utf-8")
+    try:
+        file.write_text(answer.getvalue(), encoding="utf-8")
+    except OSError as error:
+        if new:
+            file.unlink(missing_ok=True)
+        _write(answer.getvalue(), sys.stdout)
+        raise UserError(f"No se pudo escribir en {path}, y la respuesta está arriba: {reason(error)}") from error
     print(f"La respuesta está en {path}", file=sys.stderr)
+
+
+def _write(text: str, output: TextIO) -> None:
+    """Raises BrokenPipeError if nobody reads it any more, UserError if it cannot be written."""
+    try:
+        print(text, end="", file=output, flush=True)
+    except OSError as error:
+        # Python would complain of it once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), output.fileno())
+        if isinstance(error, BrokenPipeError):
+            raise
+        raise UserError(f"No se puede escribir la respuesta: {reason(error)}") from error
 
 
 def _events(running: server.Server, values: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """The prediction's server-sent events as they come: name, data. Raises UserError where the server refuses it."""
     connection = http.client.HTTPConnection(server.HOST, running.port)
     headers = {"Content-Type": "application/json", "Accept": "text/event-stream"}
-    connection.request("POST", "/predictions", json.dumps({"input": values}), headers)
-    response = connection.getresponse()
-    if response.status != http.HTTPStatus.OK:
-        raise UserError(f"El servidor no aceptó la pregunta: {response.read().decode()}")
-    name = ""
-    for line in response:
-        field, _, value = line.decode().rstrip("\n").partition(": ")
-        if field == "event":
-            name = value
-        elif field == "data":
-            yield name, json.loads(value)
+    # without a connection the server is ending, and says why
+    with contextlib.suppress(ConnectionError, http.client.HTTPException):
+        connection.request("POST", "/predictions", json.dumps({"input": values}), headers)
+        response = connection.getresponse()
+        if response.status != http.HTTPStatus.OK:
+            raise UserError(f"El servidor no aceptó la pregunta: {response.read().decode()}")
+        name = ""
+        for line in response:
+            field, _, value = line.decode().rstrip("\n").partition(": ")
+            if field == "event":
+                name = value
+            elif field == "data":
+                yield name, json.loads(value)
 
 
 if __name__ == "__main__":

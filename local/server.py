@@ -32,11 +32,16 @@ stand almost still beside a program that has one of their cores. GNU's OpenMP re
 knows it."""
 
 _LISTENING = re.compile(r"Starting coglet server on .*:(\d+)")
+# what Cog says of a worker that is gone: to who waits for its answer, to who asks later, in the health check
+_CRASHED = ("Worker crashed", "Failed to send", "healthcheck channel closed")
 # the worker's last word on setup(), behind all that was printed in it, which comes a little after READY
 _SETUP_OVER = ("coglet::worker_bridge", "Setup complete")
+# where Cog makes a folder for each prediction, whatever TMPDIR says
+_PREDICTIONS = Path("/tmp/coglet/predictions")
 _SECONDS_FOR_THE_LOG = 2
 _SECONDS_TO_STOP = 5
 _SECONDS_BETWEEN_LOOKS = 0.1
+_SECONDS_BETWEEN_CHECKS = 1
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,7 @@ def running(
         "COG_LOG_LEVEL": "info",
     }
     variables.pop("RUST_LOG", None)
-    with signals_as_exits():
+    with signals_as_exits(), _group() as group:
         process = subprocess.Popen(
             [python, "-m", "cog.server.http", "--host", HOST],
             cwd=folder,
@@ -93,15 +98,16 @@ def running(
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            # A Ctrl-C reaches this process alone, and the whole group can be ended at once.
-            start_new_session=True,
+            process_group=group,
             encoding="utf-8",
             errors="replace",
         )
+        server = Server(process, log)
         try:
-            yield Server(process, log)
+            yield server
         finally:
-            _stop(process)
+            _stop(process, group)
+            server._remove_folders()
 
 
 class Server:
@@ -112,6 +118,7 @@ class Server:
         self._log = log
         self._port = 0
         self._last_line = ""
+        self._predictions: set[str] = set()
         self._setup_over = threading.Event()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -131,17 +138,19 @@ class Server:
         Raises UserError, with the predictor's own line where its setup() failed.
         """
         start = time.monotonic()
-        while (status := self._status()) == "STARTING":
+        while (health := self._look())["status"] == "STARTING":
             tick(time.monotonic() - start)
             time.sleep(_SECONDS_BETWEEN_LOOKS)
-        if status not in ("READY", "BUSY"):
-            raise _setup_error(self.health()["setup"]["logs"])
+        if health["status"] == "SETUP_FAILED":
+            raise _setup_error(health["setup"]["logs"])
         self._setup_over.wait(_SECONDS_FOR_THE_LOG)
 
     def wait(self) -> NoReturn:
-        """Raises UserError when the server ends by itself."""
-        self._process.wait()
-        raise self._ended()
+        """Raises UserError when the server ends by itself, or can answer no more."""
+        while not (error := _unhealthy(self._look())):
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(_SECONDS_BETWEEN_CHECKS)
+        raise UserError(error_text(error))
 
     def health(self) -> dict[str, Any]:
         """What /health-check answers."""
@@ -153,16 +162,22 @@ class Server:
         finally:
             connection.close()
 
-    def _status(self) -> str:
+    def _remove_folders(self) -> None:
+        """Once the server has stopped, remove those that Cog made for its predictions; one with files in it stays."""
+        self._reader.join(timeout=1)
+        for prediction in self._predictions:
+            for folder in ("inputs", "outputs", "."):
+                with suppress(OSError):
+                    (_PREDICTIONS / prediction / folder).rmdir()
+
+    def _look(self) -> dict[str, Any]:
         if self._process.poll() is not None:
             raise self._ended()
-        if not self._port:
-            return "STARTING"
-        try:
-            return str(self.health()["status"])
-        except ConnectionError:
-            # It is ending: the next look sees it gone.
-            return "STARTING"
+        # without a connection it is ending: the next look sees it gone
+        with suppress(ConnectionError):
+            if self._port:
+                return self.health()
+        return {"status": "STARTING"}
 
     def _ended(self) -> UserError:
         # for its last words; a worker that outlives it holds the log open
@@ -182,6 +197,9 @@ class Server:
                 event = {"target": "", "fields": {"message": text.rstrip()}}
             message, source = event["fields"]["message"], event["fields"].get("source")
             self._last_line = message
+            # an id is its client's, and with a slash it leads elsewhere
+            if "/" not in (prediction := event["fields"].get("prediction_id", "/")):
+                self._predictions.add(prediction)
             if listening := _LISTENING.fullmatch(message):
                 self._port = int(listening[1])
             if (event["target"], message) == _SETUP_OVER:
@@ -192,9 +210,20 @@ class Server:
 
 
 def error_text(error: str) -> str:
-    """The predictor's own words in an error of Cog's, which puts where it happened and the exception's name first."""
+    """What an error of Cog's means: the predictor's own words, which come after where it happened and a name."""
     _, ours, text = error.partition("UserError: ")
-    return text if ours else error
+    if ours:
+        return text
+    if any(words in error for words in _CRASHED):
+        return "El modelo se cerró, casi siempre por falta de memoria: cierre otros programas y repita la orden"
+    return error
+
+
+def _unhealthy(health: dict[str, Any]) -> str:
+    """Why the server can answer no more, or nothing."""
+    error = str(health.get("user_healthcheck_error") or "")
+    # a worker that is only slow, or slept with the computer, will answer again
+    return "" if "timed out" in error else error
 
 
 def _setup_error(logs: str) -> UserError:
@@ -225,17 +254,27 @@ def _refuse_if_taken(port: int) -> None:
             ) from error
 
 
-def _stop(process: subprocess.Popen[str]) -> None:
+@contextmanager
+def _group() -> Iterator[int]:
+    """A group of processes that a Ctrl-C does not reach, and that ends when this process does, even by kill -9.
+
+    Its first waits for the end of a pipe from here: a worker in setup() would not see that its server is gone.
+    """
+    with subprocess.Popen(["/bin/sh", "-c", "read _; kill -KILL 0"], stdin=subprocess.PIPE, process_group=0) as first:
+        yield first.pid
+
+
+def _stop(process: subprocess.Popen[str], group: int) -> None:
     # To the whole group: the server alone would wait for its streams to end, and leave behind a worker in setup().
     # PermissionError is what macOS says of a group that has only just ended.
     try:
         with suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGTERM)
+            os.killpg(group, signal.SIGTERM)
         with suppress(subprocess.TimeoutExpired):
             process.wait(_SECONDS_TO_STOP)
     finally:
         with suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)
+            os.killpg(group, signal.SIGKILL)
         process.wait()
 
 

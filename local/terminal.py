@@ -1,6 +1,7 @@
 """What a command shows while it works: lines on stderr, and one that counts the seconds where that is a terminal."""
 
 import argparse
+import signal
 import sys
 import threading
 from collections.abc import Callable
@@ -45,6 +46,9 @@ def command(main: Callable[[], int]) -> Callable[[], int]:
     """
 
     def run() -> int:
+        # this package's own was for the imports
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             with signals_as_exits():
                 return main()

@@ -8,13 +8,17 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
+import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 
+from local import server
 from tests.processes import FINALLY, Marked
 from tests.project import copied
 
@@ -24,6 +28,7 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 QUESTION = ["-i", "pregunta=Once upon a time", "-i", "temperature=0"]
 CONTINUED = [*QUESTION, "-i", "prompt_template={pregunta}"]
+CRASHED = "El modelo se cerró, casi siempre por falta de memoria: cierre otros programas y repita la orden"
 
 
 @pytest.fixture(scope="module")
@@ -245,7 +250,7 @@ def test_dotenv_is_read_and_the_environment_wins(
 def started(environment: dict[str, str], *command: Path | str) -> Iterator["subprocess.Popen[str]"]:
     """A command that is still at work; asked to end, if it has not, at the end of the block."""
     with subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     ) as process:
         try:
             yield process
@@ -264,7 +269,10 @@ def answering(project: Path, environment: dict[str, str], processes: Marked) -> 
         yield process
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+ENDS = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGKILL, -9)]
+
+
+@pytest.mark.parametrize(("number", "status"), ENDS)
 def test_a_signal_ends_all(
     answering: "subprocess.Popen[str]", processes: Marked, number: signal.Signals, status: int
 ) -> None:
@@ -273,6 +281,40 @@ def test_a_signal_ends_all(
     assert answering.returncode == status
     assert "tokens/s" not in errors and "Traceback" not in errors
     assert not psutil.wait_procs(processes.alive(), timeout=FINALLY)[1]
+
+
+@pytest.mark.parametrize(
+    ("command", "line"),
+    [("_run_worker", CRASHED), ("cog.server.http", "El servidor de Cog se cerró")],
+    ids=["worker", "server"],
+)
+def test_a_process_that_dies_is_told(
+    answering: "subprocess.Popen[str]", processes: Marked, command: str, line: str
+) -> None:
+    (process,) = processes.alive(command)
+    process.kill()
+    _, errors = answering.communicate(timeout=FINALLY)
+    assert answering.returncode == 1
+    assert errors.splitlines()[-1].startswith(line) and "Traceback" not in errors
+    assert not psutil.wait_procs(processes.alive(), timeout=FINALLY)[1]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux")
+@pytest.mark.parametrize(
+    ("where", "shown", "line"),
+    [
+        ("-o /dev/full", True, "No se pudo escribir en /dev/full, y la respuesta está arriba: el disco está lleno"),
+        (">/dev/full", False, "No se puede escribir la respuesta: el disco está lleno"),
+        (">&-", False, "La salida está cerrada: quite >&-, o dé un archivo con -o"),
+    ],
+)
+def test_an_answer_that_cannot_be_written_is_told(
+    project: Path, environment: dict[str, str], where: str, shown: bool, line: str
+) -> None:
+    command = shlex.join([str(project / "script" / "predict"), *CONTINUED, "-i", "max_tokens=2"])
+    result = subprocess.run(["bash", "-c", f"{command} {where}"], env=environment, capture_output=True, text=True)
+    assert (result.returncode, bool(result.stdout.strip())) == (1, shown)
+    assert result.stderr.splitlines()[-1] == line and "Traceback" not in result.stderr
 
 
 def test_a_reader_that_goes_ends_all(answering: "subprocess.Popen[str]", processes: Marked) -> None:
@@ -284,24 +326,99 @@ def test_a_reader_that_goes_ends_all(answering: "subprocess.Popen[str]", process
     assert not psutil.wait_procs(processes.alive(), timeout=FINALLY)[1]
 
 
-def test_ctrl_c_while_loading_ends_all(project: Path, environment: dict[str, str], processes: Marked) -> None:
-    with started(environment, project / "script" / "predict", *QUESTION) as process:
+@pytest.mark.parametrize(("number", "status"), ENDS)
+def test_a_signal_while_loading_ends_all(
+    project: Path,
+    environment: dict[str, str],
+    processes: Marked,
+    tmp_path: Path,
+    number: signal.Signals,
+    status: int,
+) -> None:
+    output = tmp_path / "respuesta.txt"
+    with started(environment, project / "script" / "predict", *QUESTION, "-o", str(output)) as process:
         assert process.stderr is not None
         assert process.stderr.readline() == "Cargando el modelo\n"
         while not (workers := processes.alive("_run_worker")):
             assert process.poll() is None
         # as one deep in a load: it does not end of itself when its server does
         workers[0].suspend()
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         process.communicate(timeout=FINALLY)
-    assert process.returncode == 130
+    assert process.returncode == status
+    assert not output.exists()
     assert not psutil.wait_procs(processes.alive(), timeout=FINALLY)[1]
 
 
-def test_serve_prints_a_command_that_works(project: Path, environment: dict[str, str], processes: Marked) -> None:
+# script/setup starts it too, to see whether .venv is whole
+@pytest.mark.parametrize("code", [".venv/bin/python", "llm/__init__.py"])
+def test_ctrl_c_before_the_command_has_begun_is_one_line(tmp_path: Path, processes: Marked, code: str) -> None:
+    project = copied(tmp_path / "project")
+    waits = f"#!{sys.executable}\nimport time\nprint(flush=True)\ntime.sleep(600)\n"
+    (project / code).write_text(waits)
+    with started({**os.environ, **processes.environment}, project / "script" / "predict", *QUESTION) as process:
+        assert process.stdout is not None
+        assert process.stdout.read(1)
+        # as a terminal does
+        os.killpg(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=FINALLY)
+    assert (process.returncode, errors.strip()) == (130, "Interrumpido")
+
+
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return int(free.getsockname()[1])
+
+
+def client(port: int) -> httpx.Client:
+    return httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=FINALLY, trust_env=False)
+
+
+@pytest.mark.parametrize("streams", [0, 8])
+def test_serve_ends_when_its_worker_dies(
+    project: Path, environment: dict[str, str], processes: Marked, streams: int
+) -> None:
+    port = free_port()
+    inputs = {"pregunta": "Once upon a time", "temperature": 0, "max_tokens": 2048, "prompt_template": "{pregunta}"}
+    with started(environment, project / "script" / "serve", "--port", str(port)) as process, ExitStack() as clients:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("Listo en")
+        http = clients.enter_context(client(port))
+        answers = []
+        for _ in range(streams):
+            headers = {"Accept": "text/event-stream"}
+            answer = clients.enter_context(http.stream("POST", "/predictions", json={"input": inputs}, headers=headers))
+            answers.append(lines := answer.iter_lines())
+            assert "event: output" in lines
+        (worker,) = processes.alive("_run_worker")
+        worker.kill()
+        for lines in answers:
+            *_, end, _ = lines
+            assert '"status":"failed"' in end
+        _, log = process.communicate(timeout=FINALLY)
+    assert (process.returncode, log.splitlines()[-1]) == (1, CRASHED)
+    assert not processes.alive()
+
+
+def test_serve_ends_when_its_engine_is_lost(tmp_path: Path, environment: dict[str, str]) -> None:
+    project = copied(tmp_path / "project")
+    with (project / "predict.py").open("a") as file:
+        file.write("\n\ndef gone(engine):\n    raise SystemExit('fuera')\n\n\nEngine._step = gone\n")
+    port = free_port()
+    line = "El motor se detuvo (fuera): hay que reiniciar el servidor"
+    with started(environment, project / "script" / "serve", "--port", str(port)) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("Listo en")
+        with client(port) as http:
+            prediction = http.post("/predictions", json={"input": {"pregunta": "hola"}}).json()
+        assert (prediction["status"], server.error_text(prediction["error"])) == ("failed", line)
+        _, log = process.communicate(timeout=FINALLY)
+    assert (process.returncode, log.splitlines()[-1]) == (1, line)
+
+
+def test_serve_prints_a_command_that_works(project: Path, environment: dict[str, str], processes: Marked) -> None:
+    port = free_port()
     serve = (str(project / "script" / "serve"), "--port", str(port))
     with started(environment, *serve) as process:
         assert process.stdout is not None
@@ -310,6 +427,12 @@ def test_serve_prints_a_command_that_works(project: Path, environment: dict[str,
 
         answer = subprocess.run(["bash", "-c", "".join(command)], capture_output=True, text=True, check=True).stdout
         assert answer.startswith("event: start") and '"status":"succeeded"' in answer
+
+        prediction = uuid.uuid4().hex
+        with client(port) as http:
+            http.put(f"/predictions/{prediction}", json={"input": {"pregunta": "hola", "max_tokens": 2}})
+        folder = Path("/tmp/coglet/predictions", prediction)
+        assert folder.is_dir()
 
         second = subprocess.run(serve, env=environment, capture_output=True, text=True)
         assert second.returncode == 1
@@ -321,6 +444,7 @@ def test_serve_prints_a_command_that_works(project: Path, environment: dict[str,
         _, log = process.communicate(timeout=FINALLY)
     assert process.returncode == 0
     assert "tokens de entrada" in log and "Deprecat" not in log
+    assert not folder.exists()
     assert not psutil.wait_procs(processes.alive(), timeout=FINALLY)[1]
 
 
