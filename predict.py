@@ -119,7 +119,7 @@ class Predictor(BasePredictor):
         """Record the metrics, and log one line without the question's text."""
         reason = "stop" if text.stopped else generation.finish_reason
         self.record_metric("input_token_count", len(generation.request.prompt))
-        self.record_metric("output_token_count", generation.count)
+        self.record_metric("output_token_count", generation.consumed)
         self.record_metric("queue_time", generation.queue_time)
         self.record_metric("time_to_first_token", generation.time_to_first_token)
         self.record_metric("tokens_per_second", generation.tokens_per_second)
@@ -128,6 +128,6 @@ class Predictor(BasePredictor):
         if reason == "length" and generation.budget < generation.request.max_tokens:
             end = f"se acabó el contexto, que dejaba sitio para {generation.budget} tokens"
         print(
-            f"{len(generation.request.prompt)} tokens de entrada, {generation.count} de salida, "
+            f"{len(generation.request.prompt)} tokens de entrada, {generation.consumed} de salida, "
             f"{decimal(generation.tokens_per_second)} tokens/s, semilla {generation.request.sampling.seed}: {end}"
         )

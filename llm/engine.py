@@ -3,10 +3,10 @@
 It is a thread of its own. Requests come from any thread, and each gets its tokens in the thread that asked.
 
 What holds between any two steps:
-- Only the engine's thread touches rows, here and in the runner, and both know the same ones as in use: a row is put
-  when its request is admitted, and released when that ends or has asked for its last token.
+- Only the engine's thread touches rows. A generation in `running` has one, from when it is admitted until it ends or
+  its last token is scheduled.
 - Of a prompt and its context, 1 <= prompt < context: there is something to read, and room for one token at least.
-- An entry of `_in_flight` belongs to the step that was asked for then. Its index says where in that step's ids a
+- An entry of `_in_flight` belongs to the step that was scheduled then. Its index says where in that step's ids a
   generation's id stands; by the time they are read, the row may be another's.
 """
 
@@ -24,13 +24,14 @@ from typing import Literal
 import torch
 
 from llm.errors import UserError
+from llm.gpu import Capture, cuda_capture
 from llm.model import Model
-from llm.runner import MULTIPLE, Capture, Ids, Runner, cuda_capture
+from llm.runner import MULTIPLE, PendingIds, Row, Runner
 from llm.sampling import NOT_A_NUMBER, Sampling
 from llm.words import decimal
 
 SMALLEST_PART = 16
-"""Without memory, pieces become smaller: down to this part of what they were."""
+"""Without memory, prefill chunks become smaller: down to this part of what they were."""
 
 NO_MEMORY = "La GPU se quedó sin memoria: vuelva a intentarlo con una pregunta más corta"
 
@@ -56,15 +57,13 @@ class Generation:
         self.request = request
         self.budget = budget
         """The most new tokens: fewer than asked for where the context ends first."""
-        self.row = -1
-        self.read = 0
-        """Tokens of the prompt that are in the cache."""
-        self.asked = 0
-        """Tokens asked of the device: those handed out, and those on their way."""
+        self.row: Row | None = None
+        self.scheduled = 0
+        """Tokens asked of the device: those emitted, and those on their way."""
         self.emitted = 0
         """Tokens handed out."""
-        self.count = 0
-        """Tokens taken by who iterates: the answer may end before all that are handed out are used."""
+        self.consumed = 0
+        """Tokens taken by who iterates: the answer may end before all that are emitted are used."""
         self.alone = False
         """A pass that read its prompt beside others found no memory."""
         self.cancelled = False
@@ -76,16 +75,12 @@ class Generation:
         """When it was asked for, got a row, and when the first token and the last that was taken came, in seconds."""
         self.inbox: SimpleQueue[tuple[int, float] | BaseException | None] = SimpleQueue()
 
-    @property
-    def reading(self) -> bool:
-        return self.read < len(self.request.prompt)
-
     def __iter__(self) -> Iterator[int]:
         while (item := self.inbox.get()) is not None:
             if isinstance(item, BaseException):
                 raise item
             token, self.last = item
-            self.count += 1
+            self.consumed += 1
             yield token
 
     @property
@@ -101,7 +96,7 @@ class Generation:
     @property
     def tokens_per_second(self) -> float:
         """Over the whole time from asking to the last token that was taken."""
-        return self.count / ((self.last or time.perf_counter()) - self.created)
+        return self.consumed / ((self.last or time.perf_counter()) - self.created)
 
     def cancel(self) -> None:
         """End it, from any thread. Its row is free at the next step."""
@@ -112,27 +107,29 @@ class Generation:
 class Engine:
     """Serves every request at once, in rows of one cache."""
 
-    def __init__(self, model: Model, most_rows: int, piece: int | None = None, capture: Capture | None = None):
-        """piece: the tokens of prompts that one pass reads; capture: what makes graphs of a decode step. Raises
-        UserError where the memory is too small for one row."""
+    def __init__(self, model: Model, most_rows: int, prefill_chunk: int | None = None, capture: Capture | None = None):
+        """prefill_chunk: the tokens of prompts that one pass reads; capture: what makes graphs of a decode step.
+        Raises UserError where the memory is too small for one row."""
         if model.device.type == "cuda" and not model.spread:
             capture = capture or cuda_capture()
-        self.rows: dict[int, Generation] = {}
-        self._piece = piece or model.prefill_piece()
-        # two multiples: wherever a piece starts, there is an end for it that needs no filling up
-        self._smallest_piece = min(self._piece, max(2 * MULTIPLE, self._piece // SMALLEST_PART))
-        self.most_rows = model.rows(most_rows, self._piece)
+        self.running: list[Generation] = []
+        """Those that have a row. Of those that are not prefilled, the first is served next."""
+        self._prefill_chunk = prefill_chunk or model.prefill_chunk()
+        # two multiples: wherever a chunk starts, there is an end for it that needs no padding
+        self._smallest_chunk = min(self._prefill_chunk, max(2 * MULTIPLE, self._prefill_chunk // SMALLEST_PART))
+        self.most_rows = model.rows(most_rows, self._prefill_chunk)
         self.context = model.context
         self.lost: str | None = None
         """Why no more predictions can be served, once that is so."""
+        self.seconds = model.seconds
+        """What each part of getting ready took: `load`, `pack`, `warm_up`, `capture`, as far as there was one."""
         self._model = model
         self._capture = capture
         self._prefix: list[int] = []
-        # with graphs, step n+1 is asked for before the tokens of step n are read: the device never waits for Python
+        # with graphs, step n+1 is scheduled before the tokens of step n are read: the device never waits for Python
         self._ahead = 1 if capture else 0
         self._waiting: deque[Generation] = deque()
-        self._reading: deque[Generation] = deque()
-        self._in_flight: deque[tuple[list[tuple[int, Generation]], Ids]] = deque()
+        self._in_flight: deque[tuple[list[tuple[int, Generation]], PendingIds]] = deque()
         self._wake = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._started: Future[None] = Future()
@@ -176,7 +173,7 @@ class Engine:
         self._started.set_result(None)
         while not self.lost:
             with self._wake:
-                self._wake.wait_for(lambda: self._waiting or self._in_flight or self.rows)
+                self._wake.wait_for(lambda: self._waiting or self._in_flight or self.running)
             try:
                 self._step()
             except Exception as error:  # every request of the step gets it
@@ -190,103 +187,89 @@ class Engine:
         self._hand_out()
 
     def _drop_cancelled(self) -> None:
-        for generation in [g for g in self.rows.values() if g.cancelled]:
+        for generation in [g for g in self.running if g.cancelled]:
             self._release(generation)
-        self._reading = deque(g for g in self._reading if not g.cancelled)
 
     def _admit(self) -> None:
-        while self._waiting and len(self.rows) < self.most_rows:
+        while self._waiting and len(self.running) < self.most_rows:
             generation = self._waiting.popleft()
             if generation.cancelled:
                 continue
-            generation.row = next(row for row in range(self.most_rows) if row not in self.rows)
             generation.admitted = time.perf_counter()
-            self.rows[generation.row] = generation
-            request = generation.request
-            generation.read = self._runner.put(generation.row, request.prompt, request.sampling)
-            self._reading.append(generation)
+            self.running.append(generation)
+            generation.row = self._runner.put(generation.request.prompt, generation.request.sampling)
 
     def _prefill(self) -> None:
-        """Read one piece: the next of the longest-waiting prompt, and of those that stand where it stands."""
-        if not self._reading:
+        """Read one chunk: the next of the longest-waiting prompt, and of those that have as much cached."""
+        together = self._next_chunks()
+        if not together:
             return
-        together = self._next_pieces()
         try:
-            ids = self._runner.prefill({g.row: count for g, count in together.items()})
+            ids = self._runner.prefill({row: count for _, row, count in together})
         except torch.OutOfMemoryError:
-            self._read_smaller(list(together))
+            self._read_smaller([generation for generation, _, _ in together])
             return
-        for generation, count in together.items():
-            self._reading.remove(generation)
-            generation.read += count
-            if generation.reading:
-                # behind those that have come meanwhile: a long prompt does not keep the short ones waiting
-                self._reading.append(generation)
+        expected = []
+        for index, (generation, row, _) in enumerate(together):
+            if row.prefilled:
+                generation.scheduled = 1
+                expected.append((index, generation))
             else:
-                generation.asked = 1
-        self._await_ids([(i, g) for i, g in enumerate(together) if not g.reading], ids)
+                # behind those that have come meanwhile: a long prompt does not keep the short ones waiting
+                self.running.remove(generation)
+                self.running.append(generation)
+        self._await_ids(expected, ids)
 
-    def _next_pieces(self) -> dict[Generation, int]:
-        """Whose prompts the next pass reads, and how many tokens of each: no more than a piece is computed."""
-        first = self._reading[0]
-        together: dict[Generation, int] = {}
-        for generation in self._reading:
-            # an end that needs no filling up: see Runner.tokens
-            end = (generation.read + self._piece) // self._runner.multiple * self._runner.multiple
-            count = min(len(generation.request.prompt), end) - generation.read
-            counts = {g.row: n for g, n in together.items()} | {generation.row: count}
-            beside = generation.read == first.read and not (generation.alone or first.alone)
-            if generation is first or (beside and self._runner.tokens(counts) <= self._piece):
-                together[generation] = count
+    def _next_chunks(self) -> list[tuple[Generation, Row, int]]:
+        """Whose prompts the next pass reads, and how many tokens of each: it computes no more than a chunk."""
+        waiting = [(g, g.row) for g in self.running if g.row and not g.row.prefilled]
+        together: list[tuple[Generation, Row, int]] = []
+        for generation, row in waiting:
+            first, first_row = waiting[0]
+            # an end that needs no padding: see Runner.tokens_computed
+            end = (row.cached + self._prefill_chunk) // self._runner.multiple * self._runner.multiple
+            count = min(row.prompt, end) - row.cached
+            counts = {r: n for _, r, n in together} | {row: count}
+            beside = row.cached == first_row.cached and not (generation.alone or first.alone)
+            if generation is first or (beside and self._runner.tokens_computed(counts) <= self._prefill_chunk):
+                together.append((generation, row, count))
         return together
 
     def _read_smaller(self, generations: list[Generation]) -> None:
-        """After a pass without memory: read its prompts alone and in smaller pieces, and serve fewer at once."""
+        """After a pass without memory: read its prompts alone and in smaller chunks, and serve fewer at once."""
         self._serve_fewer()
-        if len(generations) == 1 and self._piece == self._smallest_piece:
+        if len(generations) == 1 and self._prefill_chunk == self._smallest_chunk:
             self._release(generations[0])
-            self._reading.remove(generations[0])
             generations[0].inbox.put(UserError(NO_MEMORY))
-        self._piece = max(self._smallest_piece, self._piece // 4)
+        self._prefill_chunk = max(self._smallest_chunk, self._prefill_chunk // 4)
         for generation in generations:
             generation.alone = True
 
     def _serve_fewer(self) -> None:
-        self._runner.give_back_memory()
+        self._runner.empty_cache()
         self.most_rows = max(1, self.most_rows // 2)
         print(f"Faltó memoria: desde ahora, {self.most_rows} peticiones a la vez")
 
     def _decode(self) -> None:
         """Take every row whose prompt is read one token further."""
-        self._close_ranks()
-        running = [g for g in self.rows.values() if not g.reading]
-        if not running:
+        decoding = [(g, g.row) for g in self.running if g.row and g.row.prefilled]
+        if not decoding:
             return
         ids = self._runner.decode()
-        for generation in running:
-            generation.asked += 1
-        self._await_ids([(g.row, g) for g in running], ids)
+        for generation, _ in decoding:
+            generation.scheduled += 1
+        self._await_ids([(row.number, generation) for generation, row in decoding], ids)
 
-    def _close_ranks(self) -> None:
-        """Move the last rows into the holes that others left: a step computes all rows up to the last in use."""
-        for hole in range(len(self.rows)):
-            if hole not in self.rows:
-                last = max(self.rows)
-                # first what can fail: until then the generation is found in its old row
-                self._runner.move(last, hole)
-                generation = self.rows[hole] = self.rows.pop(last)
-                generation.row = hole
-
-    def _await_ids(self, expected: list[tuple[int, Generation]], ids: Ids) -> None:
-        """Note which generation each id of a step belongs to; one that has asked for all it may leaves its row."""
+    def _await_ids(self, expected: list[tuple[int, Generation]], ids: PendingIds) -> None:
+        """Note which generation each id of a step belongs to; one whose last token is scheduled leaves its row."""
         self._in_flight.append((expected, ids))
         for _, generation in expected:
-            if generation.asked == generation.budget:
+            if generation.scheduled == generation.budget:
                 self._release(generation)
 
     def _hand_out(self) -> None:
         """Give the tokens of the steps that are done to those who wait for them."""
-        ahead = self._ahead if self.rows else 0
+        ahead = self._ahead if self.running else 0
         while len(self._in_flight) > ahead:
             expected, ids = self._in_flight.popleft()
             chosen = ids.read()
@@ -313,8 +296,7 @@ class Engine:
 
     def _break_off(self, generation: Generation) -> None:
         """End a request whose logits are NaN or infinite. The others in the step are not touched by it."""
-        # with graphs its row may be another's by now: that one fails too if it met what is left there
-        if self.rows.get(generation.row, generation) is generation:
+        if generation.row:
             self._runner.clear(generation.row)
         self._release(generation)
         generation.cancelled = True
@@ -326,15 +308,16 @@ class Engine:
         )
 
     def _release(self, generation: Generation) -> None:
-        if self.rows.get(generation.row) is generation:
+        if generation.row:
             self._runner.release(generation.row)
-            del self.rows[generation.row]
+        if generation in self.running:
+            self.running.remove(generation)
 
     def _fail(self, error: Exception) -> None:
         """End what was running with one clear line, give its rows back, and go on if the device still can."""
         traceback.print_exception(error)
         line = f"La predicción falló mientras se generaba ({_reason(error)}): vuelva a intentarlo"
-        failed = self._running()
+        failed = self._unfinished()
         try:
             if isinstance(error, torch.OutOfMemoryError):
                 line = NO_MEMORY
@@ -346,40 +329,41 @@ class Engine:
             traceback.print_exception(second)
             line = f"Se perdió el dispositivo ({_reason(error)}): hay que reiniciar el servidor"
             self._lose(line)
-        self._reading.clear()
         self._in_flight.clear()
         for generation in failed:
             generation.inbox.put(UserError(line))
 
-    def _running(self) -> set[Generation]:
+    def _unfinished(self) -> set[Generation]:
         """Those that have a row, or tokens on their way."""
-        return {*self.rows.values()} | {g for expected, _ in self._in_flight for _, g in expected}
+        return {*self.running} | {g for expected, _ in self._in_flight for _, g in expected}
 
     def _lose(self, line: str) -> None:
         """Refuse what comes, and end all that is there."""
         print(line)
         with self._wake:
             self.lost = line
-            failed = self._running() | set(self._waiting)
+            failed = self._unfinished() | set(self._waiting)
         for generation in failed:
             generation.inbox.put(UserError(line))
 
     def _warm_up(self) -> None:
         start = time.perf_counter()
-        self._runner.put(0, [0, 0], Sampling(temperature=1, top_k=50))
-        self._runner.prefill({0: 2}).read()
+        row = self._runner.put([0, 0], Sampling(temperature=1, top_k=50))
+        self._runner.prefill({row: 2}).read()
         for _ in range(3):
             self._runner.decode().read()
-        self._runner.release(0)
+        self._runner.release(row)
         if 0 < len(self._prefix) < self.context:
-            self._runner.keep(self._prefix, self._piece)
+            self._runner.save_prefix(self._prefix, self._prefill_chunk)
+        self.seconds["warm_up"] = time.perf_counter() - start
         size = self.most_rows * self.context * sum(self._model.token_bytes.values())
         print(f"Caché: {self.most_rows} peticiones a la vez de {self.context} tokens, hasta {decimal(size / 1e9)} GB")
-        print(f"Primeros tokens de prueba en {decimal(time.perf_counter() - start)} s")
+        print(f"Primeros tokens de prueba en {decimal(self.seconds['warm_up'])} s")
         start = time.perf_counter()
         try:
             if graphs := self._runner.capture_graphs():
-                print(f"{graphs} grafos CUDA capturados en {decimal(time.perf_counter() - start)} s")
+                self.seconds["capture"] = time.perf_counter() - start
+                print(f"{graphs} grafos CUDA capturados en {decimal(self.seconds['capture'])} s")
         except RuntimeError as error:
             # torch says that the capture failed; why, the error that it met while it ended it
             reason = _reason(error.__context__ or error)

@@ -13,9 +13,8 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from llm import processor, weights
+from llm import cpu, gpu, hub, weights
 from llm.errors import UserError
-from llm.memory import reserve, rows_that_fit
 from llm.settings import Settings
 from llm.words import decimal
 
@@ -24,9 +23,9 @@ CPU_SHARE = 0.5
 GPU_SHARE = 0.95
 """Of a GPU's free memory, for the cache and the steps: the rest is lost between the blocks that torch hands out."""
 
-CPU_PIECE = 256
-GPU_PIECE = 4096
-OLD_GPU_PIECE = 1024
+CPU_PREFILL_CHUNK = 256
+GPU_PREFILL_CHUNK = 4096
+OLD_GPU_PREFILL_CHUNK = 1024
 """Tokens of prompts that one pass reads, and so how long a running stream can pause. GPUs before Ampere have no kernel
 for attention with grouped queries: what torch does instead takes a gigabyte for each 1,024 tokens and 32 heads."""
 
@@ -44,44 +43,48 @@ class Model:
     context: int
     """Tokens of prompt and answer together."""
     vocabulary: int
-    """Ids from here on are no token of the tokenizer's, though the model has logits for them."""
+    """How many ids are tokens. Some models have logits for more."""
     stop_ids: frozenset[int]
     layers: int
     token_bytes: Counter[torch.device]
     """What one token of one row takes in the key/value cache, in bytes, on each device."""
-    padding: processor.Padding = field(default_factory=processor.Padding)
+    padding: cpu.Padding = field(default_factory=cpu.Padding)
     packed: bool = False
     """Its linear layers are PackedLinear, which leave out the padding."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """What each part of getting ready took: here `load` and `pack`."""
 
     @classmethod
     def load(cls, settings: Settings) -> "Model":
         """Bring the weights if they are missing, load them, and say so. Raises UserError."""
-        found = weights.ensure(settings)
-        # OpenMP keeps its threads for as long as the thread that first needed them. Those that load would stay beside
-        # the engine's, and with more of them than processors all sleep, not spin, between one operation and the next.
+        found = hub.ensure(settings)
+        # OpenMP keeps a pool of threads for each thread that ever computed. The pool that loads would stay beside the
+        # engine's, and with more threads than processors all sleep, instead of spinning, between two operations.
         with ThreadPoolExecutor(1) as thread:
             return thread.submit(cls._load, found, settings).result()
 
     @classmethod
     def _load(cls, found: weights.Weights, settings: Settings) -> "Model":
-        threads = processor.use_physical_cores()
-        dtype = getattr(torch, settings.dtype) if settings.dtype else processor.best_dtype()
+        threads = cpu.use_physical_cores()
+        dtype = getattr(torch, settings.dtype) if settings.dtype else best_dtype()
         start = time.perf_counter()
         model = cls.read(found.folder, dtype)
+        model.seconds["load"] = time.perf_counter() - start
         where = ", ".join(sorted({str(device) for device in model.token_bytes}))
         cores = f" con {threads} hilos" if model.device.type == "cpu" else ""
         print(f"Modelo: {found.origin}, {_parameters(model.network)} en {str(dtype).removeprefix('torch.')}")
         if not found.verified:
             print(f"Sin verificar: {weights.shown(found.folder)} no tiene manifest.json")
-        print(f"Cargado en {where}{cores} en {decimal(time.perf_counter() - start)} s")
+        print(f"Cargado en {where}{cores} en {decimal(model.seconds['load'])} s")
         if model.device.type == "cuda":
-            processor.use_steady_kernels()
+            gpu.use_steady_kernels()
         if model.spread:
             print("El modelo está repartido entre varios dispositivos: cada paso va sin grafos CUDA, más despacio")
-        elif model.device.type == "cpu" and dtype == torch.bfloat16 and processor.computes_in_bfloat16():
+        elif model.device.type == "cpu" and dtype == torch.bfloat16 and cpu.computes_in_bfloat16():
             start = time.perf_counter()
             model.pack()
-            print(f"Pesos ordenados para el procesador en {decimal(time.perf_counter() - start)} s")
+            model.seconds["pack"] = time.perf_counter() - start
+            print(f"Pesos ordenados para el procesador en {decimal(model.seconds['pack'])} s")
         return model
 
     @classmethod
@@ -124,25 +127,25 @@ class Model:
 
     def pack(self) -> None:
         """Lay a bfloat16 model on the CPU out as the processor reads it fastest, in place."""
-        processor.pack(self.network, self.padding)
-        processor.use_own_attention(self.network)
+        cpu.pack(self.network, self.padding)
+        cpu.use_own_attention(self.network)
         self.packed = True
 
-    def prefill_piece(self) -> int:
+    def prefill_chunk(self) -> int:
         """How many tokens of prompts one pass may read."""
         if self.device.type != "cuda":
-            return CPU_PIECE
-        return GPU_PIECE if all(map(processor.is_ampere, self._gpus)) else OLD_GPU_PIECE
+            return CPU_PREFILL_CHUNK
+        return GPU_PREFILL_CHUNK if all(map(gpu.is_ampere, self._gpus)) else OLD_GPU_PREFILL_CHUNK
 
-    def rows(self, most: int, piece: int) -> int:
+    def rows(self, most: int, chunk: int) -> int:
         """How many contexts the key/value cache can hold, `most` at the most, given the memory that is free now.
 
-        piece: the tokens that one pass over prompts computes. Where not one context fits, it is shortened to what
-        does. Raises UserError where that is next to nothing.
+        chunk: the tokens that a prefill pass computes. Where not one context fits, it is shortened to what does.
+        Raises UserError where that is next to nothing.
         """
         free = {device: int(psutil.virtual_memory().available * CPU_SHARE) for device in self.token_bytes}
         if self._gpus:
-            kept = reserve(self.network, piece, most, self.context, fused=all(map(processor.is_ampere, self._gpus)))
+            kept = gpu.reserve(self.network, chunk, most, self.context, fused=all(map(gpu.is_ampere, self._gpus)))
             print(
                 f"De cada GPU se apartan {_mega(kept.prefill)} para leer preguntas, {_mega(kept.graphs)} para los "
                 f"grafos y {_mega(kept.workspaces)} para las bibliotecas"
@@ -162,6 +165,23 @@ class Model:
         return [device for device in self.token_bytes if device.type == "cuda"]
 
 
+def rows_that_fit(token_bytes: Counter[torch.device], free: dict[torch.device, int], context: int, most: int) -> int:
+    """How many contexts fit on every device, `most` at the most.
+
+    token_bytes: what one token of one row takes on each device; free: what the cache may take there, both in bytes.
+    """
+    return min(most, *(free[device] // (size * context) for device, size in token_bytes.items()))
+
+
+def best_dtype() -> torch.dtype:
+    """bfloat16 where the processor computes in it, else float16 on a GPU and float32 on a CPU."""
+    if torch.cuda.is_available():
+        # a spread model computes in one dtype, so every GPU has to know it
+        every = all(gpu.is_ampere(torch.device("cuda", i)) for i in range(torch.cuda.device_count()))
+        return torch.bfloat16 if every else torch.float16
+    return torch.bfloat16 if torch.backends.mps.is_available() or cpu.computes_in_bfloat16() else torch.float32
+
+
 def _mega(size: int) -> str:
     return f"{size / 1e6:.0f} MB"
 
@@ -171,7 +191,7 @@ def _parameters(network: PreTrainedModel) -> str:
 
 
 def _probe(network: PreTrainedModel) -> list[DynamicLayer]:
-    """What the model caches of one token: the surest way to learn it, whatever the architecture."""
+    """What the model caches for one token, learned by running it: the surest way for any architecture."""
     with torch.inference_mode():
         ids = torch.zeros(1, 1, dtype=torch.long, device=network.device)
         cache = getattr(network(input_ids=ids, use_cache=True), "past_key_values", None)
@@ -195,17 +215,17 @@ def _token_bytes(layers: list[DynamicLayer]) -> Counter[torch.device]:
 
 def _context(network: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, layers: list[DynamicLayer]) -> int:
     config = network.config.get_text_config()
-    # not the tokenizer's model_max_length where the model says: falcon-rw-1b's says half of what the model reads
+    # the model's own number first: falcon-rw-1b's tokenizer says half of what the model reads
     context = getattr(config, "max_position_embeddings", None) or min(tokenizer.model_max_length, 2048)
-    # within the window, attention to a sliding window is full attention
+    # up to its window's length, sliding-window attention is full attention
     windows = [layer.sliding_window for layer in layers if isinstance(layer, DynamicSlidingWindowLayer)]
     return min([context, *windows])
 
 
 def _stop_ids(network: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
-    """The ids that end a text: those of the tokenizer and the generation config that are control tokens at all.
+    """The ids that end a text: those that the tokenizer and the generation config name, if they are control tokens.
 
-    falcon-rw-1b's configs say 2, which in its tokenizer is "#".
+    falcon-rw-1b's configs name 2, which is "#" in its tokenizer.
     """
     configured = network.generation_config.eos_token_id if network.generation_config else None
     named = configured if isinstance(configured, list) else [configured]

@@ -13,7 +13,7 @@ from llm.errors import UserError
 
 PLACEHOLDER = "{pregunta}"
 
-# For a base model: it answers in the manner, and in the language, of the examples. Short answers keep it to the fact.
+# For a base model, which imitates the examples and answers in their language. Short answers keep it to the facts.
 COMPLETION = """\
 Pregunta: ¿Cuántos días tiene una semana?
 Respuesta: Una semana tiene siete días.
@@ -26,10 +26,10 @@ Respuesta: Bees make honey.
 
 Pregunta: {pregunta}
 Respuesta:"""
-# The next question ends the answer; the longer ones take with them the blank lines before it.
+# The next question ends the answer. The longer sequences also remove the blank lines before it.
 COMPLETION_STOPS = ("\n\nPregunta:", "\nPregunta:", "Pregunta:")
 
-# A short template can repeat a long question any number of times.
+# A short template can repeat a long question many times.
 MAX_CHARACTERS = 1_000_000
 
 SURROGATES = re.compile("[\ud800-\udfff]")
@@ -44,13 +44,13 @@ class Prompt:
 class Prompter:
     """Turns questions into prompts for one model. Text in a question never becomes a control token.
 
-    For this it encodes with a copy of the tokenizer in which every control token has another, secret name. In the
-    template's text the names are exchanged, in the question's they are not, and the whole is encoded at once: so the
-    ids are the tokenizer's own for any question that names no control token.
+    It encodes with a copy of the tokenizer in which every control token has a secret name. The template's control
+    tokens are replaced by their secret names, the question's are not, and both are encoded together: for a question
+    that names no control token the ids are the tokenizer's own.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, context: int) -> None:
-        """`context`: the most tokens that prompt and answer may have together."""
+        """context: the most tokens that prompt and answer may have together."""
         self._tokenizer = tokenizer
         self._context = context
         secret = secrets.token_hex(16)
@@ -100,7 +100,7 @@ class Prompter:
         size = len(template) + template.count(place) * (len(pregunta) - len(place))
         if size > MAX_CHARACTERS:
             raise UserError(
-                f"prompt_template con la pregunta ocupa {size} caracteres y se admiten {MAX_CHARACTERS}: acórtalos"
+                f"prompt_template con la pregunta ocupa {size} caracteres y se admiten {MAX_CHARACTERS}: acórtelos"
             )
         # The longest names first: one may be part of another.
         for name, secret in self._names.items():
@@ -109,9 +109,12 @@ class Prompter:
         # Of the encoder's methods only those for a batch let other threads run meanwhile.
         ids: list[int] = self._encoder.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
         if not ids:
-            raise UserError("La pregunta no contiene nada que el modelo pueda leer")
+            raise UserError("La pregunta no contiene nada que el modelo pueda leer: escríbala con letras o números")
         if len(ids) >= self._context:
-            raise UserError(f"La pregunta ocupa {len(ids)} tokens y el modelo admite {self._context} en total")
+            raise UserError(
+                f"La pregunta ocupa {len(ids)} tokens y el modelo admite {self._context} en total, con la respuesta: "
+                "acorte la pregunta o prompt_template"
+            )
         return ids
 
 
@@ -131,12 +134,12 @@ def _is_text(token: AddedToken) -> bool:
 
 
 def _renamed(backend: Tokenizer, names: dict[str, str]) -> Tokenizer:
-    """A copy in which the tokens that `names` lists have other names and the same ids."""
+    """A copy in which the tokens in `names` have other names and the same ids."""
     state = json.loads(backend.to_str())
     state["truncation"] = state["padding"] = None
     for token in state["added_tokens"]:
         if token["content"] in names:
-            # What is exchanged in a template must be recognised wherever it stands.
+            # a secret name must be recognised wherever it stands
             token |= {"content": names[token["content"]], "normalized": False, "single_word": False}
     model = state["model"]
     if isinstance(model["vocab"], dict):

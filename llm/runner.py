@@ -1,30 +1,28 @@
 """The tensors of a step: prefill and decode on transformers' own forward pass, and CUDA graphs of the latter.
 
 Knows rows, not requests; gives back ids, not text. One thread calls it, with inference mode on. On a GPU nothing here
-makes that thread wait for the device but `Ids.read` and `synchronize`: numbers are written by fills, lists by
+makes that thread wait for the device but `PendingIds.read` and `synchronize`: numbers are written by fills, lists by
 non-blocking copies from pinned memory, and all of it stays in the order of one stream.
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from llm.gpu import Capture, Replay
 from llm.model import Model
-from llm.sampling import Sampling, SamplingRows, sample, width
+from llm.sampling import Sampling, SamplingRows, sample, sampling_width
 from llm.slots import Slots, Window
 
-Replay = Callable[[], None]
-Capture = Callable[[Callable[[], None]], Replay]
-
 MULTIPLE = 8
-"""Positions to whose multiple a GPU's attention fills up what it reads; unless it is one, in every layer anew."""
+"""A GPU's attention pads the length that it reads to a multiple of this, once in every layer unless it is one."""
 
 
-class Ids:
+class PendingIds:
     """The ids that a step chose, on their way to the host."""
 
     def __init__(self, ids: Tensor):
@@ -36,33 +34,38 @@ class Ids:
             self.ready.record()
 
     def read(self) -> list[int]:
-        """Wait for them, and return an id for each row of the step, NOT_A_NUMBER where its logits are none."""
+        """Wait for them. Returns an id for each row of the step, NOT_A_NUMBER where its logits are none."""
         if self.ready:
             self.ready.synchronize()
         return self.host.tolist()
 
 
-@dataclass
+@dataclass(eq=False)
 class Row:
-    """What the host knows of a row in use."""
+    """A place in the cache, from `Runner.put` until `Runner.release`, and what the host knows of it."""
 
+    number: int
+    """Where it is now: a decode step may move it."""
     prompt: int
     """Tokens of its prompt."""
     sampling: Sampling
-    length: int = 0
-    """Tokens whose keys and values are in the cache."""
+    cached: int = 0
+    """Tokens whose keys and values are in the cache, or will be after the steps on their way."""
 
     @property
-    def active(self) -> bool:
-        return self.length >= self.prompt
+    def prefilled(self) -> bool:
+        """Its whole prompt is in the cache: decode steps take it further."""
+        return self.cached >= self.prompt
 
 
 class Runner:
-    """Reads prompts into rows, `rows` of them at the most, and takes the rows a token further.
+    """Reads prompts into rows, and takes the rows a token further.
 
-    What a row holds on the device: `history`, its ids so far, filled up with the first; `positions`, where its last
-    id stands, whose key and value are not yet in the cache; its sampling; and whether it is `active`: its prompt is
-    read, and a step moves it on.
+    What a row holds on the device: `history`, its ids so far, padded with the first; `positions`, where its last id
+    stands, whose key and value are not yet in the cache; its sampling; and `active`, whether it is prefilled.
+
+    What the layers read during a pass beside their arguments, `slots.window` and the model's `padding.real`, is set
+    in `_logits` and nowhere else.
     """
 
     def __init__(self, model: Model, rows: int, capture: Capture | None = None):
@@ -70,7 +73,7 @@ class Runner:
         self.model = model
         self.rows: dict[int, Row] = {}
         self.prefix: list[int] = []
-        """What `keep` was given."""
+        """What `save_prefix` was given."""
         self.slots = Slots(model.layers, rows, model.context, device, grows=device.type == "cpu")
         self.history = torch.zeros(rows, model.context, dtype=torch.long, device=device)
         self.positions = torch.zeros(rows, dtype=torch.long, device=device)
@@ -82,82 +85,108 @@ class Runner:
         self.takes_positions = "position_ids" in inspect.signature(model.network.forward).parameters
         self.capture = capture
         self.multiple = MULTIPLE if capture or device.type != "cpu" else 1
-        self.graphs: dict[tuple[str, int, int], Replay] = {}
+        self.forward_graphs: dict[tuple[int, int], Replay] = {}
+        """By rows and length."""
+        self.choose_graphs: dict[tuple[int, int], Replay] = {}
+        """By rows and width."""
 
-    def keep(self, prefix: list[int], piece: int) -> None:
-        """Read a prefix once, in pieces: prompts that begin with it are then read from there on."""
-        self.put(0, prefix, Sampling())
-        while left := len(prefix) - self.rows[0].length:
-            self.prefill({0: min(left, piece)}).read()
-        self.slots.keep(0, len(prefix))
-        self.release(0)
+    def save_prefix(self, prefix: list[int], chunk: int) -> None:
+        """Prefill a prefix once, in chunks: prompts that begin with it are then prefilled from there on."""
+        row = self.put(prefix, Sampling())
+        while left := len(prefix) - row.cached:
+            self.prefill({row: min(left, chunk)}).read()
+        self.slots.save_prefix(row.number, len(prefix))
+        self.release(row)
         self.prefix = prefix
 
-    def put(self, row: int, prompt: list[int], sampling: Sampling) -> int:
-        """Give a row to a request. Returns how much of its prompt is in the cache; the rest is read by `prefill`."""
-        kept = len(self.prefix)
-        if kept == len(prompt) or prompt[:kept] != self.prefix:
-            kept = 0
-        self.rows[row] = Row(len(prompt), sampling, length=kept)
-        if kept:
-            self._reach(kept)
-            self.slots.recall(row)
-        self.positions[row : row + 1].fill_(kept)
-        self.history[row : row + 1].fill_(prompt[0])
-        self.history[row, : len(prompt)] = self._sent(prompt)
-        self.sampling.put(row, sampling)
-        return kept
+    def put(self, prompt: list[int], sampling: Sampling) -> Row:
+        """Give a free row to a request. What the cache already holds of its prompt is in `cached`; `prefill` reads the
+        rest."""
+        saved = len(self.prefix)
+        if saved == len(prompt) or prompt[:saved] != self.prefix:
+            saved = 0
+        number = next(number for number in range(self.slots.rows) if number not in self.rows)
+        row = Row(number, len(prompt), sampling, cached=saved)
+        if saved:
+            self._ensure_capacity(saved, row)
+            self.slots.load_prefix(number)
+        self.positions[number : number + 1].fill_(saved)
+        self.history[number : number + 1].fill_(prompt[0])
+        self.history[number, : len(prompt)] = self._sent(prompt)
+        self.sampling.put(number, sampling)
+        self.rows[number] = row
+        return row
 
-    def move(self, source: int, target: int) -> None:
-        """Put all of a row into another, and give the first back."""
-        self.slots.move(source, target, self.rows[source].length)
+    def release(self, row: Row) -> None:
+        """Give a row back, once or again. A step may still compute it: what that writes is overwritten before it is
+        read."""
+        if self._is_in_use(row):
+            self._deactivate(row.number)
+            del self.rows[row.number]
+
+    def clear(self, row: Row) -> None:
+        """Make a place usable again whose keys or values may be NaN. Where it is another row's by now, that one meets
+        them too, and is cleared then."""
+        if self._is_in_use(row) or row.number not in self.rows:
+            self.slots.clear(row.number)
+
+    def _is_in_use(self, row: Row) -> bool:
+        return self.rows.get(row.number) is row
+
+    def _deactivate(self, number: int) -> None:
+        self.active[number : number + 1].fill_(False)
+        self.positions[number : number + 1].fill_(0)
+
+    def _close_ranks(self) -> None:
+        """Move the last rows into the holes that others left: a step computes all rows up to the last in use."""
+        for hole in range(len(self.rows)):
+            if hole not in self.rows:
+                self._move(self.rows[max(self.rows)], hole)
+
+    def _move(self, row: Row, target: int) -> None:
+        source = row.number
+        self.slots.move(source, target, row.cached)
         self.sampling.move(source, target)
         for tensor in (self.history, self.positions, self.active):
             tensor[target] = tensor[source]
-        self.rows[target] = self.rows[source]
-        self.release(source)
+        self._deactivate(source)
+        # last, as all that the host knows: until then a device that fails leaves the row where it was
+        self.rows[target] = self.rows.pop(source)
+        row.number = target
 
-    def release(self, row: int) -> None:
-        """Give a row back. A step may still compute it: what that writes is overwritten before it is read."""
-        # not there where `put` has failed
-        self.rows.pop(row, None)
-        self.active[row : row + 1].fill_(False)
-        self.positions[row : row + 1].fill_(0)
-
-    def clear(self, row: int) -> None:
-        """Make a row usable again whose keys or values may be NaN."""
-        self.slots.clear(row)
-
-    def tokens(self, counts: dict[int, int]) -> int:
-        """How many tokens `prefill` computes, the padding of the shorter prompts included where it is computed."""
+    def tokens_computed(self, counts: dict[Row, int]) -> int:
+        """How many tokens `prefill` would compute: with the padding of the shorter prompts where it is computed too."""
         if self.model.packed:
             return sum(counts.values())
-        start = self.rows[next(iter(counts))].length
-        return len(counts) * (self._filled_up(start + max(counts.values())) - start)
+        start = next(iter(counts)).cached
+        return len(counts) * (self._padded(start + max(counts.values())) - start)
 
-    def _filled_up(self, length: int) -> int:
+    def _padded(self, length: int) -> int:
         return min(self.slots.context, -(-length // self.multiple) * self.multiple)
 
-    def prefill(self, counts: dict[int, int]) -> Ids:
-        """Read the next `counts[row]` tokens of the prompt of each of these rows, which all stand at the same one.
+    def prefill(self, counts: dict[Row, int]) -> PendingIds:
+        """Read the next `counts[row]` tokens of the prompt of each of these rows, which all have as many cached.
 
-        A row whose prompt that ends becomes active. Returns an id for each row, in the order of `counts`: the first
-        of its answer where its prompt has ended, else of no use.
+        Returns an id for each row, in the order of `counts`: the first of its answer where its prompt has ended, else
+        of no use.
         """
         # nothing that the host knows changes before the device has taken all of it: without memory it is asked again
-        start = self.rows[next(iter(counts))].length
-        length = self._filled_up(start + max(counts.values()))
-        has_ended = [start + count == self.rows[row].prompt for row, count in counts.items()]
-        rows, ends, ended = self._sent([list(counts), list(counts.values()), list(map(int, has_ended))])
-        self._reach(length)
-        self.slots.window = Window(length, start, chosen=rows)
-        self.model.padding.real = None
+        start = next(iter(counts)).cached
+        length = self._padded(start + max(counts.values()))
+        has_ended = [start + count == row.prompt for row, count in counts.items()]
+        rows, ends, ended = self._sent(
+            [[row.number for row in counts], list(counts.values()), list(map(int, has_ended))]
+        )
+        self._ensure_capacity(length)
+        real = None
         if self.model.packed and min(counts.values()) < length - start:
-            self.model.padding.real = (self.columns[: length - start] < ends[:, None]).flatten().nonzero()[:, 0]
+            real = (self.columns[: length - start] < ends[:, None]).flatten().nonzero()[:, 0]
         logits = self._logits(
             self.history[rows, start:length],
             positions=self.columns[start:length].expand(len(counts), -1),
+            window=Window(length, start, chosen=rows),
             keep=ends[:, None] - 1,
+            real=real,
         )
         after = start + ends
         ids = sample(
@@ -165,35 +194,38 @@ class Runner:
             self.history[rows, :length],
             self.sampling[rows],
             after,
-            self._width([self.rows[row].sampling for row, last in zip(counts, has_ended, strict=True) if last]),
+            self._bucketed_width([row.sampling for row, last in zip(counts, has_ended, strict=True) if last]),
         )
         self.history[rows, after] = torch.where(ended > 0, ids.clamp(min=0), self.history[rows, after])
         self.positions[rows] = after
         self.active[rows] = ended > 0
         for row, count in counts.items():
-            self.rows[row].length += count
-        return Ids(ids)
+            row.cached += count
+        return PendingIds(ids)
 
-    def decode(self) -> Ids:
-        """Take every active row one token further. Returns an id for each row, of no use where it is not active."""
-        running = {number: row for number, row in self.rows.items() if row.active}
-        for row in running.values():
-            row.length += 1
-        rows = 1 + max(running)
+    def decode(self) -> PendingIds:
+        """Take every prefilled row one token further. Returns an id for each row by its number, of no use for one
+        that is not prefilled."""
+        self._close_ranks()
+        running = [row for row in self.rows.values() if row.prefilled]
+        for row in running:
+            row.cached += 1
+        rows = 1 + max(row.number for row in running)
         if self.capture:
             rows = min(self.slots.rows, 1 << (rows - 1).bit_length())
-        length = self._reach(max(row.length for row in running.values()))
-        self._run(self._forward, rows, length)
-        self._run(self._choose, rows, self._width([row.sampling for row in running.values()]))
-        return Ids(self.chosen[:rows])
+        length = self._ensure_capacity(max(row.cached for row in running))
+        width = self._bucketed_width([row.sampling for row in running])
+        self.forward_graphs.get((rows, length), partial(self._forward, rows, length))()
+        self.choose_graphs.get((rows, width), partial(self._choose, rows, width))()
+        return PendingIds(self.chosen[:rows])
 
     def synchronize(self) -> None:
         """Wait for the device. Raises RuntimeError if it is lost."""
         if self.history.is_cuda:
             torch.cuda.synchronize()
 
-    def give_back_memory(self) -> None:
-        """Give the device the memory back that torch keeps for later."""
+    def empty_cache(self) -> None:
+        """Return to the device the memory that torch keeps for later."""
         if self.history.is_cuda:
             torch.cuda.empty_cache()
 
@@ -202,18 +234,21 @@ class Runner:
         host = torch.tensor(numbers, pin_memory=self.history.is_cuda)
         return host.to(self.history.device, non_blocking=True)
 
-    def _reach(self, length: int) -> int:
-        # a row whose prompt is still being read is computed too: what that writes lies behind what was read
-        used = max(row.length + (not row.active) for row in self.rows.values())
-        return self.slots.reach(1 + max(self.rows), max(length, used))
+    def _ensure_capacity(self, length: int, *new: Row) -> int:
+        """For `length` positions of each row in use, and of a new one. Returns how many a decode step reads."""
+        rows = [*self.rows.values(), *new]
+        # a decode step also writes to rows that are still being prefilled, at the position that they read next
+        used = max(row.cached + (not row.prefilled) for row in rows)
+        return self.slots.ensure_capacity(1 + max(row.number for row in rows), max(length, used))
 
     def _forward(self, rows: int, length: int) -> None:
         """Logits of the next id of each of the first `rows` rows, which read `length` positions."""
-        self.model.padding.real = None
         positions = self.positions[:rows, None]
-        self.slots.window = Window(length, length - 1, positions=self.positions[:rows])
         self.logits[:rows] = self._logits(
-            self.history[:rows].gather(1, positions), positions, mask=self.columns[:length] <= positions
+            self.history[:rows].gather(1, positions),
+            positions,
+            window=Window(length, length - 1, positions=self.positions[:rows]),
+            mask=self.columns[:length] <= positions,
         )
 
     def _choose(self, rows: int, width: int) -> None:
@@ -226,9 +261,19 @@ class Runner:
         history.scatter_(1, after, torch.where(active, ids[:, None].clamp(min=0), history.gather(1, after)))
         self.positions[:rows] = after[:, 0]
 
-    def _logits(self, ids: Tensor, positions: Tensor, mask: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
+    def _logits(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        window: Window,
+        mask: Tensor | None = None,
+        keep: Tensor | None = None,
+        real: Tensor | None = None,
+    ) -> Tensor:
         """One pass. ids, positions (rows, tokens) int64; mask (rows, length) bool; keep (rows, 1) int64: the token
-        whose logits are wanted. Returns (rows, vocabulary) float32."""
+        whose logits are wanted; real: see Padding. Returns (rows, vocabulary) float32."""
+        self.slots.window = window
+        self.model.padding.real = real
         extra = {"position_ids": positions} if self.takes_positions else {}
         output = self.model.network(
             input_ids=ids,
@@ -241,8 +286,8 @@ class Runner:
         logits: Tensor = output.logits[:, -1, : self.model.vocabulary].float()
         return logits.to(self.logits.device)
 
-    def _width(self, samplings: list[Sampling]) -> int:
-        exact = width(samplings, self.model.vocabulary)
+    def _bucketed_width(self, samplings: list[Sampling]) -> int:
+        exact = sampling_width(samplings, self.model.vocabulary)
         return next(w for w in self._graph_widths() if w >= exact) if self.capture else exact
 
     # CUDA graphs
@@ -256,47 +301,22 @@ class Runner:
             return 0
         most = self.slots.rows
         row_buckets = {min(most, 1 << i) for i in range(most.bit_length() + 1)}
-        length_buckets = {self.slots.reach(most, needed) for needed in range(1, self.model.context + 1)}
+        length_buckets = {self.slots.ensure_capacity(most, needed) for needed in range(1, self.model.context + 1)}
         # the largest first: the others then fit into the memory that it took
         for rows in sorted(row_buckets, reverse=True):
-            for step, sizes in ((self._forward, length_buckets), (self._choose, self._graph_widths())):
-                for size in sorted(sizes, reverse=True):
-                    self.graphs[step.__name__, rows, size] = self.capture(partial(step, rows, size))
-        return len(self.graphs)
+            for length in sorted(length_buckets, reverse=True):
+                self.forward_graphs[rows, length] = self.capture(partial(self._forward, rows, length))
+            for width in sorted(self._graph_widths(), reverse=True):
+                self.choose_graphs[rows, width] = self.capture(partial(self._choose, rows, width))
+        return len(self.forward_graphs) + len(self.choose_graphs)
 
     def drop_graphs(self) -> None:
         """Go on without graphs. Raises RuntimeError if the device is lost."""
         self.capture = None
-        self.graphs.clear()
+        self.forward_graphs.clear()
+        self.choose_graphs.clear()
         self.synchronize()
-        self.give_back_memory()
+        self.empty_cache()
 
     def _graph_widths(self) -> list[int]:
         return [0, min(128, self.model.vocabulary), self.model.vocabulary]
-
-    def _run(self, step: Callable[[int, int], None], rows: int, size: int) -> None:
-        self.graphs.get((step.__name__, rows, size), partial(step, rows, size))()
-
-
-def cuda_capture() -> Capture:
-    """Capture as CUDA graphs that share one memory pool and one stream: one runs at a time."""
-    # for each stream that it meets, cuBLAS keeps a workspace for good
-    pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
-
-    def capture(step: Callable[[], None]) -> Replay:
-        current = torch.cuda.current_stream()
-        # once outside: kernels are chosen and libraries make their workspaces, which a capture must not do
-        stream.wait_stream(current)
-        with torch.cuda.stream(stream):
-            step()
-        current.wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph, pool=pool, stream=stream):
-                step()
-        finally:
-            # a capture that fails leaves its own stream as the current one
-            torch.cuda.set_stream(current)
-        return graph.replay
-
-    return capture

@@ -1,6 +1,6 @@
 """Logits to next ids, each row by its own parameters. Knows nothing of requests or of text.
 
-A step of it is captured in CUDA graphs: it reads nothing back to the host and makes no tensor from the host's numbers.
+CUDA graphs capture a step of it, so it reads nothing back to the host and makes no tensor from the host's numbers.
 """
 
 from dataclasses import dataclass
@@ -63,7 +63,7 @@ class SamplingRows:
         return SamplingRows(*(tensor[rows] for tensor in vars(self).values()))
 
 
-def width(samplings: list[Sampling], vocab: int) -> int:
+def sampling_width(samplings: list[Sampling], vocab: int) -> int:
     """How many of the likeliest tokens a step has to sort for these requests: 0 where all are greedy.
 
     Twice the largest top_k, as a power of two: top_k keeps every token that ties with its last one, as

@@ -112,7 +112,7 @@ def _dotenv(path: Path) -> dict[str, str | None]:
     except UnicodeDecodeError as error:
         raise UserError(f"{path.name} no está en UTF-8: guárdelo con esa codificación") from error
     except OSError as error:
-        raise UserError(f"No se puede leer {path.name}: {reason(error)}") from error
+        raise UserError(f"No se puede leer {path.name}, {reason(error)}: corríjalo o borre el archivo") from error
     for binding in bindings:
         if binding.error:
             # without its text, in which a token may be

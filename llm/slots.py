@@ -7,8 +7,8 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
-CPU_STEP = 64
-"""On a CPU the rows grow by so many positions: copying them costs a step or two, every 64."""
+CAPACITY_STEP = 64
+"""On a CPU rows grow by this many positions. Each time they are copied, which takes as long as a step or two."""
 
 
 @dataclass
@@ -34,8 +34,8 @@ class SlotLayer(CacheLayerMixin):
 
     keys: Tensor
     values: Tensor
-    kept: tuple[Tensor, Tensor]
-    """Keys and values (heads, tokens, head size) of the prefix that `Slots.keep` was given."""
+    prefix: tuple[Tensor, Tensor]
+    """Keys and values (heads, tokens, head size) that `Slots.save_prefix` copied."""
 
     def __init__(self, slots: "Slots"):
         super().__init__()
@@ -43,9 +43,9 @@ class SlotLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         # zeros: a masked position is multiplied by 0, which memory never written could turn into NaN
-        rows, capacity = self.slots.room
-        self.keys = key_states.new_zeros(rows, key_states.shape[1], capacity, key_states.shape[3])
-        self.values = value_states.new_zeros(rows, value_states.shape[1], capacity, value_states.shape[3])
+        rows, length = self.slots.capacity
+        self.keys = key_states.new_zeros(rows, key_states.shape[1], length, key_states.shape[3])
+        self.values = value_states.new_zeros(rows, value_states.shape[1], length, value_states.shape[3])
         self.is_initialized = True
 
     def update(
@@ -71,12 +71,12 @@ class SlotLayer(CacheLayerMixin):
             return key_states, value_states
         return self.keys[chosen, :, :length], self.values[chosen, :, :length]
 
-    def resize(self, rows: int, capacity: int) -> None:
-        """Make room for so many rows and positions, keeping what is in both."""
+    def resize(self, rows: int, length: int) -> None:
+        """Allocate `rows` rows of `length` positions, and copy what fits of the old ones."""
         for name in ("keys", "values"):
             old = getattr(self, name)
-            new = old.new_zeros(rows, old.shape[1], capacity, old.shape[3])
-            both = (slice(min(rows, old.shape[0])), slice(None), slice(min(capacity, old.shape[2])))
+            new = old.new_zeros(rows, old.shape[1], length, old.shape[3])
+            both = (slice(min(rows, old.shape[0])), slice(None), slice(min(length, old.shape[2])))
             new[both] = old[both]
             setattr(self, name, new)
 
@@ -91,10 +91,10 @@ class SlotLayer(CacheLayerMixin):
 
 
 class Slots(Cache):
-    """`rows` contexts of `context` tokens each. It is transformers' Cache, so that any causal model writes to it.
+    """`rows` contexts of `context` tokens each, as transformers' Cache: any causal model writes to it.
 
-    With `grows`, for a CPU, there is room only for the rows in use, as long as the longest of them: what is read then
-    lies together in memory, which a CPU's matrix products need to be fast. Without, for CUDA graphs, nothing moves.
+    With `grows`, for a CPU, only the rows in use are allocated, each as long as the longest of them: a CPU's matrix
+    products are fast where what they read is contiguous. Without, for CUDA graphs, nothing is ever moved.
     """
 
     def __init__(self, layers: int, rows: int, context: int, device: torch.device, grows: bool):
@@ -103,22 +103,23 @@ class Slots(Cache):
         self.rows = rows
         self.context = context
         self.grows = grows
-        self.room = (1, CPU_STEP) if grows else (rows, context)
-        """Rows and positions that there is memory for."""
+        self.capacity = (1, CAPACITY_STEP) if grows else (rows, context)
+        """Rows and positions that are allocated."""
         self.row_numbers = torch.arange(rows, device=device)
         self.window = Window(length=0, start=0)
 
-    def reach(self, rows: int, needed: int) -> int:
-        """Make room for `needed` positions in each of the first `rows` rows. Returns how many a step reads."""
+    def ensure_capacity(self, rows: int, length: int) -> int:
+        """Allocate `length` positions in each of the first `rows` rows. Returns how many a decode step reads."""
         if not self.grows:
-            return min(self.context, max(256, 1 << (needed - 1).bit_length()))
-        room = (min(self.rows, 1 << (rows - 1).bit_length()), min(self.context, -(-needed // CPU_STEP) * CPU_STEP))
-        if room[0] > self.room[0] or room[1] > self.room[1] or room[1] <= self.room[1] // 2:
-            self.room = room
+            return min(self.context, max(256, 1 << (length - 1).bit_length()))
+        rows = min(self.rows, 1 << (rows - 1).bit_length())
+        length = min(self.context, -(-length // CAPACITY_STEP) * CAPACITY_STEP)
+        if rows > self.capacity[0] or length > self.capacity[1] or length <= self.capacity[1] // 2:
+            self.capacity = (rows, length)
             for layer in self.slot_layers:
                 if layer.is_initialized:
-                    layer.resize(*self.room)
-        return self.room[1]
+                    layer.resize(rows, length)
+        return self.capacity[1]
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` positions of a row over another's."""
@@ -132,13 +133,13 @@ class Slots(Cache):
             layer.keys[row : row + 1].fill_(0)
             layer.values[row : row + 1].fill_(0)
 
-    def keep(self, row: int, length: int) -> None:
-        """Keep the first `length` positions of a row, for `recall`."""
+    def save_prefix(self, row: int, length: int) -> None:
+        """Copy the first `length` positions of a row, for `load_prefix`."""
         for layer in self.slot_layers:
-            layer.kept = (layer.keys[row, :, :length].clone(), layer.values[row, :, :length].clone())
+            layer.prefix = (layer.keys[row, :, :length].clone(), layer.values[row, :, :length].clone())
 
-    def recall(self, row: int) -> None:
-        """Write what was kept into the first positions of a row."""
+    def load_prefix(self, row: int) -> None:
+        """Write the saved prefix into the first positions of a row."""
         for layer in self.slot_layers:
-            for tensor, kept in zip((layer.keys, layer.values), layer.kept, strict=True):
-                tensor[row, :, : kept.shape[1]] = kept
+            for tensor, saved in zip((layer.keys, layer.values), layer.prefix, strict=True):
+                tensor[row, :, : saved.shape[1]] = saved

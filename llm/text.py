@@ -6,11 +6,11 @@ from functools import lru_cache
 
 from transformers import PreTrainedTokenizerFast
 
-# Tokens that a window keeps when it moves on. The first of them may decode otherwise than they did: as the rest of a
-# character that was cut, or without the blank that only a text's beginning lacks. These are enough for the last not to.
+# Tokens that the window keeps when it moves on. The first few may decode differently without those before them: half a
+# character is cut off, or a leading blank goes. With this many, the last ones decode as they did.
 CONTEXT = 24
 
-# The bytes of what a SentencePiece vocabulary lacks: <0xF0>, <0x9F>, ...
+# SentencePiece spells what its vocabulary lacks in bytes: <0xF0>, <0x9F>, ...
 BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
@@ -22,16 +22,16 @@ def split_stop_sequences(value: str | None) -> tuple[str, ...]:
 class Text:
     """The text of one answer: no special tokens, no leading blank, no half characters, nothing from a stop sequence on.
 
-    What `add` and `end` return, joined, is the one decode of all tokens, less its leading blank and a last character
-    that lacks bytes, up to the first place where a stop sequence begins. It does not depend on how the tokens were
-    dealt out over the calls.
+    Joined, what `add` and `end` return is the decoding of all tokens at once, without its leading blank and without an
+    incomplete last character, up to where the first stop sequence begins. How the tokens were spread over the calls
+    makes no difference.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, stop_sequences: Sequence[str] = ()) -> None:
         self.stopped = False  # a stop sequence has appeared: the text is complete
         self._stop_sequences = tuple(stop_sequences)
         self._characters = _Characters(tokenizer)
-        self._held = ""  # not shown: it may be the beginning of a stop sequence
+        self._held = ""  # not shown yet: it may be the beginning of a stop sequence
         self._begun = False
 
     def add(self, tokens: Sequence[int]) -> str:
@@ -49,7 +49,7 @@ class Text:
             self._begun = bool(held)
         ready = len(held) if last else self._unfinished(held)
         found = min((at for stop in self._stop_sequences if (at := held.find(stop)) >= 0), default=len(held))
-        # A stop sequence is in the text, but another that began before it may still complete: then that one is first.
+        # another stop sequence that began before this one may still be completed by what comes
         self.stopped = found < len(held) and found <= ready
         if self.stopped:
             self._held = ""
@@ -58,7 +58,7 @@ class Text:
         return held[:ready]
 
     def _unfinished(self, held: str) -> int:
-        """Where the longest end of `held` begins that a stop sequence begins with."""
+        """Where the longest suffix of `held` that could begin a stop sequence starts."""
         longest = max(map(len, self._stop_sequences), default=0)
         for at in range(max(0, len(held) - longest + 1), len(held)):
             end = held[at:]
@@ -68,7 +68,7 @@ class Text:
 
 
 class _Characters:
-    """Token ids -> whole characters, in a time per token that does not grow: it decodes a window of the last tokens."""
+    """Token ids -> whole characters. It decodes a window of the last tokens, so a token's cost does not grow."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self._backend = tokenizer.backend_tokenizer
@@ -83,11 +83,11 @@ class _Characters:
             if name is not None and name not in self._special:
                 self._window.append(token)
                 self._in_bytes = BYTE_TOKEN.fullmatch(name) is not None
-        # One bad byte makes replacement characters of its whole run of byte tokens, so the run has to be over.
+        # one bad byte turns its whole run of byte tokens into replacement characters: wait until the run is over
         if self._in_bytes:
             return ""
         text = self._decode(self._window)
-        # The bytes of a character that is not complete come out as one replacement character, the last.
+        # an incomplete character decodes as one replacement character at the end
         ready = len(text) - text.endswith("\ufffd")
         fresh = text[self._read : ready]
         self._read = ready
@@ -95,10 +95,10 @@ class _Characters:
         return fresh
 
     def end(self) -> str:
-        """Return what is left, without the beginning of a character that the answer's last token cut."""
+        """Return what is left, without an incomplete last character."""
         text = self._decode(self._window)
         if self._in_bytes:
-            # a character has four bytes at most, and half of one spoils the whole run
+            # a character has up to four bytes, and an incomplete one spoils the whole run
             ends = (self._decode(self._window[: len(self._window) - cut]) for cut in range(4))
             text = next((whole for whole in ends if not whole.endswith("\ufffd")), text)
         return text.removesuffix("\ufffd")[self._read :]

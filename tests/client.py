@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx
 
-from local.server import Server
+from cli.server import Server
 
 Event = tuple[str, dict[str, Any]]
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from cli import demo, server
 from llm.settings import Settings
-from local import demo, server
 from tests.client import Client
 from tests.gateway import Gateway
 from tests.processes import FINALLY, Marked

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import yaml
 
-from llm import processor
+from cli import push, server
+from llm import cpu
 from llm.settings import ROOT
-from local import push, server
 from tests import logits
 from tests.client import Client
 from tests.test_server import (  # noqa: F401
@@ -75,5 +75,5 @@ def test_logits_are_as_near_to_float32_as_those_of_transformers(image: Path, bfl
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout)
     assert f"torch=={found['torch'].partition('+')[0]}" in (ROOT / "requirements.txt").read_text().splitlines()
-    assert len(found["distances"]) == len(logits.CASES) / (1 if processor.computes_in_bfloat16() else 2)
+    assert len(found["distances"]) == len(logits.CASES) / (1 if cpu.computes_in_bfloat16() else 2)
     assert max(found["distances"]) < logits.MOST

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from llm import processor
+from llm import cpu
 from llm.model import Model
 from llm.runner import Runner
 from llm.sampling import Sampling
@@ -42,9 +42,8 @@ def walked(model: Model, text: torch.Tensor, rows: int) -> torch.Tensor:
     prompt = len(text) - STEPS
     found = torch.full((rows, STEPS + 1, model.vocabulary), torch.nan)
     with torch.inference_mode():
-        for row in range(rows):
-            runner.put(row, text[: prompt - row].tolist(), GREEDY)
-        runner.prefill({row: prompt - row for row in range(rows)})
+        placed = [runner.put(text[: prompt - row].tolist(), GREEDY) for row in range(rows)]
+        runner.prefill({row: row.prompt for row in placed})
         for step in range(STEPS):
             for row in range(rows):
                 at = prompt - row + step
@@ -74,6 +73,6 @@ def _size(difference: torch.Tensor) -> float:
 
 
 if __name__ == "__main__":
-    cases = [case for case in CASES if processor.computes_in_bfloat16() or not case[-1]]
+    cases = [case for case in CASES if cpu.computes_in_bfloat16() or not case[-1]]
     distances = [distance(Path(sys.argv[1]), *case) for case in cases]
     print(json.dumps({"torch": torch.__version__, "distances": distances}))

@@ -11,7 +11,7 @@ from llm.settings import ROOT
 
 def copied(folder: Path) -> Path:
     """Make the copy, its .venv this Python's: what is tested writes there, and reads no developer's .env."""
-    for name in ("llm", "local", "script", "tests"):
+    for name in ("llm", "cli", "script", "tests"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for path in ROOT.iterdir():
         # in a worktree .git is a file
@@ -21,7 +21,7 @@ def copied(folder: Path) -> Path:
     python.parent.mkdir(parents=True)
     python.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
     python.chmod(0o755)
-    both = (folder / "requirements.txt").read_bytes() + (folder / "requirements-dev.txt").read_bytes()
-    checksum = subprocess.run(["cksum"], input=both, capture_output=True, check=True).stdout.decode().strip()
+    pins = (folder / "requirements-dev.txt").read_bytes()
+    checksum = subprocess.run(["cksum"], input=pins, capture_output=True, check=True).stdout.decode().strip()
     (folder / ".venv" / "ready").write_text(f"{checksum}\n")
     return folder

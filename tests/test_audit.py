@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
+from cli.audit import audit
 from llm.errors import UserError
-from local.audit import audit
 from tests.project import copied
 
 pytestmark = pytest.mark.slow
@@ -55,7 +55,7 @@ def _service(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def script_audit(folder: Path) -> subprocess.CompletedProcess[str]:
     """The command in a copy of the project whose image has one package."""
     (copied(folder) / "requirements.txt").write_text("python-dotenv==1.2.4\n")
-    return subprocess.run([sys.executable, "-m", "local.audit"], cwd=folder, capture_output=True, text=True)
+    return subprocess.run([sys.executable, "-m", "cli.audit"], cwd=folder, capture_output=True, text=True)
 
 
 def test_known_faults_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,12 +17,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from cli import bench
+from cli.contenders import Name, Run, contending
+from cli.report import Rounds, number, percentile
+from cli.server import WAITING
 from llm.errors import UserError
 from llm.settings import ROOT
-from local import bench
-from local.contenders import Name, Run, contending
-from local.report import Rounds, number, percentile
-from local.server import WAITING
 from tests.processes import FINALLY, Marked
 
 pytestmark = pytest.mark.slow
@@ -34,7 +34,7 @@ ROUNDS, TOKENS = 2, 6
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the project that is set up, with this Python."""
     folder = tmp_path_factory.mktemp("project")
-    for name in ("llm", "local"):
+    for name in ("llm", "cli"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("script", ".venv/bin"):
         (folder / name).mkdir(parents=True)
@@ -184,7 +184,7 @@ def test_the_busy_process_takes_a_core_and_ends(tmp_path: Path) -> None:
 
 
 def test_the_busy_process_ends_with_the_bench(processes: Marked) -> None:
-    killed = "import os; from local.bench import busy_core\nwith busy_core(): os.kill(os.getpid(), 9)"
+    killed = "import os; from cli.bench import busy_core\nwith busy_core(): os.kill(os.getpid(), 9)"
     environment = {**os.environ, **processes.environment}
     assert subprocess.run([sys.executable, "-c", killed], cwd=ROOT, env=environment).returncode == -signal.SIGKILL
     assert not psutil.wait_procs(processes.alive(), timeout=FINALLY)[1]
@@ -226,7 +226,7 @@ def test_a_contender_makes_each_token_and_says_why_it_ended(
 
 def test_a_contender_ends_with_who_told_it(falcon_environment: dict[str, str]) -> None:
     with subprocess.Popen(
-        [sys.executable, "-m", "local.contenders", "engine"],
+        [sys.executable, "-m", "cli.contenders", "engine"],
         cwd=ROOT,
         env={**os.environ, **falcon_environment},
         stdin=subprocess.PIPE,
@@ -281,7 +281,7 @@ def test_a_mistake_ends_in_its_line(
     assert not processes.alive()
 
 
-@pytest.mark.parametrize("during", ["local.contenders generate", "_run_worker"])
+@pytest.mark.parametrize("during", ["cli.contenders generate", "_run_worker"])
 def test_ctrl_c_leaves_nothing_running(
     project: Path, falcon_environment: dict[str, str], processes: Marked, tmp_path: Path, during: str
 ) -> None:

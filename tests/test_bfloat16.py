@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from llm import processor
+from llm import cpu
 from llm.model import Model
 from tests import checkpoints, logits
 
@@ -18,27 +18,27 @@ pytestmark = pytest.mark.slow
 def test_logits_are_as_near_to_float32_as_those_of_transformers(
     bfloat16_folder: Path, length: int, rows: int, packed: bool
 ) -> None:
-    if packed and not processor.computes_in_bfloat16():
+    if packed and not cpu.computes_in_bfloat16():
         pytest.skip("this processor does not compute in bfloat16")
     assert logits.distance(bfloat16_folder, length, rows, packed) < logits.MOST
 
 
-@pytest.mark.skipif(not processor.computes_in_bfloat16(), reason="this processor does not compute in bfloat16")
+@pytest.mark.skipif(not cpu.computes_in_bfloat16(), reason="this processor does not compute in bfloat16")
 @pytest.mark.parametrize("shape", [(1, 1), (3, 1), (4, 1), (2, 3), (5,)])
 def test_a_packed_layer_takes_any_shape(shape: tuple[int, ...]) -> None:
     linear = torch.nn.Linear(64, 32, dtype=torch.bfloat16)
-    padding = processor.Padding()
+    padding = cpu.Padding()
     if len(shape) == 1:
         # OPT's layers see rows and tokens as one
         padding.real = torch.tensor([0, 3])
     x = torch.randn(*shape, 64).bfloat16()
     with torch.inference_mode():
         expected = linear(x)
-        found = processor.PackedLinear(linear, padding)(x)
+        found = cpu.PackedLinear(linear, padding)(x)
     torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.skipif(not processor.computes_in_bfloat16(), reason="this processor does not compute in bfloat16")
+@pytest.mark.skipif(not cpu.computes_in_bfloat16(), reason="this processor does not compute in bfloat16")
 def test_attention_is_ours_in_our_passes_and_torchs_in_all_others(bfloat16_folder: Path) -> None:
     # of one query: of several, ours is torch's
     query, key, value = (torch.randn(1, 4, tokens, 64).bfloat16() for tokens in (1, 64, 64))
@@ -46,7 +46,7 @@ def test_attention_is_ours_in_our_passes_and_torchs_in_all_others(bfloat16_folde
     def attention() -> torch.Tensor:
         return F.scaled_dot_product_attention(query, key, value)
 
-    theirs, ours = attention(), processor.attend(query, key, value)
+    theirs, ours = attention(), cpu.attend(query, key, value)
     assert not torch.equal(theirs, ours)
 
     model = Model.read(bfloat16_folder, torch.bfloat16)

@@ -15,9 +15,9 @@ import cog
 import httpx
 import pytest
 
+from cli import server
 from llm import cancellation
 from llm.cancellation import follow_cancels, on_cancel
-from local import server
 from predict import Predictor
 from tests.client import Client
 from tests.processes import FINALLY
@@ -168,10 +168,10 @@ def test_an_answer_that_has_ended_holds_no_row_while_its_last_words_wait(
     )
     slow = answer(2000, stop)
     text = next(slow)
-    (generation,) = predictor.engine.rows.values()
+    (generation,) = predictor.engine.running
     while text != shown:
         text += next(slow)
-    while predictor.engine.rows:
+    while predictor.engine.running:
         continue
     assert generation.emitted < 1000
     capsys.readouterr()

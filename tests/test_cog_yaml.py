@@ -13,8 +13,8 @@ import pytest
 import yaml
 from pathspec import GitIgnoreSpec
 
+from cli import schema, server
 from llm.settings import FALCON, ROOT
-from local import schema, server
 
 # keys and types of what is used here; any other is an error
 ALLOWED: dict[str, Any] = {
@@ -91,15 +91,9 @@ def test_the_pins_are_a_triple_with_a_prebuilt_base_image(config: dict[str, Any]
 
 
 def test_the_runtime_packages(config: dict[str, Any], pins: dict[str, str]) -> None:
-    assert set(pins) == {"cog", "torch", "transformers", "accelerate", "huggingface_hub", "python-dotenv"}
+    assert set(pins) >= {"cog", "torch", "transformers", "accelerate", "huggingface-hub", "python-dotenv"}
     # cog build installs sdk_version and leaves out the line in requirements.txt
     assert config["build"]["sdk_version"] == pins["cog"]
-
-
-def test_development_has_another_torch_and_the_rest_alike(pins: dict[str, str]) -> None:
-    development = pinned(ROOT / "requirements-dev.txt")
-    assert set(development) & set(pins) == {"torch"}
-    assert development["torch"] != pins["torch"]
 
 
 def test_the_environment(config: dict[str, Any]) -> None:
@@ -138,7 +132,7 @@ def ignored() -> GitIgnoreSpec:
         ".venv-image/bin/python",
         ".ci/run",
         "tests/test_engine.py",
-        "local/server.py",
+        "cli/server.py",
         "script/predict",
         "docs/bench/table.md",
         "examples/answer.py",
@@ -177,7 +171,7 @@ def test_what_predict_py_imports_is_in_the_image(ignored: GitIgnoreSpec) -> None
 
 def test_dockers_patterns_are_read_as_docker_does() -> None:
     # unlike git: a name without a slash stands at the top, and a folder's exception goes over its parent's exclusion
-    spec = docker("local\n**/*.pyc\nweights/*\n!weights/uno\n")
-    assert spec.match_file("local/server.py") and not spec.match_file("llm/local/x.py")
+    spec = docker("cli\n**/*.pyc\nweights/*\n!weights/uno\n")
+    assert spec.match_file("cli/server.py") and not spec.match_file("llm/cli/x.py")
     assert spec.match_file("llm/x.pyc")
     assert spec.match_file("weights/dos/a.bin") and not spec.match_file("weights/uno/a/b.bin")

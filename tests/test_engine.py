@@ -26,13 +26,14 @@ from transformers import (
 
 from llm.engine import Engine, Request
 from llm.errors import UserError
+from llm.gpu import Replay
 from llm.model import Model
-from llm.runner import Replay, Runner
+from llm.runner import Row, Runner
 from llm.sampling import Sampling
 from tests import checkpoints
 
 GREEDY = Sampling(temperature=0)
-PIECE = 32
+CHUNK = 32
 
 
 def plain_call(step: Callable[[], None]) -> Replay:
@@ -95,12 +96,12 @@ def falcon_reference(falcon: Path, falcon_model: Model) -> Reference:
 
 
 @pytest.fixture
-def passes(monkeypatch: pytest.MonkeyPatch) -> list[dict[int, int]]:
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[dict[Row, int]]:
     """Of each pass over prompts, how many tokens of each row it was asked to read."""
-    counts_of: list[dict[int, int]] = []
+    counts_of: list[dict[Row, int]] = []
     prefill = Runner.prefill
 
-    def noted(runner: Runner, counts: dict[int, int]) -> Any:
+    def noted(runner: Runner, counts: dict[Row, int]) -> Any:
         counts_of.append(counts)
         return prefill(runner, counts)
 
@@ -110,17 +111,17 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[dict[int, int]]:
 
 @pytest.fixture(scope="module")
 def engine(falcon_model: Model) -> Engine:
-    return started(falcon_model, piece=PIECE)
+    return started(falcon_model, prefill_chunk=CHUNK)
 
 
 @pytest.fixture(scope="module", params=["plain", pytest.param("graphs", marks=pytest.mark.slow)])
 def any_engine(request: pytest.FixtureRequest, falcon_model: Model) -> Engine:
     """Once as on a CPU, once with buckets, graphs and tokens read a step late, as on a GPU."""
-    return started(falcon_model, piece=PIECE, capture=plain_call if request.param == "graphs" else None)
+    return started(falcon_model, prefill_chunk=CHUNK, capture=plain_call if request.param == "graphs" else None)
 
 
 def test_greedy_text_is_that_of_generate(any_engine: Engine, falcon_reference: Reference) -> None:
-    for prompt in prompts((1, 5, PIECE, PIECE + 1, 3 * PIECE + 7, 600), checkpoints.TOKENS):
+    for prompt in prompts((1, 5, CHUNK, CHUNK + 1, 3 * CHUNK + 7, 600), checkpoints.TOKENS):
         found = ended(any_engine, prompt, 24)
         assert found == falcon_reference(prompt, 24)
         assert len(set(found)) > 4, "a text of one token proves nothing"
@@ -171,12 +172,12 @@ def test_a_repetition_penalty_is_that_of_generate(any_engine: Engine, falcon_ref
 
 
 def test_more_requests_than_rows_wait_their_turn(falcon_model: Model, falcon_reference: Reference) -> None:
-    engine = started(falcon_model, rows=2, piece=PIECE)
+    engine = started(falcon_model, rows=2, prefill_chunk=CHUNK)
     chosen = prompts((4, 8, 15, 16, 23, 42, 7), checkpoints.TOKENS, seed=3)
     generations = [engine.generate(Request(prompt, 12, GREEDY)) for prompt in chosen]
     assert [list(g) for g in generations] == [falcon_reference(prompt, 12) for prompt in chosen]
-    waits = [g.queue_time for g in generations]
-    assert waits == sorted(waits), "in order of arrival"
+    admitted = [g.created + g.queue_time for g in generations]
+    assert admitted == sorted(admitted), "in order of arrival"
 
 
 @pytest.mark.slow
@@ -218,7 +219,7 @@ def test_a_text_ends_where_its_model_says(falcon: Path, falcon_reference: Refere
     model = Model.read(falcon, torch.float32)
     end = next(token for token in text[5:] if token not in text[:5])
     model.stop_ids = frozenset({end})
-    generation = started(model, rows=2, piece=PIECE).generate(Request(prompt, 20, GREEDY))
+    generation = started(model, rows=2, prefill_chunk=CHUNK).generate(Request(prompt, 20, GREEDY))
     assert list(generation) == text[: text.index(end)]
     assert generation.finish_reason == "stop"
 
@@ -234,7 +235,7 @@ def test_a_text_ends_with_the_context(any_engine: Engine, falcon_reference: Refe
 def test_times_are_in_the_order_of_what_happened(engine: Engine) -> None:
     generation = engine.generate(Request(list(range(70, 110)), 9, GREEDY))
     tokens = list(generation)
-    assert generation.count == len(tokens) == 9
+    assert generation.consumed == len(tokens) == 9
     assert generation.finish_reason == "length"
     assert 0 <= generation.queue_time <= generation.time_to_first_token <= 9 / generation.tokens_per_second
 
@@ -262,8 +263,8 @@ def test_the_row_of_a_cancelled_request_is_free_at_the_next_step(
     options: dict[str, Any],
     passes_before: int,
 ) -> None:
-    engine = started(falcon_model, rows=1, piece=PIECE, **options)
-    one, other = prompts((3 * PIECE, 5), checkpoints.TOKENS)
+    engine = started(falcon_model, rows=1, prefill_chunk=CHUNK, **options)
+    one, other = prompts((3 * CHUNK, 5), checkpoints.TOKENS)
     passes = 0
 
     def counted(compute: Callable[..., Any]) -> Callable[..., Any]:
@@ -296,13 +297,13 @@ def test_an_answer_that_ends_early_counts_what_it_used(engine: Engine) -> None:
     while generation.emitted < 10:
         continue
     generation.cancel()
-    assert generation.count == 3
+    assert generation.consumed == 3
 
 
-def test_a_long_prompt_is_read_in_pieces_between_the_steps_of_others(
+def test_a_long_prompt_is_read_in_chunks_between_the_steps_of_others(
     falcon_model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = started(falcon_model, piece=PIECE)
+    engine = started(falcon_model, prefill_chunk=CHUNK)
     steps: list[str] = []
     for name in ("prefill", "decode"):
         pass_ = getattr(engine._runner, name)
@@ -310,11 +311,11 @@ def test_a_long_prompt_is_read_in_pieces_between_the_steps_of_others(
     running = engine.generate(Request([1, 2, 3], 300, Sampling(temperature=1e6)))
     tokens = iter(running)
     next(tokens)
-    ended(engine, list(range(100, 100 + 5 * PIECE)), 1)
+    ended(engine, list(range(100, 100 + 5 * CHUNK)), 1)
     running.cancel()
-    pieces = [step for step, before in zip(steps[1:], steps, strict=False) if "prefill" in (step, before)]
+    around = [step for step, before in zip(steps[1:], steps, strict=False) if "prefill" in (step, before)]
     assert steps.count("prefill") == 1 + 5
-    assert "prefill prefill" not in " ".join(pieces), "two pieces without a step of the running stream between"
+    assert "prefill prefill" not in " ".join(around), "two chunks without a step of the running stream between"
 
 
 def _noted(steps: list[str], name: str, pass_: Callable[..., Any], *arguments: Any) -> Any:
@@ -325,12 +326,12 @@ def _noted(steps: list[str], name: str, pass_: Callable[..., Any], *arguments: A
 @pytest.mark.slow
 @BOTH
 def test_a_prefix_is_read_once_and_its_prompts_go_on_as_generate_does(
-    falcon_model: Model, falcon_reference: Reference, passes: list[dict[int, int]], options: dict[str, Any]
+    falcon_model: Model, falcon_reference: Reference, passes: list[dict[Row, int]], options: dict[str, Any]
 ) -> None:
-    (prefix,) = prompts((PIECE + 9,), checkpoints.TOKENS, seed=3)
-    endings = prompts((1, 2, 70, 5, 3 * PIECE), checkpoints.TOKENS, seed=4)
+    (prefix,) = prompts((CHUNK + 9,), checkpoints.TOKENS, seed=3)
+    endings = prompts((1, 2, 70, 5, 3 * CHUNK), checkpoints.TOKENS, seed=4)
     asked = [*(prefix + ending for ending in endings), prefix, prefix[:-1], prefix[:7], [5, *prefix]]
-    engine = Engine(falcon_model, 4, piece=PIECE, **options)
+    engine = Engine(falcon_model, 4, prefill_chunk=CHUNK, **options)
     engine.start(prefix)
     passes.clear()
     with ThreadPoolExecutor(len(asked)) as clients:
@@ -345,18 +346,18 @@ def test_a_prefix_is_read_once_and_its_prompts_go_on_as_generate_does(
     ("options", "lengths", "expected"),
     [
         # what is computed for them: as many tokens for each as the longest has
-        ({"piece": 52}, (4, 9, 6, 13), [[4, 6, 9, 13]]),
-        ({"piece": 51}, (4, 9, 6, 13), [[4, 6, 9], [13]]),
-        ({"piece": 64}, (60, 2, 2, 3), [[60], [2, 2, 3]]),
+        ({"prefill_chunk": 52}, (4, 9, 6, 13), [[4, 6, 9, 13]]),
+        ({"prefill_chunk": 51}, (4, 9, 6, 13), [[4, 6, 9], [13]]),
+        ({"prefill_chunk": 64}, (60, 2, 2, 3), [[60], [2, 2, 3]]),
         # as on a GPU: filled up to a multiple of 8
-        ({"piece": 64, "capture": plain_call}, (4, 9, 6, 13), [[4, 6, 9, 13]]),
-        ({"piece": 63, "capture": plain_call}, (4, 9, 6, 13), [[4, 6, 9], [13]]),
+        ({"prefill_chunk": 64, "capture": plain_call}, (4, 9, 6, 13), [[4, 6, 9, 13]]),
+        ({"prefill_chunk": 63, "capture": plain_call}, (4, 9, 6, 13), [[4, 6, 9], [13]]),
     ],
 )
 def test_short_prompts_that_wait_are_read_in_one_pass(
     falcon_model: Model,
     falcon_reference: Reference,
-    passes: list[dict[int, int]],
+    passes: list[dict[Row, int]],
     options: dict[str, Any],
     lengths: tuple[int, ...],
     expected: list[list[int]],
@@ -370,10 +371,10 @@ def test_short_prompts_that_wait_are_read_in_one_pass(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("piece", [13, 32, 100])
-def test_no_pass_computes_more_than_a_piece(falcon_model: Model, monkeypatch: pytest.MonkeyPatch, piece: int) -> None:
+@pytest.mark.parametrize("chunk", [13, 32, 100])
+def test_no_pass_computes_more_than_a_chunk(falcon_model: Model, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
     """Padding included, whatever comes: a pass over one long prompt and many short ones is what ended every stream."""
-    engine = Engine(falcon_model, 8, piece=piece, capture=plain_call)
+    engine = Engine(falcon_model, 8, prefill_chunk=chunk, capture=plain_call)
     computed: list[int] = []
     logits = Runner._logits
 
@@ -390,7 +391,7 @@ def test_no_pass_computes_more_than_a_piece(falcon_model: Model, monkeypatch: py
     for generation in generations:
         assert len(list(generation)) == 2
     # the first two are the warm-up and the prefix
-    assert max(computed[2:]) <= piece
+    assert max(computed[2:]) <= chunk
 
 
 def failing(step: Callable[..., Any], *errors: BaseException | None) -> Callable[..., Any]:
@@ -406,7 +407,7 @@ def failing(step: Callable[..., Any], *errors: BaseException | None) -> Callable
 
 
 @BOTH
-@pytest.mark.parametrize("name", ["put", "prefill", "decode", "move"])
+@pytest.mark.parametrize("name", ["put", "prefill", "decode", "_move"])
 @pytest.mark.parametrize("error", [RuntimeError, ValueError])
 def test_a_step_that_fails_ends_its_requests_and_the_engine_goes_on(
     falcon_model: Model,
@@ -430,7 +431,7 @@ def test_a_step_that_fails_ends_its_requests_and_the_engine_goes_on(
             assert re.search(r"falló.*\(the device said no\): vuelva a intentarlo", str(refused))
     assert len(found) < 4 and all(tokens == expected[: len(tokens)] for tokens in found)
     assert ended(engine, [7, 8, 9], 10) == expected
-    assert engine.lost is None and not engine.rows and not engine._runner.rows
+    assert engine.lost is None and not engine.running and not engine._runner.rows
 
 
 def test_steps_that_fail_again_and_again_end_each_its_own_requests(
@@ -493,14 +494,14 @@ def out_of_memory() -> torch.OutOfMemoryError:
 
 
 @BOTH
-def test_prompts_for_which_there_was_no_memory_are_read_again_alone_and_in_smaller_pieces(
+def test_prompts_for_which_there_was_no_memory_are_read_again_alone_and_in_smaller_chunks(
     falcon_model: Model,
     falcon_reference: Reference,
-    passes: list[dict[int, int]],
+    passes: list[dict[Row, int]],
     monkeypatch: pytest.MonkeyPatch,
     options: dict[str, Any],
 ) -> None:
-    engine = started(falcon_model, rows=8, piece=256, **options)
+    engine = started(falcon_model, rows=8, prefill_chunk=256, **options)
     chosen = prompts((20, 60, 31), checkpoints.TOKENS, seed=12)
     # it is on its way while the others' prompts find no memory
     (beside,) = prompts((40,), checkpoints.TOKENS, seed=13)
@@ -523,7 +524,7 @@ def test_prompts_for_which_there_was_no_memory_are_read_again_alone_and_in_small
 def test_a_prompt_for_which_there_is_never_memory_fails_and_the_others_go_on(
     falcon_model: Model, falcon_reference: Reference, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = started(falcon_model, rows=4, piece=256, capture=plain_call)
+    engine = started(falcon_model, rows=4, prefill_chunk=256, capture=plain_call)
     (beside, large) = prompts((40, 200), checkpoints.TOKENS, seed=14)
     running = engine.generate(Request(beside, 60, GREEDY))
     first = next(iter(running))
@@ -565,7 +566,7 @@ def test_logits_that_are_no_numbers_fail_their_request_alone(
 
     def noted(runner: Runner, ids: torch.Tensor, *arguments: Any, **named: Any) -> torch.Tensor:
         found = logits(runner, ids, *arguments, **named)
-        row = [i for i, row in runner.rows.items() if row.prompt == len(broken) and row.length == len(broken) + 4]
+        row = [i for i, row in runner.rows.items() if row.prompt == len(broken) and row.cached == len(broken) + 4]
         if row:
             found[row] = bad
             for layer in runner.slots.slot_layers:
@@ -606,17 +607,17 @@ def test_a_model_that_cannot_be_captured_is_served_without_graphs(
 ) -> None:
     folder = falcon if kind == "falcon" else uncapturable(tmp_path / "model", kind)
     model = Model.read(folder, torch.float32)
-    engine = started(model, rows=2, piece=PIECE, capture=refused_capture)
+    engine = started(model, rows=2, prefill_chunk=CHUNK, capture=refused_capture)
     said = capsys.readouterr().out
-    (prompt,) = prompts((PIECE + 5,), 250, seed=16)
+    (prompt,) = prompts((CHUNK + 5,), 250, seed=16)
     assert ended(engine, prompt, 12) == Reference(folder, model)(prompt, 12)
     if kind == "falcon":
         assert "Sin grafos" not in said and "grafos CUDA capturados en" in said
-        assert engine._runner.graphs
+        assert engine._runner.forward_graphs and engine._runner.choose_graphs
     else:
         (line,) = [line for line in said.splitlines() if "grafos" in line]
         assert line.startswith("Sin grafos CUDA, cada paso va más despacio: este modelo no se deja capturar (operation")
-        assert not engine._runner.graphs
+        assert not engine._runner.forward_graphs and not engine._runner.choose_graphs
 
 
 def uncapturable(folder: Path, kind: str) -> Path:
@@ -663,9 +664,9 @@ def test_rows_are_only_as_long_as_the_longest_needs(falcon_model: Model) -> None
     engine = started(falcon_model, rows=3)
     slots = engine._runner.slots
     ended(engine, [5] * 1000, 3)
-    assert slots.room[1] >= 1000
+    assert slots.capacity[1] >= 1000
     ended(engine, [5] * 3, 3)
-    assert slots.room[1] < 128
+    assert slots.capacity[1] < 128
 
 
 @pytest.mark.slow
@@ -674,7 +675,7 @@ def test_llama_too_is_served_as_generate_would(tmp_path: Path) -> None:
     model = Model.read(folder, torch.float32)
     reference = Reference(folder, model)
     for options in ({}, {"capture": plain_call}):
-        engine = started(model, rows=4, piece=PIECE, **options)
+        engine = started(model, rows=4, prefill_chunk=CHUNK, **options)
         chosen = prompts((3, 80, 17, 200, 9), checkpoints.TOKENS, seed=8)
         generations = [engine.generate(Request(prompt, 20, GREEDY)) for prompt in chosen]
         assert [list(g) for g in generations] == [reference(prompt, 20) for prompt in chosen]

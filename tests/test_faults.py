@@ -12,8 +12,8 @@ import httpx
 import pytest
 from safetensors.torch import load_file, save_file
 
+from cli import schema, server
 from llm.settings import ROOT
-from local import schema, server
 from tests import checkpoints
 from tests.client import Client
 from tests.processes import FINALLY

@@ -12,8 +12,8 @@ from replicate.client import Client as Replicate
 from replicate.exceptions import ModelError, ReplicateError
 from replicate.prediction import Prediction
 
+from cli import schema
 from llm.settings import ROOT
-from local import schema
 from tests import gateway as service
 from tests.client import Client
 from tests.gateway import MODEL, Gateway

@@ -14,9 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import FalconConfig, FalconForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from llm import gpu, runner
 from llm import model as model_module
-from llm import processor, runner
-from llm.memory import reserve
 from llm.model import Model
 from llm.runner import Runner
 from llm.sampling import Sampling
@@ -81,7 +80,7 @@ class Assignments(TorchFunctionMode):
 
 
 class Unread:
-    """In place of Ids, whose reading is the one wait that is meant."""
+    """In place of PendingIds, whose reading is the one wait that is meant."""
 
     def __init__(self, ids: torch.Tensor) -> None:
         self.shape = ids.shape
@@ -132,13 +131,11 @@ def model_of(network: PreTrainedModel, device: torch.device = META, token_bytes:
 @pytest.fixture(params=["falcon", "llama"])
 def on_a_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Runner]:
     """A runner of eight rows; three have read their prompts, and one has some of its own before it."""
-    monkeypatch.setattr(runner, "Ids", Unread)
+    monkeypatch.setattr(runner, "PendingIds", Unread)
     with torch.inference_mode():
         found = Runner(model_of(network(request.param)), 8, capture=lambda step: step)
-        for row, length in enumerate((7, 300, 20, 40)):
-            found.put(row, [5] * length, DRAWN)
-        for row, length in enumerate((7, 300, 20, 16)):
-            found.prefill({row: length})
+        for prompt, read in ((7, 7), (300, 300), (20, 20), (40, 16)):
+            found.prefill({found.put([5] * prompt, DRAWN): read})
         yield found
 
 
@@ -154,12 +151,12 @@ def test_a_captured_step_reads_nothing_back_and_takes_nothing_from_the_host(on_a
 @pytest.mark.parametrize(
     ("step", "copies"),
     [
-        (lambda r: r.put(4, [5] * 30, DRAWN), 1),
-        (lambda r: r.prefill({3: 24}), 1),
+        (lambda r: r.put([5] * 30, DRAWN), 1),
+        (lambda r: r.prefill({r.rows[3]: 24}), 1),
         (lambda r: r.decode(), 0),
-        (lambda r: r.move(2, 5), 0),
-        (lambda r: r.release(2), 0),
-        (lambda r: r.clear(2), 0),
+        (lambda r: r._move(r.rows[2], 5), 0),
+        (lambda r: r.release(r.rows[2]), 0),
+        (lambda r: r.clear(r.rows[2]), 0),
     ],
     ids=["put", "prefill", "decode", "move", "release", "clear"],
 )
@@ -186,11 +183,10 @@ def test_what_is_read_is_a_multiple_of_8_wherever_a_prompt_ends(
     on_a_gpu: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lengths = []
-    for row, length in ((4, 1), (5, 13), (6, 2047)):
-        on_a_gpu.put(row, [5] * length, DRAWN)
-        on_a_gpu.prefill({row: length})
+    for length in (1, 13, 2047):
+        on_a_gpu.prefill({on_a_gpu.put([5] * length, DRAWN): length})
         lengths.append(on_a_gpu.slots.window.length)
-    on_a_gpu.prefill({3: 24})
+    on_a_gpu.prefill({on_a_gpu.rows[3]: 24})
     assert [*lengths, on_a_gpu.slots.window.length] == [8, 16, 2048, 40]
 
 
@@ -206,7 +202,7 @@ def test_to_draw_a_token_takes_few_kernels(on_a_gpu: Runner) -> None:
 
 def test_a_move_copies_what_is_in_use(on_a_gpu: Runner) -> None:
     with Watch() as watch, Bytes() as copied:
-        on_a_gpu.move(2, 5)
+        on_a_gpu._move(on_a_gpu.rows[2], 5)
     assert watch.forbidden == []
     layer = on_a_gpu.slots.slot_layers[0]
     heads, size = layer.keys.shape[1], layer.keys.shape[3]
@@ -266,7 +262,7 @@ def test_graphs_share_one_stream_and_a_failed_capture_leaves_none_current(monkey
         cuda, "set_stream", lambda chosen: current.__setitem__(0, "default" if chosen is default else "?")
     )
     monkeypatch.setattr(cuda, "CUDAGraph", lambda: type("Graph", (), {"replay": None}))
-    capture = runner.cuda_capture()
+    capture = gpu.cuda_capture()
     for _ in range(5):
         capture(lambda: None)
     fails[0] = True
@@ -313,19 +309,17 @@ def test_the_largest_passes_stay_within_what_is_left_for_them(
     monkeypatch: pytest.MonkeyPatch, kind: str, lengths: tuple[int, ...]
 ) -> None:
     """At falcon-rw-1b's size, prompts as many as a piece takes; then a decode step of 32 whole contexts."""
-    monkeypatch.setattr(runner, "Ids", Unread)
+    monkeypatch.setattr(runner, "PendingIds", Unread)
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", fused)
     model = model_of(network(kind, layers=24, width=2048, heads=32))
-    kept = reserve(model.network, model_module.GPU_PIECE, 32, CONTEXT, fused=True)
+    kept = gpu.reserve(model.network, model_module.GPU_PREFILL_CHUNK, 32, CONTEXT, fused=True)
     with torch.inference_mode():
         found = Runner(model, 32, capture=lambda step: step)
-        found.put(0, [5] * 9, DRAWN)
-        found.prefill({0: 9})
-        found.release(0)
-        for row, length in enumerate(lengths):
-            found.put(row, [5] * length, Sampling())
-        counts = dict(enumerate(lengths))
-        assert found.tokens(counts) <= model_module.GPU_PIECE
+        warm_up = found.put([5] * 9, DRAWN)
+        found.prefill({warm_up: 9})
+        found.release(warm_up)
+        counts = {found.put([5] * length, Sampling()): length for length in lengths}
+        assert found.tokens_computed(counts) <= model_module.GPU_PREFILL_CHUNK
         with Peak(found) as peak:
             found.prefill(counts)
         assert kept.prefill / 10 < peak.bytes < kept.prefill
@@ -336,7 +330,7 @@ def test_the_largest_passes_stay_within_what_is_left_for_them(
 
 
 @pytest.mark.parametrize(
-    ("total", "capability", "piece", "rows"),
+    ("total", "capability", "chunk", "rows"),
     [
         # a T4: float16, and 1,024 tokens a pass
         (15.6e9, (7, 5), 1024, 26),
@@ -351,20 +345,20 @@ def test_the_cache_of_falcon_leaves_room_for_what_a_gpu_computes(
     capsys: pytest.CaptureFixture[str],
     total: float,
     capability: tuple[int, int],
-    piece: int,
+    chunk: int,
     rows: int,
 ) -> None:
-    gpu = torch.device("cuda", 0)
+    device = torch.device("cuda", 0)
     falcon = network("falcon", layers=24, width=2048, heads=32)
     token = 24 * 2 * 2048 * 2
-    model = model_of(falcon, device=gpu, token_bytes=token)
+    model = model_of(falcon, device=device, token_bytes=token)
     weights = sum(p.numel() for p in falcon.parameters()) * 2
     free = int(total - weights - 400e6)  # what CUDA itself takes of a GPU
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, int(total)))
-    assert model.prefill_piece() == piece
-    assert model.rows(32, piece) == rows
-    kept = reserve(falcon, piece, 32, CONTEXT, fused=capability >= (8, 0))
+    assert model.prefill_chunk() == chunk
+    assert model.rows(32, chunk) == rows
+    kept = gpu.reserve(falcon, chunk, 32, CONTEXT, fused=capability >= (8, 0))
     assert rows * CONTEXT * token + kept.total < free
     said = capsys.readouterr().out
     for part in (kept.prefill, kept.graphs, kept.workspaces):
@@ -374,18 +368,18 @@ def test_the_cache_of_falcon_leaves_room_for_what_a_gpu_computes(
 def test_scores_that_no_kernel_fuses_are_left_room_for() -> None:
     """As on a T4 with grouped queries, and of models that transformers computes step by step."""
     llama = network("llama", layers=24, width=2048, heads=32)
-    kept = reserve(llama, 1024, 32, CONTEXT, fused=True).prefill
+    kept = gpu.reserve(llama, 1024, 32, CONTEXT, fused=True).prefill
     scores = 1024 * CONTEXT * 32 * 4
-    assert reserve(llama, 1024, 32, CONTEXT, fused=False).prefill > kept + 2 * scores
+    assert gpu.reserve(llama, 1024, 32, CONTEXT, fused=False).prefill > kept + 2 * scores
     llama.set_attn_implementation("eager")
-    assert reserve(llama, 1024, 32, CONTEXT, fused=True).prefill > kept + 2 * scores
+    assert gpu.reserve(llama, 1024, 32, CONTEXT, fused=True).prefill > kept + 2 * scores
 
 
 def test_attention_that_plans_for_each_shape_is_off() -> None:
     before = torch.backends.cuda.cudnn_sdp_enabled()
     try:
         torch.backends.cuda.enable_cudnn_sdp(True)
-        processor.use_steady_kernels()
+        gpu.use_steady_kernels()
         assert not torch.backends.cuda.cudnn_sdp_enabled()
         assert torch.backends.cuda.mem_efficient_sdp_enabled() and torch.backends.cuda.flash_sdp_enabled()
     finally:

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from replicate.client import Client as Replicate
 
+from cli import hosted
+from cli.hosted import Reference, Refused
+from cli.terminal import agree
 from llm import settings
 from llm.errors import UserError
-from local import hosted
-from local.hosted import Reference, Refused
-from local.terminal import agree
 from tests.client import Client
 from tests.gateway import MODEL, Gateway
 

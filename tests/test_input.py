@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from schemathesis import Case, GenerationMode
 from transformers import PreTrainedTokenizerFast
 
+from cli import server
 from llm.prompt import COMPLETION
 from llm.text import Text
-from local import server
 from tests import checkpoints
 from tests.client import Client
 

@@ -20,8 +20,7 @@ from transformers import (
 
 from llm import model as model_module
 from llm.errors import UserError
-from llm.memory import rows_that_fit
-from llm.model import Model
+from llm.model import Model, rows_that_fit
 from tests import checkpoints
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -135,9 +134,9 @@ def test_a_context_that_does_not_fit_is_shortened(
     token = model.token_bytes[CPU]
     free = SimpleNamespace(available=token * 900 / model_module.CPU_SHARE)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
-    assert model.rows(32, piece=256) == 1
+    assert model.rows(32, chunk=256) == 1
     assert model.context == 768
     assert "contexto de 2048 tokens: se usan 768" in capsys.readouterr().out
     free.available = token * 200 / model_module.CPU_SHARE
     with pytest.raises(UserError, match="No queda memoria para el contexto"):
-        model.rows(32, piece=256)
+        model.rows(32, chunk=256)

@@ -206,7 +206,7 @@ def test_a_signal_ends_cog_and_leaves_nothing(
         result = pool.submit(push, NAME, **processes.environment)
         while not notes.exists():
             assert not result.done(), result.result()
-        (command,) = processes.alive("local.push")
+        (command,) = processes.alive("cli.push")
         command.send_signal(number)
         assert result.result(FINALLY).returncode == status
     assert not list((project / "weights").glob(".push-*"))

@@ -18,12 +18,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from cli import inputs, schema
 from llm import weights
 from llm.prompt import COMPLETION
 from llm.settings import ROOT, Settings
-from local import inputs, schema
 from tests.client import Client
-from tests.gateway import MODEL, Gateway
 
 Execute = Callable[[str], str]
 
@@ -46,8 +45,8 @@ NOT_RUN = {
     "script/serve": "tests/test_script_predict.py, on a free port",
     "script/bench": "takes minutes",
     "script/test": "it is what runs this",
-    "script/lint": ".ci/run",
-    "export REPLICATE_API_TOKEN": "for the command below it, which runs with a token",
+    "cog playground": "the command cog is not here",
+    ".venv/bin/python examples/": "tests/test_examples.py",
 }
 
 
@@ -80,12 +79,11 @@ def unmarked(cell: str) -> str:
 
 
 @pytest.fixture
-def environment(demo_gateway: Gateway, demo_folder: Path) -> dict[str, str]:
+def environment(demo_folder: Path) -> dict[str, str]:
     return {
         **os.environ,
         "PYTHONPATH": str(ROOT),
         "WEIGHTS_DIR": str(demo_folder.parent),
-        **demo_gateway.environment,
         # nobody listens there
         "HF_ENDPOINT": "http://127.0.0.1:1",
     }
@@ -120,7 +118,7 @@ def python(command: str) -> str:
 
 @BOTH
 def test_every_command_is_run_or_listed(text: str) -> None:
-    tested = ("script/predict ", "script/weights", "curl -N ", "curl -s ", "cp .env.example .env", ".venv/bin/python ")
+    tested = ("script/predict ", "script/weights", "curl -N ", "cp .env.example .env")
     for command in commands(text):
         assert command.startswith(tested) + len(not_run(command)) == 1, command
     assert not [start for start in NOT_RUN if not any(start in not_run(command) for command in commands(text))]
@@ -133,8 +131,7 @@ def test_both_have_the_same_commands_and_programs() -> None:
 
 @pytest.mark.slow
 def test_the_demo_prints_what_is_shown(execute: Execute, demo_folder: Path) -> None:
-    command = commands(SPANISH)[0]
-    assert "--demo" in command
+    (command,) = (command for command in commands(SPANISH) if command.startswith("script/predict --demo"))
     printed = execute(python(command)).replace(weights.shown(demo_folder), "weights/smollm2-135m-instruct")
     for text in (SPANISH, ENGLISH):
         shown = blocks(text, "text")[0]
@@ -198,32 +195,10 @@ def test_the_copied_env_changes_nothing(execute: Execute, tmp_path: Path, monkey
     assert Settings.read(tmp_path) == nothing
 
 
-def with_version(program: str, gateway: Gateway) -> str:
-    """As the reader fills it in."""
-    assert f"{MODEL}:VERSION" in program
-    return program.replace("VERSION", next(iter(gateway.versions)))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("program", blocks(SPANISH, "python"), ids=["run", "stream"])
-def test_a_program_that_calls_replicate(
-    execute: Execute, environment: dict[str, str], demo_gateway: Gateway, tmp_path: Path, program: str
-) -> None:
-    # the token comes from .env
-    (tmp_path / ".env").write_text(f"REPLICATE_API_TOKEN={environment.pop('REPLICATE_API_TOKEN')}\n")
-    (tmp_path / "llamar.py").write_text(with_version(program, demo_gateway))
-    (command,) = (c for c in commands(SPANISH) if c.startswith(".venv/bin/python"))
-    assert execute(command.replace(".venv/bin/python", shlex.quote(sys.executable))) == f"{ANSWER}\n"
-
-
-@pytest.mark.slow
-def test_curl_that_calls_replicate(execute: Execute, demo_gateway: Gateway) -> None:
-    (curl,) = (command for command in commands(SPANISH) if command.startswith("curl -s"))
-    assert "https://api.replicate.com/" in curl
-    curl = with_version(curl.replace("https://api.replicate.com", demo_gateway.url), demo_gateway)
-    answer = json.loads(execute(curl))
-    assert "".join(answer["output"]) == ANSWER
-    assert answer["urls"]["stream"]
+def test_the_program_is_the_example() -> None:
+    """tests/test_examples.py runs it."""
+    (program,) = blocks(SPANISH, "python")
+    assert program == (ROOT / "examples" / "answer.py").read_text(encoding="utf-8")
 
 
 # What the code says
@@ -296,7 +271,7 @@ def test_each_message_is_one_of_the_code() -> None:
 def what_the_code_says() -> list[str]:
     """Every text in the commands' code, with … for what is filled in."""
     said = []
-    for path in (ROOT / "predict.py", *(ROOT / "llm").glob("*.py"), *(ROOT / "local").glob("*.py")):
+    for path in (ROOT / "predict.py", *(ROOT / "llm").glob("*.py"), *(ROOT / "cli").glob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.JoinedStr):
                 said.append("".join(str(p.value) if isinstance(p, ast.Constant) else "…" for p in node.values))
@@ -307,7 +282,7 @@ def what_the_code_says() -> list[str]:
 
 
 def test_the_packages_are_the_images() -> None:
-    pins = re.findall(r"^(\w[\w-]*)==", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
+    pins = re.findall(r"^(\w[\w-]*)==", (ROOT / "requirements.in").read_text(), re.MULTILINE)
     assert [unmarked(row[0]) for row in table(SPANISH, "| paquete |")] == pins
 
 
@@ -322,7 +297,7 @@ def test_what_is_linked_or_named_is_there(text: str) -> None:
     assert links
     prose = re.sub(r"^( *)```.*?^\1```$", "", text, flags=re.MULTILINE | re.DOTALL)
     named = re.findall(
-        r"`((?:script|llm|local|tests)/\w[\w.]*|predict\.py|cog\.yaml|\.dockerignore|requirements[\w-]*\.txt)", prose
+        r"`((?:script|llm|cli|tests)/\w[\w.]*|predict\.py|cog\.yaml|\.dockerignore|requirements[\w-]*\.txt)", prose
     )
     diagram = re.findall(r"\w+/\w+\.py", "".join(blocks(text, "mermaid")))
     for path in {*links, *named, *diagram}:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from cli import schema, server
 from llm.errors import UserError
 from llm.settings import ROOT
-from local import schema, server
 from tests.client import Client
 
 TINY = """\

@@ -18,7 +18,7 @@ import httpx
 import psutil
 import pytest
 
-from local import server
+from cli import server
 from tests.processes import FINALLY, Marked
 from tests.project import copied
 
@@ -524,7 +524,7 @@ def test_an_installation_that_fails_is_tried_again(bare: Path) -> None:
         assert result.returncode == 1
         *_, reason, line = result.stderr.splitlines()
         assert reason == "no network"
-        assert line.startswith("No se pudo instalar lo de requirements.txt")
+        assert line.startswith("No se pudo instalar lo de requirements-dev.txt")
 
 
 def test_a_venv_that_is_not_whole_is_made_again(bare: Path) -> None:
@@ -542,7 +542,7 @@ def test_a_venv_is_kept_when_the_requirements_change(bare: Path) -> None:
     python(bare / "bin/python3", "3.12.1")
     assert setup(bare).returncode == 0
     (bare / ".venv/lib/torch").touch()
-    (bare / "requirements.txt").write_text("cog==1\n")
+    (bare / "requirements-dev.txt").write_text("cog==1\n")
     assert setup(bare).stderr.startswith("Preparando .venv con Python 3.12.1")
     assert (bare / ".venv/lib/torch").exists()
 

@@ -10,9 +10,9 @@ from typing import Any
 import httpx
 import pytest
 
+from cli import schema, server
 from llm.errors import UserError
 from llm.settings import ROOT
-from local import schema, server
 from tests.client import Client
 from tests.processes import Marked
 

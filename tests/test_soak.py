@@ -18,8 +18,8 @@ import httpx
 import psutil
 import pytest
 
+from cli import server
 from llm.settings import ROOT
-from local import server
 from tests.processes import FINALLY, Marked
 
 CLIENTS = 40

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from llm import weights
 from llm.errors import UserError
+from llm.hub import ensure, write_safetensors
 from llm.settings import ROOT, Settings
 from tests import checkpoints
 from tests.hub import COMMIT, Hub, Repository, files_of
@@ -75,18 +76,18 @@ def environment(hub: Hub | str, directory: Path, **variables: str) -> dict[str, 
     }
 
 
-COMMAND = [sys.executable, "-m", "local.fetch"]
+COMMAND = [sys.executable, "-m", "cli.weights"]
 
 
 # The client waits some seconds before it asks again.
 IMPATIENT = """
 import sys, time
-from llm import weights
-from local.fetch import main
+from llm import hub
+from cli.weights import main
 def sleep(seconds):
     assert seconds < 60, seconds
 time.sleep = sleep
-weights._SECONDS_TO_ANSWER = 1
+hub._SECONDS_TO_ANSWER = 1
 sys.exit(main())
 """
 
@@ -217,9 +218,9 @@ def test_sharded_safetensors_come_with_their_index(hub: Hub, tmp_path: Path) -> 
 
 
 def test_large_models_are_written_in_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weights, "_LARGEST_FILE", "10KB")
+    monkeypatch.setattr("llm.hub._LARGEST_FILE", "10KB")
     state = {name: torch.randn(64, 64) for name in "abc"}
-    weights.write_safetensors({**state, "tied": state["a"], "slice": torch.randn(99, 9)[3:5]}, tmp_path)
+    write_safetensors({**state, "tied": state["a"], "slice": torch.randn(99, 9)[3:5]}, tmp_path)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert set(index["weight_map"]) == {"a", "b", "c", "slice"}
     assert index["metadata"]["total_size"] == 3 * 64 * 64 * 2 + 2 * 9 * 2
@@ -373,7 +374,7 @@ def test_what_arrives_altered_is_not_kept(hub: Hub, safetensors: dict[str, bytes
 def test_two_runs_do_not_mix(hub: Hub, safetensors: dict[str, bytes], tmp_path: Path) -> None:
     hub.add(MODEL, safetensors)
     with weights.workspace(tmp_path / NAME):
-        assert "Otro proceso está trayendo" in refused(hub, tmp_path)
+        assert "Otro proceso está descargando" in refused(hub, tmp_path)
 
 
 # A folder that is there
@@ -393,7 +394,7 @@ def test_a_cut_file_is_named(hub: Hub, fetched: Path) -> None:
     assert f"{fetched}/model.safetensors" in line
     assert "1.234 bytes en vez de 10.000" in line and f"borre {fetched}" in line
     with pytest.raises(UserError, match=r"1\.234 bytes"):
-        weights.ensure(settings(fetched.parent))
+        ensure(settings(fetched.parent))
     assert (fetched / "model.safetensors").stat().st_size == 1234
     assert hub.requests == []
 
@@ -404,12 +405,12 @@ def test_an_altered_file_is_named(hub: Hub, fetched: Path) -> None:
         stream.write(b"x")
     assert f"{path} está alterado" in refused(hub, fetched.parent)
     with pytest.raises(UserError, match="está alterado"):
-        weights.ensure(settings(fetched.parent))
+        ensure(settings(fetched.parent))
 
     # With the time of the manifest it passes for untouched at a boot; script/weights hashes it.
     manifest = (fetched / "manifest.json").stat()
     os.utime(path, ns=(manifest.st_mtime_ns, manifest.st_mtime_ns))
-    assert weights.ensure(settings(fetched.parent)).verified
+    assert ensure(settings(fetched.parent)).verified
     assert f"{path} está alterado" in refused(hub, fetched.parent)
 
 
@@ -420,7 +421,7 @@ def test_a_missing_file_is_named(hub: Hub, fetched: Path) -> None:
 
 def test_a_copy_that_kept_no_times_is_whole(fetched: Path, tmp_path: Path) -> None:
     shutil.copytree(fetched, tmp_path / "copia" / NAME, copy_function=shutil.copyfile)
-    assert weights.ensure(settings(tmp_path / "copia")).verified
+    assert ensure(settings(tmp_path / "copia")).verified
 
 
 HASH = "0" * 64
@@ -453,7 +454,7 @@ HASH = "0" * 64
 def test_a_broken_manifest_is_named(fetched: Path, content: str) -> None:
     (fetched / "manifest.json").write_text(content)
     with pytest.raises(UserError) as error:
-        weights.ensure(settings(fetched.parent))
+        ensure(settings(fetched.parent))
     assert str(error.value).startswith(f"{fetched}/manifest.json no se entiende") and "\n" not in str(error.value)
 
 
@@ -468,7 +469,7 @@ def test_a_manifest_that_is_no_file_is_named(hub: Hub, fetched: Path) -> None:
     ):
         make()
         with pytest.raises(UserError, match="no se entiende"):
-            weights.ensure(settings(fetched.parent))
+            ensure(settings(fetched.parent))
         manifest.rmdir() if manifest.is_dir() else manifest.unlink()
 
 
@@ -481,9 +482,9 @@ def test_a_file_that_the_manifest_does_not_name_is_refused(hub: Hub, fetched: Pa
     line = f"{fetched}/{name} sobra, manifest.json no lo nombra: bórrelo (si es suyo, borre solo {fetched}/manifest"
     assert refused(hub, fetched.parent).startswith(line)
     with pytest.raises(UserError, match="sobra"):
-        weights.ensure(settings(fetched.parent))
+        ensure(settings(fetched.parent))
     (fetched / name).unlink()
-    assert weights.ensure(settings(fetched.parent)).verified
+    assert ensure(settings(fetched.parent)).verified
 
 
 def test_a_link_out_of_the_folder_is_refused(hub: Hub, fetched: Path) -> None:
@@ -499,7 +500,7 @@ def test_a_link_out_of_the_folder_is_refused(hub: Hub, fetched: Path) -> None:
 def test_a_link_to_the_folder_is_followed(fetched: Path, tmp_path: Path) -> None:
     (tmp_path / "otra").mkdir()
     (tmp_path / "otra" / NAME).symlink_to(fetched)
-    assert weights.ensure(settings(tmp_path / "otra"), thorough=True).verified
+    assert ensure(settings(tmp_path / "otra"), thorough=True).verified
 
 
 def test_a_name_that_the_disk_cannot_hold_is_missing(fetched: Path) -> None:
@@ -507,14 +508,14 @@ def test_a_name_that_the_disk_cannot_hold_is_missing(fetched: Path) -> None:
     manifest["files"]["n" * 300] = {"size": 2, "sha256": HASH}
     (fetched / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match=f"Falta {fetched}/nnn"):
-        weights.ensure(settings(fetched.parent))
+        ensure(settings(fetched.parent))
 
 
 def test_another_model_or_revision_of_the_same_name_is_not_taken(hub: Hub, fetched: Path) -> None:
     line = refused(hub, fetched.parent, MODEL_ID="otro/falcon-mini")
     assert MODEL in line and "otro/falcon-mini" in line
     assert "es la revisión main" in refused(hub, fetched.parent, MODEL_REVISION="v9")
-    assert weights.ensure(settings(fetched.parent, revision=COMMIT)).commit == COMMIT
+    assert ensure(settings(fetched.parent, revision=COMMIT)).commit == COMMIT
 
 
 @pytest.mark.parametrize("names", [(), ("config.json",), ("model.safetensors",), ("config.json", "notas.txt")])
@@ -531,7 +532,7 @@ def test_a_folder_that_is_no_model(hub: Hub, tmp_path: Path, names: tuple[str, .
 
 def test_a_folder_of_the_users_own_is_taken_unverified(hub: Hub, tmp_path: Path) -> None:
     folder = checkpoints.falcon(tmp_path / NAME)
-    model = weights.ensure(settings(tmp_path))
+    model = ensure(settings(tmp_path))
     assert (model.folder, model.commit, model.verified) == (folder, None, False)
     out = fetch(hub, tmp_path)
     assert out == f"{folder} (carpeta propia): no se comprueba, porque no tiene manifest.json; no hay nada que hacer\n"
@@ -622,8 +623,8 @@ def test_unknown_revision(hub: Hub, small: Repository, tmp_path: Path) -> None:
 
 def test_a_revision_is_resolved_to_its_commit(hub: Hub, small: Repository, tmp_path: Path) -> None:
     fetch(hub, tmp_path, MODEL_REVISION="rama/una")
-    assert weights.ensure(settings(tmp_path)).commit == COMMIT
-    assert weights.ensure(settings(tmp_path, revision="rama/una")).commit == COMMIT
+    assert ensure(settings(tmp_path)).commit == COMMIT
+    assert ensure(settings(tmp_path, revision="rama/una")).commit == COMMIT
 
 
 @pytest.mark.parametrize(
@@ -721,9 +722,9 @@ def test_the_disk_fills_up_while_converting(tmp_path: Path) -> None:
     code = f"""
 import torch
 from pathlib import Path
-from llm import weights
+from llm import hub, weights
 with weights.workspace(Path("{tmp_path}/disk/{NAME}")) as work, weights.room(work, 5):
-    weights.write_safetensors({{"a": torch.zeros(2_000_000)}}, work)
+    hub.write_safetensors({{"a": torch.zeros(2_000_000)}}, work)
 """
     (tmp_path / "disk").mkdir()
     mount = f"mount -t tmpfs -o size=1m tmpfs {tmp_path}/disk && exec {sys.executable} -c '{code}'"

@@ -26,7 +26,7 @@ def held() -> dict[str, int]:
         if str(kind.__module__).startswith("llm."):
             found[kind.__qualname__] += 1
             if kind.__qualname__ == "Engine":
-                found["rows"] += len(thing.rows)
+                found["rows"] += len(thing.running)
         elif kind is asyncio.Task:
             found["tasks"] += not thing.done()
     return found

@@ -3,16 +3,16 @@
 import os
 import sys
 
-from llm import weights
+from cli import demo
+from cli.terminal import Parser, command
+from llm import hub, weights
 from llm.settings import Settings
-from local import demo
-from local.terminal import Parser, command
 
 
 @command
 def main() -> int:
     parser = Parser(
-        prog="script/weights", description="Trae el modelo de MODEL_ID a weights/, o comprueba el que ya está."
+        prog="script/weights", description="Descarga el modelo de MODEL_ID en weights/, o comprueba el que ya está."
     )
     parser.add_argument("--demo", action="store_true", help="el modelo de muestra, que no necesita Hugging Face")
     arguments = parser.parse_args()
@@ -21,7 +21,7 @@ def main() -> int:
         if arguments.demo:
             settings = demo.ensure(settings)
         there = os.path.lexists(settings.folder)
-        model = weights.ensure(settings, thorough=True)
+        model = hub.ensure(settings, thorough=True)
     except KeyboardInterrupt:
         print("\nInterrumpido: repita script/weights para terminar", file=sys.stderr)
         return 130

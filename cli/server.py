@@ -21,9 +21,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+from cli import schema
 from llm.errors import UserError
 from llm.settings import ROOT
-from local import schema
 
 HOST = "127.0.0.1"
 WAITING = {"GOMP_SPINCOUNT": "10000"}

@@ -3,9 +3,9 @@
 import json
 import sys
 
-from local import server
-from local.predict import ensured
-from local.terminal import Loading, Parser, command
+from cli import server
+from cli.predict import ensured
+from cli.terminal import Loading, Parser, command
 
 
 @command

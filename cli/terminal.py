@@ -7,9 +7,9 @@ import threading
 from collections.abc import Callable
 from typing import NoReturn
 
+from cli.server import Line, signals_as_exits
 from llm.errors import UserError
 from llm.words import decimal, one_line
-from local.server import Line, signals_as_exits
 
 # what a terminal takes to write over the line that counts
 _EMPTY_LINE = "\r\x1b[K"

@@ -26,14 +26,14 @@ from typing import Any
 import psutil
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from llm import weights
+from cli import demo, report, server
+from cli.contenders import Contender, Run, contending
+from cli.report import Load, Machine, Report, Rounds, Speed
+from cli.terminal import Parser, command
+from llm import hub, weights
 from llm.errors import UserError
 from llm.settings import ROOT, Settings
 from llm.words import reason
-from local import demo, report, server
-from local.contenders import Contender, Run, contending
-from local.report import Load, Machine, Report, Rounds, Speed
-from local.terminal import Parser, command
 
 AT_ONCE = (1, 2, 4, 8, 16, 32)
 PROMPT_LENGTHS = (17, 32, 5, 60, 41, 9, 25, 33)
@@ -65,7 +65,7 @@ def main() -> int:
     )
     arguments = parser.parse_args()
     settings = _settings(arguments.demo, arguments.model)
-    weights.ensure(settings)
+    hub.ensure(settings)
     _make_writable(arguments.out)
     start = time.monotonic()
     measured = measure(settings, arguments.rounds, arguments.tokens)
@@ -342,7 +342,7 @@ def _settings(wants_demo: bool, folder: Path | None) -> Settings:
         raise UserError(f"--model {folder}: ahí no hay ninguna carpeta")
     folder = folder.resolve()
     made: dict[str, Any] = {"id": folder.name, "commit": None}
-    # what is wrong with a manifest, weights.ensure says
+    # what is wrong with a manifest, hub.ensure says
     with suppress(FileNotFoundError, ValueError):
         made |= json.loads((folder / weights.MANIFEST).read_text())
     settings = replace(settings, model_id=made["id"], revision=made["commit"], weights_dir=folder.parent)

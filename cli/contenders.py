@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import IO, Any, Literal
 
+from cli.server import WAITING
 from llm.errors import UserError
 from llm.settings import ROOT, Settings
-from local.server import WAITING
 
 Name = Literal["engine", "generate"]
 _SPANISH: dict[Name, str] = {"engine": "del motor", "generate": "de generate"}
@@ -80,7 +80,7 @@ def contending(name: Name, environment: Mapping[str, str]) -> Iterator[Contender
     """Start a contender and wait for its model; end it on the way out. `environment` goes over this process's own."""
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "local.contenders", name],
+            [sys.executable, "-m", "cli.contenders", name],
             cwd=ROOT,
             # generate as it comes
             env={**(WAITING if name == "engine" else {}), **os.environ, **environment},
@@ -138,9 +138,9 @@ class Generate:
         import torch
         from transformers import AutoModelForCausalLM
 
-        from llm import processor
+        from llm.model import best_dtype
 
-        dtype = getattr(torch, settings.dtype) if settings.dtype else processor.best_dtype()
+        dtype = getattr(torch, settings.dtype) if settings.dtype else best_dtype()
         self.network: Any = AutoModelForCausalLM.from_pretrained(
             settings.folder, dtype=dtype, device_map="auto", trust_remote_code=False, local_files_only=True
         )

@@ -4,9 +4,9 @@ import json
 import subprocess
 import sys
 
+from cli.terminal import Parser, command
 from llm.errors import UserError
 from llm.settings import ROOT
-from local.terminal import Parser, command
 
 
 @command

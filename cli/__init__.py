@@ -1,4 +1,4 @@
-"""This package on this computer, without Docker: the Python behind the commands in script/."""
+"""This package on one's own computer, without Docker: the Python behind the commands in script/."""
 
 import os
 import signal

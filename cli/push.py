@@ -18,12 +18,12 @@ from pathlib import Path
 import yaml
 from pathspec import GitIgnoreSpec
 
-from llm import weights
+from cli.hosted import Reference
+from cli.terminal import Parser, command
+from llm import hub, weights
 from llm.errors import UserError
 from llm.settings import ROOT, Settings
 from llm.words import reason
-from local.hosted import Reference
-from local.terminal import Parser, command
 
 _SECONDS_TO_STOP = 5
 
@@ -58,7 +58,7 @@ def push(name: str, options: list[str]) -> int:
             f".dockerignore no deja pasar {place}, el modelo de cog.yaml: cambie su última línea por !{place}, "
             "o MODEL_ID en cog.yaml"
         )
-    model = weights.ensure(settings, thorough=True)
+    model = hub.ensure(settings, thorough=True)
     try:
         # beside the weights, where a link to them can be
         with tempfile.TemporaryDirectory(prefix=".push-", dir=settings.weights_dir) as directory:

@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from llm import weights
+from cli import demo, inputs, schema, server
+from cli.terminal import Loading, Parser, command
+from llm import hub
 from llm.errors import UserError
 from llm.settings import ROOT, Settings
 from llm.words import decimal, reason
-from local import demo, inputs, schema, server
-from local.terminal import Loading, Parser, command
 
 
 @command
@@ -90,7 +90,7 @@ def ensured(wants_demo: bool) -> dict[str, str]:
     with contextlib.redirect_stdout(sys.stderr):
         settings = Settings.read()
         if not wants_demo:
-            weights.ensure(settings)
+            hub.ensure(settings)
             return {}
         settings = demo.ensure(settings)
     # its revision goes over the one in .env, which is another model's
