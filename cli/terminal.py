@@ -26,6 +26,7 @@ _SPANISH = {
     "ignored explicit argument %r": "va sin valor, y se dio %r",
     "not allowed with argument %s": "no va con %s",
     "invalid %(type)s value: %(value)r": "no puede ser %(value)r",
+    "invalid choice: %(value)r (choose from %(choices)s)": "no puede ser %(value)r: hay %(choices)s",
     "ambiguous option: %(option)s could match %(matches)s": "%(option)s puede ser %(matches)s",
 }
 # argparse's texts pass through gettext, which would need a compiled catalogue in a folder of its own.
@@ -78,18 +79,20 @@ def agree(to: str, *, yes: bool) -> None:
 class Loading:
     """The block in which the model loads: `tick` with the seconds so far, `show` for each line of the log."""
 
-    def __init__(self) -> None:
+    def __init__(self, doing: str = "Cargando el modelo", done: str = "En marcha") -> None:
+        self._doing = doing
+        self._done = done
         self._counts = sys.stderr.isatty()
         self._seconds = 0.0
         # the log comes from another thread
         self._lock = threading.Lock()
 
     def __enter__(self) -> None:
-        self._write("Cargando el modelo")
+        self._write(self._doing)
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         if error is None:
-            self._write(f"En marcha en {decimal(self._seconds)} s")
+            self._write(f"{self._done} en {decimal(self._seconds)} s")
         elif self._counts:
             print(_EMPTY_LINE, end="", file=sys.stderr)
 
@@ -97,7 +100,7 @@ class Loading:
         self._seconds = seconds
         if self._counts:
             with self._lock:
-                print(f"{_EMPTY_LINE}Cargando el modelo: {seconds:.0f} s", end="", file=sys.stderr, flush=True)
+                print(f"{_EMPTY_LINE}{self._doing}: {seconds:.0f} s", end="", file=sys.stderr, flush=True)
 
     def show(self, line: Line) -> None:
         self._write(line.text)

@@ -170,7 +170,7 @@ def test_help_is_in_spanish(script: Run) -> None:
     assert {"argumentos:", "opciones:", "  -h, --help            muestra esta ayuda"} <= {*lines}
 
 
-@pytest.mark.parametrize("name", ["predict", "serve", "weights", "push", "bench", "audit", "setup", "test"])
+@pytest.mark.parametrize("name", ["predict", "serve", "weights", "push", "deploy", "bench", "audit", "setup", "test"])
 def test_a_script_finds_its_project(project: Path, environment: dict[str, str], tmp_path: Path, name: str) -> None:
     (tmp_path / "orden").symlink_to(project / "script" / name)
     (tmp_path / "otra").symlink_to("orden")
