@@ -205,7 +205,7 @@ def hold(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_interrupted_it_does_not_leave_its_question_behind(
-    run: Deploy, gateway: Gateway, project: Path, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    gateway: Gateway, project: Path, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hold(gateway, monkeypatch)
     terminal, end = os.openpty()
