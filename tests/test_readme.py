@@ -42,6 +42,8 @@ NOT_RUN = {
     "cog build": "builds with Docker",
     "cog login": "asks a person for a token of Replicate's",
     "script/push": "tests/test_push.py",
+    "script/smoke": "tests/test_smoke.py",
+    "script/deploy": "tests/test_deploy_command.py",
     "script/serve": "tests/test_script_predict.py, on a free port",
     "script/bench": "takes minutes",
     "script/test": "it is what runs this",
