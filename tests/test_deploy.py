@@ -481,7 +481,7 @@ def test_servers_that_end_and_come_back(falcon_environment: dict[str, str], proc
 
         running = started("antes", 96, 64)
         site.wait("current_queue", 1, 32)
-        os.killpg(listening(processes, servers[0]).pid, signal.SIGKILL)
+        os.killpg(os.getpgid(listening(processes, servers[0]).pid), signal.SIGKILL)
         ends = {name: future.result() for name, future in running.items()}
         failed = [name for name, end in ends.items() if end != "succeeded"]
         # what had begun there, and nothing that waited
