@@ -259,7 +259,7 @@ def _here(wants_demo: bool, local: bool) -> dict[str, str]:
     # what was published is cog.yaml's, whatever .env says
     settings = Settings.read() if local else image_config()[1]
     if not settings.folder.is_dir():
-        raise UserError("este ordenador no tiene los pesos, que descarga script/weights")
+        raise UserError("este ordenador no tiene los pesos: descárguelos con script/weights")
     return {}
 
 

@@ -418,7 +418,7 @@ def test_without_weights_here_nothing_is_compared(tmp_path: Path, monkeypatch: p
         monkeypatch.setenv(name, "")
     monkeypatch.setenv("WEIGHTS_DIR", str(tmp_path))
     for local in (True, False):
-        with pytest.raises(UserError, match="este ordenador no tiene los pesos, que trae script/weights"):
+        with pytest.raises(UserError, match="este ordenador no tiene los pesos: descárguelos con script/weights"):
             smoke._here(False, local)
 
 
