@@ -173,7 +173,7 @@ class Cog:
             self._http.stream("PUT", path, json={"input": inputs}, headers=headers) as response,
         ):
             self._check(response)
-            for name, data in _events(response):
+            for name, data in events(response):
                 if name == "output":
                     if first is None:
                         first = time.time() - asked
@@ -215,7 +215,8 @@ class Cog:
         raise UserError(f"{self.name} contestó {response.status_code}: {said or 'nada más'}")
 
 
-def _events(response: httpx.Response) -> Iterator[tuple[str, dict[str, Any]]]:
+def events(response: httpx.Response) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Of a stream, as they come: name, data."""
     name = ""
     for line in response.iter_lines():
         field, _, value = line.partition(": ")

@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 
 from cli.server import Server
+from cli.service import events
 
 Event = tuple[str, dict[str, Any]]
 
@@ -39,14 +40,3 @@ class Client:
         with self._http.stream("POST", "/predictions", json={"input": inputs}, headers=headers) as response:
             assert response.status_code == httpx.codes.OK, response.read()
             yield events(response)
-
-
-def events(response: httpx.Response) -> Iterator[Event]:
-    """Of a stream, as they come."""
-    name = ""
-    for line in response.iter_lines():
-        field, _, value = line.partition(": ")
-        if field == "event":
-            name = value
-        elif field == "data":
-            yield name, json.loads(value)

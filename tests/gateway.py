@@ -37,7 +37,7 @@ from urllib.parse import urlsplit
 import httpx
 import jsonschema_rs
 
-from tests.client import events
+from cli.service import events
 from tests.prediction import Body, Prediction, now
 from tests.problem import CHANGES, DEPLOYMENT, PREDICTION, VERSION_PREDICTION, Problem, check, invalid, not_found, read
 

@@ -28,8 +28,9 @@ from dnslib import QTYPE, RR, SRV, A, DNSRecord
 from dnslib.server import BaseResolver, DNSLogger, DNSServer
 
 from cli import schema, server
+from cli.service import events
 from llm.settings import ROOT
-from tests.client import Client, Event, events
+from tests.client import Client, Event
 from tests.processes import FINALLY, Marked
 
 DEPLOY = ROOT / "deploy"
