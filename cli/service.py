@@ -22,6 +22,7 @@ TERMINAL = ("succeeded", "failed", "canceled")
 
 _MOST_QUOTED = 300
 _SECONDS_TO_ANSWER = 300
+_SECONDS_BEFORE_ANOTHER_TRY = 0.05
 _SECONDS_TO_END = 1800
 """Of a prediction, its machine's start included."""
 
@@ -140,13 +141,26 @@ class Hosted:
         )
 
 
+class _Queue(httpx.HTTPTransport):
+    """Asks again while no place is free: Cog has no queue, and at times says 409 to one of two that come together."""
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        end = time.monotonic() + _SECONDS_TO_ANSWER
+        while (response := super().handle_request(request)).status_code == httpx.codes.CONFLICT:
+            if time.monotonic() > end:
+                break
+            response.close()
+            time.sleep(_SECONDS_BEFORE_ANOTHER_TRY)
+        return response
+
+
 class Cog:
     """A Cog server, of script/serve or in a container."""
 
     def __init__(self, url: str) -> None:
         """Raises UserError unless it is ready."""
         self.name = url
-        self._http = httpx.Client(base_url=url, timeout=_SECONDS_TO_ANSWER, trust_env=False)
+        self._http = httpx.Client(base_url=url, timeout=_SECONDS_TO_ANSWER, trust_env=False, transport=_Queue())
         health = self._get("/health-check")
         if health.get("status") not in ("READY", "BUSY"):
             raise UserError(

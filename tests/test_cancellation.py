@@ -144,6 +144,7 @@ def predictor(falcon_environment: dict[str, str], monkeypatch: pytest.MonkeyPatc
     return predictor
 
 
+@pytest.mark.slow
 def test_an_answer_that_has_ended_holds_no_row_while_its_last_words_wait(
     predictor: Predictor, capsys: pytest.CaptureFixture[str]
 ) -> None:

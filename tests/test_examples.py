@@ -24,6 +24,8 @@ from tests.prediction import signature
 from tests.processes import FINALLY
 from tests.receiver import Headers, Receiver
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = ROOT / "examples"
 JAVASCRIPT = EXAMPLES / "javascript"
 QUESTION = "Dime un producto de limpieza que blanquee la ropa"
@@ -77,13 +79,11 @@ def printed(command: list[Any], environment: dict[str, str], folder: Path) -> st
     return result.stdout
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["answer.py", "stream.py"])
 def test_an_answer_in_python(folder: Path, environment: dict[str, str], answer: Answer, name: str) -> None:
     assert printed([sys.executable, folder / name], environment, folder) == f"{answer(QUESTION)}\n"
 
 
-@pytest.mark.slow
 def test_many_at_once(folder: Path, environment: dict[str, str], answer: Answer) -> None:
     questions = constant("many.py", "QUESTIONS")
     assert questions[0] == QUESTION
@@ -91,7 +91,6 @@ def test_many_at_once(folder: Path, environment: dict[str, str], answer: Answer)
     assert shown == "".join(f"{question}\n{answer(question)}\n\n" for question in questions)
 
 
-@pytest.mark.slow
 def test_a_webhook(folder: Path, environment: dict[str, str], demo_gateway: Gateway, answer: Answer) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -129,7 +128,6 @@ def test_a_webhook_without_an_address() -> None:
     assert result.stderr == "Falta la dirección en la que Replicate encuentra este ordenador, https://…\n"
 
 
-@pytest.mark.slow
 def test_an_answer_with_curl(folder: Path, environment: dict[str, str], demo_gateway: Gateway, answer: Answer) -> None:
     refused = subprocess.run([folder / "curl.sh"], env=environment, capture_output=True, text=True)
     assert refused.returncode and "export REPLICATE_API_TOKEN=r8_..." in refused.stderr
@@ -154,7 +152,6 @@ def node_modules(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "node_modules"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", NODE)
 def test_an_answer_in_javascript(
     folder: Path, environment: dict[str, str], node_modules: Path, answer: Answer, tmp_path: Path, name: str

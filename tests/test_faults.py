@@ -18,6 +18,8 @@ from tests import checkpoints
 from tests.client import Client
 from tests.processes import FINALLY
 
+pytestmark = pytest.mark.slow
+
 GREEDY = {"temperature": 0, "repetition_penalty": 1, "prompt_template": "{pregunta}"}
 END = "<|endoftext|>"
 BUDGET = 200

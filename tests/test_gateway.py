@@ -20,6 +20,8 @@ from tests.gateway import MODEL, Gateway
 from tests.processes import FINALLY
 from tests.receiver import Receiver
 
+pytestmark = pytest.mark.slow
+
 LONG = {"pregunta": "Once upon a time", "temperature": 0, "max_tokens": 2048, "prompt_template": "{pregunta}"}
 SHORT = {**LONG, "max_tokens": 8}
 REFUSED = {**SHORT, "prompt_template": "sin sitio"}
@@ -86,7 +88,6 @@ def test_stream(client: Replicate, version: str, text: str) -> None:
     assert (done.event.value, done.data) == ("done", "{}")
 
 
-@pytest.mark.slow
 def test_lines_are_kept_in_a_stream(demo_gateway: Gateway) -> None:
     client = Replicate(demo_gateway.token, base_url=demo_gateway.url)
     asked = {"pregunta": "Write a letter to a friend.", "temperature": 0, "max_tokens": 12}
@@ -151,7 +152,6 @@ def test_one_that_fails(client: Replicate, version: str) -> None:
         list(client.stream(f"{MODEL}:{version}", input=REFUSED))
 
 
-@pytest.mark.slow
 def test_one_more_than_the_server_has_places_for_waits_its_turn(
     client: Replicate, falcon_server: Client, version: str, text: str
 ) -> None:

@@ -23,6 +23,8 @@ from tests.processes import FINALLY, Marked
 from tests.programs import Programs
 from tests.project import copied
 
+pytestmark = pytest.mark.slow
+
 Push = Callable[..., subprocess.CompletedProcess[str]]
 
 NAME = "r8.im/usuario/modelo"
@@ -343,7 +345,6 @@ def test_a_dry_run_says_what_would_go(project: Path, push: Push, notes: Path) ->
     assert not notes.exists() and not list(staged(project).iterdir())
 
 
-@pytest.mark.slow
 def test_what_git_does_not_have_is_a_warning(project: Path, push: Push, notes: Path) -> None:
     model(project / "weights", FALCON, FALCON_COMMIT)
     shutil.rmtree(project / ".git")
@@ -368,7 +369,6 @@ def test_what_git_does_not_have_is_a_warning(project: Path, push: Push, notes: P
 # The folder that stays
 
 
-@pytest.mark.slow
 def test_weights_that_did_not_change_are_not_built_again(project: Path, push: Push, notes: Path) -> None:
     falcon = model(project / "weights", FALCON, FALCON_COMMIT)
     push(NAME)
@@ -387,7 +387,6 @@ def test_weights_that_did_not_change_are_not_built_again(project: Path, push: Pu
     assert third["built"] and "nuevo.py" not in third["files"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("change", ["pruned", "of another folder", "of another name"])
 def test_weights_whose_image_is_not_there_are_built_again(
     project: Path, push: Push, notes: Path, programs: Programs, change: str
@@ -403,7 +402,6 @@ def test_weights_whose_image_is_not_there_are_built_again(
     assert (noted(notes)["built"], noted(notes)["image"]) == (True, True)
 
 
-@pytest.mark.slow
 def test_weights_whose_image_went_while_they_were_pushed_are_built_again(
     project: Path, push: Push, notes: Path, programs: Programs
 ) -> None:
@@ -425,7 +423,6 @@ def test_what_a_killed_push_left_is_not_pushed(project: Path, push: Push, notes:
     assert not {"viejo.py", "llm/viejo.py"} & noted(notes)["files"].keys()
 
 
-@pytest.mark.slow
 def test_two_pushes_at_once(project: Path, push: Push, notes: Path, programs: Programs, tmp_path: Path) -> None:
     model(project / "weights", FALCON, FALCON_COMMIT)
     go_on = tmp_path / "go on"
@@ -476,7 +473,6 @@ def test_a_version_that_takes_no_more(project: Path, push: Push, notes: Path, ga
     assert "no se compara" not in result.stdout and gateway.token not in result.stdout
 
 
-@pytest.mark.slow
 def test_without_a_terminal_what_breaks_a_caller_is_not_pushed(
     project: Path, push: Push, notes: Path, gateway: Gateway
 ) -> None:

@@ -235,6 +235,7 @@ def test_the_inputs_are_those_of_predict_py(text: str) -> None:
         assert meaning == wanted["description"] or not spanish
 
 
+@pytest.mark.slow
 def test_the_metrics_are_a_predictions(demo_server: Client) -> None:
     answer = demo_server.predict(pregunta="Hi", max_tokens=1).json()
     # predict_time is Cog's own

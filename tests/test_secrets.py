@@ -25,6 +25,8 @@ MODEL = "prueba/falcon-rw-1b"
 # What it is given to publish, it keeps.
 COG = """\
 import os, pathlib, shutil, sys
+
+pytestmark = pytest.mark.slow
 if sys.argv[1:] == ["--version"]:
     print("cog version 0.23.1")
     sys.exit()

@@ -12,6 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from cli import service, smoke
@@ -25,6 +26,8 @@ from tests.prediction import Body, Prediction
 from tests.problem import Problem
 from tests.processes import Marked
 from tests.project import copied
+
+pytestmark = pytest.mark.slow
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -66,7 +69,6 @@ def measured(output: str) -> dict[str, float]:
 # As it should be
 
 
-@pytest.mark.slow
 def test_a_server_that_is_as_it_should_be(script: Run, falcon_server: Client) -> None:
     result = script("--local", falcon_server.server.url)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -81,7 +83,6 @@ def test_a_server_that_is_as_it_should_be(script: Run, falcon_server: Client) ->
     assert rows["tokens de salida"] == 4 * 16 + 10 * 32
 
 
-@pytest.mark.slow
 def test_a_version_that_is_as_it_should_be(script: Run, falcon_server: Client) -> None:
     with Gateway(falcon_server.server.url) as gateway:
         version = gateway.publish()
@@ -105,7 +106,6 @@ def test_a_version_that_is_as_it_should_be(script: Run, falcon_server: Client) -
     assert gateway.token not in result.stdout + result.stderr
 
 
-@pytest.mark.slow
 def test_the_embedded_model(script: Run, demo_gateway: Gateway, demo_folder: Path) -> None:
     variables = {**demo_gateway.environment, "WEIGHTS_DIR": str(demo_folder.parent), "DTYPE": ""}
     result = script(MODEL, "--demo", "--yes", **variables)
@@ -126,7 +126,6 @@ def test_the_embedded_model(script: Run, demo_gateway: Gateway, demo_folder: Pat
         (["--local", "127.0.0.1:1"], "127.0.0.1:1 no es una dirección: se escribe http://127.0.0.1:5000"),
     ],
 )
-@pytest.mark.slow
 def test_a_mistake_is_one_line(script: Run, arguments: list[str], line: str) -> None:
     result = script(*arguments, REPLICATE_API_TOKEN="")
     assert result.returncode == (2 if "entiende" in line else 1)
@@ -280,7 +279,6 @@ def wrong(service: Service, output: pytest.CaptureFixture[str]) -> dict[str, str
     return found
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "check", "says"),
     [
@@ -309,7 +307,6 @@ def test_a_broken_service(
     assert found[check].startswith(says)
 
 
-@pytest.mark.slow
 def test_without_a_stream_what_needs_one_is_wrong(
     hosted: Callable[[type[Gateway]], Hosted], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -318,7 +315,6 @@ def test_without_a_stream_what_needs_one_is_wrong(
     assert all("no emite la respuesta palabra a palabra" in said for said in found.values())
 
 
-@pytest.mark.slow
 def test_another_version_of_the_inputs(
     hosted: Callable[[type[Gateway]], Hosted], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -390,7 +386,6 @@ class Altered(Cog):
         return replace(answer, text=f"{self.before}{answer.text}{self.after}")
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("few_tokens")
 def test_what_is_compared_with_this_computer(falcon_server: Client, demo_server: Client) -> None:
     there, here = Cog(falcon_server.server.url), Altered(falcon_server.server.url)
@@ -450,3 +445,11 @@ def test_a_server_that_closes_its_streams(falcon_server: Client) -> None:
         finally:
             server.shutdown()
             thread.join()
+
+
+def test_a_server_without_a_free_place_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cog says so at times with places free, when two come in the same instant."""
+    statuses = iter([409, 409, 200])
+    monkeypatch.setattr(httpx.HTTPTransport, "handle_request", lambda *_: httpx.Response(next(statuses)))
+    with httpx.Client(transport=service._Queue()) as http:
+        assert http.post("http://127.0.0.1/predictions").status_code == httpx.codes.OK
