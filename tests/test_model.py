@@ -23,6 +23,8 @@ from llm.errors import UserError
 from llm.model import Model, rows_that_fit
 from tests import checkpoints
 
+pytestmark = pytest.mark.slow
+
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 

@@ -18,6 +18,8 @@ from tests.hub import Hub, files_of
 from tests.processes import FINALLY, Marked
 from tests.programs import Programs
 
+pytestmark = pytest.mark.slow
+
 # not to be found in this file, which is a part of what is searched
 GOOD, NO_ACCESS, WRONG, REPLICATE = TOKENS = [f"hf_{uuid.uuid4().hex}" for _ in range(4)]
 MODEL = "prueba/falcon-rw-1b"
@@ -25,8 +27,6 @@ MODEL = "prueba/falcon-rw-1b"
 # What it is given to publish, it keeps.
 COG = """\
 import os, pathlib, shutil, sys
-
-pytestmark = pytest.mark.slow
 if sys.argv[1:] == ["--version"]:
     print("cog version 0.23.1")
     sys.exit()
