@@ -18,6 +18,8 @@ from llm.errors import UserError
 from tests.client import Client
 from tests.gateway import MODEL, Gateway
 
+pytestmark = pytest.mark.slow
+
 OTHERS = "otra/otro"
 SHORT = {"pregunta": "Once", "max_tokens": 1}
 
