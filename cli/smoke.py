@@ -211,10 +211,10 @@ def table(smoke: Smoke) -> list[tuple[str, str]]:
 
 
 def _speed(answers: Sequence[Answer]) -> str:
-    if not answers:
-        return "-"
     tokens = sum(answer.metrics["output_token_count"] for answer in answers)
-    return decimal(tokens / (max(answer.ended for answer in answers) - min(answer.begun for answer in answers)))
+    # a short answer may begin and end in the same millisecond
+    seconds = max((a.ended for a in answers), default=0) - min((a.begun for a in answers), default=0)
+    return decimal(tokens / seconds) if seconds > 0 else "-"
 
 
 def _total(answers: Sequence[Answer], metric: str) -> str:

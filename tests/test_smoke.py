@@ -453,3 +453,9 @@ def test_a_server_without_a_free_place_is_asked_again(monkeypatch: pytest.Monkey
     monkeypatch.setattr(httpx.HTTPTransport, "handle_request", lambda *_: httpx.Response(next(statuses)))
     with httpx.Client(transport=service._Queue()) as http:
         assert http.post("http://127.0.0.1/predictions").status_code == httpx.codes.OK
+
+
+def test_an_answer_that_took_no_time_has_no_speed() -> None:
+    answer = Answer("succeeded", "a", "", {"output_token_count": 1}, 0.0, 5.0, 5.0, [], None)
+    assert smoke._speed([answer]) == smoke._speed([]) == "-"
+    assert smoke._speed([replace(answer, ended=5.5)]) == "2,0"
