@@ -51,6 +51,8 @@ class Model:
     padding: cpu.Padding = field(default_factory=cpu.Padding)
     packed: bool = False
     """Its linear layers are PackedLinear, which leave out the padding."""
+    steady: bool = False
+    """It is packed, and the processor gives a row the same bits in any company."""
     seconds: dict[str, float] = field(default_factory=dict)
     """What each part of getting ready took: here `load` and `pack`."""
 
@@ -85,6 +87,8 @@ class Model:
             model.pack()
             model.seconds["pack"] = time.perf_counter() - start
             print(f"Pesos ordenados para el procesador en {decimal(model.seconds['pack'])} s")
+            if not model.steady:
+                print("En este procesador un texto puede cambiar según qué otras preguntas haya a la vez")
         return model
 
     @classmethod
@@ -127,8 +131,11 @@ class Model:
 
     def pack(self) -> None:
         """Lay a bfloat16 model on the CPU out as the processor reads it fastest, in place."""
-        cpu.pack(self.network, self.padding)
-        cpu.use_own_attention(self.network)
+        config = self.network.config.get_text_config()
+        heads = config.num_attention_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // heads
+        cpu.use_own_attention(self.network, self.padding)
+        self.steady = cpu.pack(self.network, self.padding) and cpu.fill_tiles(self.padding, heads, size)
         self.packed = True
 
     def prefill_chunk(self) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llm.gpu import Capture, Replay
 from llm.model import Model
-from llm.sampling import Sampling, SamplingRows, sample, sampling_width
+from llm.sampling import Sampling, SamplingRows, sample_each, sampling_width
 from llm.slots import Slots, Window
 
 MULTIPLE = 8
@@ -64,8 +64,8 @@ class Runner:
     What a row holds on the device: `history`, its ids so far, padded with the first; `positions`, where its last id
     stands, whose key and value are not yet in the cache; its sampling; and `active`, whether it is prefilled.
 
-    What the layers read during a pass beside their arguments, `slots.window` and the model's `padding.real`, is set
-    in `_logits` and nowhere else.
+    What the layers read during a pass beside their arguments, `slots.window` and the model's `padding`, is set in
+    `_logits` and nowhere else.
     """
 
     def __init__(self, model: Model, rows: int, capture: Capture | None = None):
@@ -172,7 +172,8 @@ class Runner:
         """
         # nothing that the host knows changes before the device has taken all of it: without memory it is asked again
         start = next(iter(counts)).cached
-        length = self._padded(start + max(counts.values()))
+        # two tokens at least: one of each row is what a decode step computes, in other numbers of rows
+        length = self._padded(start + max(2, *counts.values()))
         has_ended = [start + count == row.prompt for row, count in counts.items()]
         rows, ends, ended = self._sent(
             [[row.number for row in counts], list(counts.values()), list(map(int, has_ended))]
@@ -189,13 +190,8 @@ class Runner:
             real=real,
         )
         after = start + ends
-        ids = sample(
-            logits,
-            self.history[rows, :length],
-            self.sampling[rows],
-            after,
-            self._bucketed_width([row.sampling for row, last in zip(counts, has_ended, strict=True) if last]),
-        )
+        widths = self._widths([row.sampling for row in counts])
+        ids = sample_each(logits, self.history[rows, :length], self.sampling[rows], after, widths)
         self.history[rows, after] = torch.where(ended > 0, ids.clamp(min=0), self.history[rows, after])
         self.positions[rows] = after
         self.active[rows] = ended > 0
@@ -214,9 +210,9 @@ class Runner:
         if self.capture:
             rows = min(self.slots.rows, 1 << (rows - 1).bit_length())
         length = self._ensure_capacity(max(row.cached for row in running))
-        width = self._bucketed_width([row.sampling for row in running])
+        widths = self._widths([self.rows[number].sampling for number in range(len(self.rows))][:rows])
         self.forward_graphs.get((rows, length), partial(self._forward, rows, length))()
-        self.choose_graphs.get((rows, width), partial(self._choose, rows, width))()
+        self.choose_graphs.get((rows, widths[0]), partial(self._choose, rows, widths))()
         return PendingIds(self.chosen[:rows])
 
     def synchronize(self) -> None:
@@ -251,11 +247,11 @@ class Runner:
             mask=self.columns[:length] <= positions,
         )
 
-    def _choose(self, rows: int, width: int) -> None:
+    def _choose(self, rows: int, widths: list[int]) -> None:
         """From those logits the next id, into the history of each active row."""
         history, active = self.history[:rows], self.active[:rows, None]
         after = self.positions[:rows, None] + active
-        ids = sample(self.logits[:rows], history, self.sampling[:rows], after[:, 0], width)
+        ids = sample_each(self.logits[:rows], history, self.sampling[:rows], after[:, 0], widths)
         self.chosen[:rows] = ids
         # NOT_A_NUMBER is for the host to see; the embedding needs an id
         history.scatter_(1, after, torch.where(active, ids[:, None].clamp(min=0), history.gather(1, after)))
@@ -273,6 +269,7 @@ class Runner:
         """One pass. ids, positions (rows, tokens) int64; mask (rows, length) bool; keep (rows, 1) int64: the token
         whose logits are wanted; real: see Padding. Returns (rows, vocabulary) float32."""
         self.slots.window = window
+        self.model.padding.tokens = 0 if keep is None else ids.numel()
         self.model.padding.real = real
         extra = {"position_ids": positions} if self.takes_positions else {}
         output = self.model.network(
@@ -286,9 +283,13 @@ class Runner:
         logits: Tensor = output.logits[:, -1, : self.model.vocabulary].float()
         return logits.to(self.logits.device)
 
-    def _bucketed_width(self, samplings: list[Sampling]) -> int:
-        exact = sampling_width(samplings, self.model.vocabulary)
-        return next(w for w in self._graph_widths() if w >= exact) if self.capture else exact
+    def _widths(self, samplings: list[Sampling]) -> list[int]:
+        """How many of the likeliest tokens each row sorts: on a GPU as many as the one that needs most, for it would
+        wait while rows are told apart, and a graph has them all."""
+        widths = [sampling_width(sampling, self.model.vocabulary) for sampling in samplings]
+        if self.capture:
+            return [next(width for width in self._graph_widths() if width >= max(widths))]
+        return [max(widths)] if self.history.is_cuda else widths
 
     # CUDA graphs
 
@@ -307,7 +308,7 @@ class Runner:
             for length in sorted(length_buckets, reverse=True):
                 self.forward_graphs[rows, length] = self.capture(partial(self._forward, rows, length))
             for width in sorted(self._graph_widths(), reverse=True):
-                self.choose_graphs[rows, width] = self.capture(partial(self._choose, rows, width))
+                self.choose_graphs[rows, width] = self.capture(partial(self._choose, rows, [width]))
         return len(self.forward_graphs) + len(self.choose_graphs)
 
     def drop_graphs(self) -> None:

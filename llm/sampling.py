@@ -63,14 +63,15 @@ class SamplingRows:
         return SamplingRows(*(tensor[rows] for tensor in vars(self).values()))
 
 
-def sampling_width(samplings: list[Sampling], vocab: int) -> int:
-    """How many of the likeliest tokens a step has to sort for these requests: 0 where all are greedy.
+def sampling_width(sampling: Sampling, vocab: int) -> int:
+    """How many of the likeliest tokens a step has to sort for this request: 0 where it is greedy.
 
-    Twice the largest top_k, as a power of two: top_k keeps every token that ties with its last one, as
-    transformers does, and bfloat16 logits tie often.
+    Twice its top_k, as a power of two: top_k keeps every token that ties with its last one, as transformers does, and
+    bfloat16 logits tie often.
     """
-    drawn = [s.top_k or vocab for s in samplings if not s.greedy]
-    return min(vocab, 1 << (2 * max(drawn) - 1).bit_length()) if drawn else 0
+    if sampling.greedy:
+        return 0
+    return min(vocab, 1 << (2 * (sampling.top_k or vocab) - 1).bit_length())
 
 
 def penalize(logits: Tensor, history: Tensor, penalty: Tensor) -> Tensor:
@@ -134,6 +135,17 @@ def _mixed(bits: Tensor) -> Tensor:
 def _signed(bits: int) -> int:
     """The int64 of the same 64 bits."""
     return bits - 2**64 if bits >= 2**63 else bits
+
+
+def sample_each(logits: Tensor, history: Tensor, rows: SamplingRows, position: Tensor, widths: list[int]) -> Tensor:
+    """`sample` for rows of different widths, each with its own: where tokens tie, which come first depends on it."""
+    if len(set(widths)) == 1:
+        return sample(logits, history, rows, position, widths[0])
+    ids = torch.empty_like(position)
+    for width in set(widths):
+        same = torch.tensor([row for row, its in enumerate(widths) if its == width])
+        ids[same] = sample(logits[same], history[same], rows[same], position[same], width)
+    return ids
 
 
 def sample(logits: Tensor, history: Tensor, rows: SamplingRows, position: Tensor, width: int) -> Tensor:

@@ -68,12 +68,28 @@ def test_it_is_the_images_python(falcon_server: Client, config: dict[str, Any]) 
 
 
 def test_logits_are_as_near_to_float32_as_those_of_transformers(image: Path, bfloat16_folder: Path) -> None:
-    program = ROOT / "tests" / "logits.py"
-    run = subprocess.run(
-        [PYTHON, program, bfloat16_folder], env={**os.environ, "PYTHONPATH": str(image)}, capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stderr
-    found = json.loads(run.stdout)
-    assert f"torch=={found['torch'].partition('+')[0]}" in (ROOT / "requirements.txt").read_text().splitlines()
+    found = run("logits.py", image, bfloat16_folder)
     assert len(found["distances"]) == len(logits.CASES) / (1 if cpu.computes_in_bfloat16() else 2)
     assert max(found["distances"]) < logits.MOST
+
+
+@pytest.mark.skipif(not cpu.computes_in_bfloat16(), reason="this processor does not compute in bfloat16")
+def test_bits_do_not_depend_on_company(image: Path, bfloat16_folder: Path) -> None:
+    found = run("company.py", image, bfloat16_folder)
+    if not found["steady"]:
+        pytest.skip("this processor has no numbers of rows that agree, and setup says so")
+    assert found["tokens"] == found["logits"] == found["requests"] > 0
+
+
+def run(program: str, image: Path, *arguments: Path) -> Any:
+    """What one of the programs beside this file prints in the image's environment, with the torch that is locked."""
+    ran = subprocess.run(
+        [PYTHON, ROOT / "tests" / program, *arguments],
+        env={**os.environ, "PYTHONPATH": str(image)},
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stderr
+    found = json.loads(ran.stdout.splitlines()[-1])
+    assert f"torch=={found['torch'].partition('+')[0]}" in (ROOT / "requirements.txt").read_text().splitlines()
+    return found

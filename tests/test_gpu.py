@@ -144,7 +144,7 @@ def test_a_captured_step_reads_nothing_back_and_takes_nothing_from_the_host(on_a
         for width in (0, 128, checkpoints.TOKENS):
             with Watch() as watch:
                 on_a_gpu._forward(rows, length)
-                on_a_gpu._choose(rows, width)
+                on_a_gpu._choose(rows, [width])
             assert watch.forbidden == [] and watch.copies == []
 
 
@@ -193,9 +193,9 @@ def test_what_is_read_is_a_multiple_of_8_wherever_a_prompt_ends(
 def test_to_draw_a_token_takes_few_kernels(on_a_gpu: Runner) -> None:
     """Each is launched at every token. The seed was mixed when the row was given."""
     with Watch() as drawn:
-        on_a_gpu._choose(8, 128)
+        on_a_gpu._choose(8, [128])
     with Watch() as likeliest:
-        on_a_gpu._choose(8, 0)
+        on_a_gpu._choose(8, [0])
     assert drawn.kernels.total() <= 66
     assert likeliest.kernels.total() <= 20
 
@@ -325,7 +325,7 @@ def test_the_largest_passes_stay_within_what_is_left_for_them(
         assert kept.prefill / 10 < peak.bytes < kept.prefill
         with Peak(found) as peak:
             found._forward(32, CONTEXT)
-            found._choose(32, checkpoints.TOKENS)
+            found._choose(32, [checkpoints.TOKENS])
         assert peak.bytes < kept.graphs
 
 

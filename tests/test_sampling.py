@@ -1,5 +1,7 @@
 """Our sampling step beside transformers' own logits processors, on the same logits."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import (
@@ -10,7 +12,17 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from llm.sampling import NOT_A_NUMBER, Sampling, SamplingRows, gumbel, nucleus, penalize, sample, sampling_width
+from llm.sampling import (
+    NOT_A_NUMBER,
+    Sampling,
+    SamplingRows,
+    gumbel,
+    nucleus,
+    penalize,
+    sample,
+    sample_each,
+    sampling_width,
+)
 
 VOCABULARY = 5000
 
@@ -57,7 +69,7 @@ def ours(logits: torch.Tensor, history: torch.Tensor, samplings: list[Sampling])
     """Our distribution: (rows, vocabulary) float32, all rows in one step."""
     rows = rows_of(samplings)
     penalized = penalize(logits, history, rows.repetition_penalty)
-    ids, probabilities = nucleus(penalized, rows, sampling_width(samplings, logits.shape[1]))
+    ids, probabilities = nucleus(penalized, rows, max(sampling_width(s, logits.shape[1]) for s in samplings))
     return torch.zeros_like(logits).scatter(1, ids, probabilities)
 
 
@@ -91,7 +103,7 @@ def test_tokens_are_drawn_as_often_as_their_probability_says() -> None:
     draws = seeds * positions
     position = torch.arange(positions).repeat(seeds)
     drawn = sample(
-        logits.expand(draws, -1), history.expand(draws, -1), rows, position, sampling_width([sampling], VOCABULARY)
+        logits.expand(draws, -1), history.expand(draws, -1), rows, position, sampling_width(sampling, VOCABULARY)
     )
     found = torch.bincount(drawn, minlength=VOCABULARY)
     assert (found[expected == 0] == 0).all()
@@ -139,23 +151,25 @@ def test_the_numbers_are_those_of_splitmix64(seed: int) -> None:
 def test_a_row_without_numbers_is_told_and_the_others_are_chosen(bad: float, sampling: Sampling) -> None:
     logits, history = logits_and_history(3, seed=9)
     rows, position = rows_of([sampling] * 3), torch.arange(3)
-    expected = sample(logits, history, rows, position, sampling_width([sampling], VOCABULARY))
+    expected = sample(logits, history, rows, position, sampling_width(sampling, VOCABULARY))
     logits[1, 17] = bad
-    found = sample(logits, history, rows, position, sampling_width([sampling], VOCABULARY))
+    found = sample(logits, history, rows, position, sampling_width(sampling, VOCABULARY))
     assert found.tolist() == [expected[0], NOT_A_NUMBER, expected[2]]
     logits[1] = -torch.inf
-    assert sample(logits, history, rows, position, sampling_width([sampling], VOCABULARY))[1] == NOT_A_NUMBER
+    assert sample(logits, history, rows, position, sampling_width(sampling, VOCABULARY))[1] == NOT_A_NUMBER
 
 
 def test_each_row_is_as_it_would_be_alone() -> None:
     samplings = [Sampling(temperature=0), *SAMPLINGS, Sampling(temperature=0, repetition_penalty=1.8)]
     logits, history = logits_and_history(len(samplings), seed=7)
     position = torch.arange(len(samplings)) * 100
-    together = sample(logits, history, rows_of(samplings), position, sampling_width(samplings, VOCABULARY))
+    together = sample(
+        logits, history, rows_of(samplings), position, max(sampling_width(s, VOCABULARY) for s in samplings)
+    )
     for row, sampling in enumerate(samplings):
         one = slice(row, row + 1)
         alone = sample(
-            logits[one], history[one], rows_of([sampling]), position[one], sampling_width([sampling], VOCABULARY)
+            logits[one], history[one], rows_of([sampling]), position[one], sampling_width(sampling, VOCABULARY)
         )
         assert together[row] == alone[0], sampling
 
@@ -169,6 +183,20 @@ def test_temperature_0_is_the_likeliest_after_the_penalty() -> None:
 
 
 def test_a_greedy_step_sorts_nothing_and_another_only_what_it_needs() -> None:
-    assert sampling_width([Sampling(temperature=0, top_k=0)], VOCABULARY) == 0
-    assert sampling_width([Sampling(temperature=0), Sampling(temperature=1, top_k=50)], VOCABULARY) == 128
-    assert sampling_width([Sampling(temperature=1, top_k=50), Sampling(temperature=1)], VOCABULARY) == VOCABULARY
+    assert sampling_width(Sampling(temperature=0, top_k=0), VOCABULARY) == 0
+    assert sampling_width(Sampling(temperature=1, top_k=50), VOCABULARY) == 128
+    assert sampling_width(Sampling(temperature=1), VOCABULARY) == VOCABULARY
+
+
+def test_which_of_the_tokens_that_tie_is_drawn_does_not_depend_on_company() -> None:
+    # with few levels most tokens tie: where top_p cuts depends on how many of the likeliest are sorted
+    few = Sampling(temperature=1.0, top_k=50, top_p=0.5)
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randint(0, 3, (40, VOCABULARY), generator=generator).float()
+    samplings = [replace(few, seed=seed, top_k=(50, 0)[seed % 2]) for seed in range(40)]
+    history, position = torch.zeros(40, 1, dtype=torch.long), torch.arange(40)
+    widths = [sampling_width(sampling, VOCABULARY) for sampling in samplings]
+    together = sample_each(logits, history, rows_of(samplings), position, widths)
+    for row, (sampling, width) in enumerate(zip(samplings, widths, strict=True)):
+        one = slice(row, row + 1)
+        assert together[row] == sample(logits[one], history[one], rows_of([sampling]), position[one], width)[0]

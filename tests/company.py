@@ -1,0 +1,123 @@
+"""Whether what a request gets depends on its company: the same random requests one after another, then together.
+
+Needs the image's packages alone: as a program, `python tests/company.py FOLDER`, it runs in the image's environment.
+"""
+
+import json
+import random
+import sys
+import time
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+
+from llm import engine
+from llm.engine import Engine, Request
+from llm.model import Model
+from llm.runner import PendingIds, Row, Runner
+from llm.sampling import Sampling
+
+LENGTHS = (1, 2, 5, 20, 31, 32, 33, 60, 100, 257, 600)
+PREFIX = 25
+"""Tokens that many requests begin with."""
+OTHERS = 1
+"""The seed of requests that are nothing but company."""
+
+Checksums = dict[int, list[int]]
+
+
+def random_requests(model: Model, count: int, most_tokens: int) -> list[Request]:
+    """Greedy and drawn, their prompts of 1 to 600 tokens; each has a seed of its own."""
+    rng = random.Random(0)
+    prefix = [rng.randrange(model.vocabulary) for _ in range(PREFIX)]
+    requests = []
+    for seed in range(OTHERS + 1, OTHERS + 1 + count):
+        prompt = [rng.randrange(model.vocabulary) for _ in range(rng.choice(LENGTHS))]
+        sampling = Sampling(
+            temperature=rng.choice([0, 0, 0.7, 1.2]),
+            top_p=rng.choice([1, 0.95]),
+            top_k=rng.choice([0, 1, 5, 50, 50, 300]),
+            repetition_penalty=rng.choice([1, 1.1]),
+            seed=seed,
+        )
+        requests.append(Request(rng.choice([[], prefix]) + prompt, rng.randint(1, most_tokens), sampling))
+    return requests
+
+
+def compare(model: Model, count: int, most_tokens: int) -> dict[str, int]:
+    """How many of so many requests get the same tokens, and the same logits in every bit, alone and in company.
+
+    In company prompts are cut into smaller chunks too, and their common beginning is kept.
+    """
+    requests = random_requests(model, count, most_tokens)
+    alone, expected = _answers(model, requests, workers=1)
+    together, found = _answers(model, requests, workers=24, prefix=requests[0].prompt[:PREFIX], chunk=80)
+    return {
+        "tokens": sum(a == b for a, b in zip(alone, together, strict=True)),
+        "logits": sum(expected[request.sampling.seed] == found[request.sampling.seed] for request in requests),
+        "requests": count,
+    }
+
+
+def _answers(
+    model: Model, requests: list[Request], workers: int, prefix: list[int] | None = None, chunk: int | None = None
+) -> tuple[list[list[int]], Checksums]:
+    checksums: Checksums = {}
+
+    class Recording(Runner):
+        def prefill(self, counts: dict[Row, int]) -> PendingIds:
+            ids = super().prefill(counts)
+            for index, row in enumerate(counts):
+                if row.prefilled:
+                    self._record(row, index)
+            return ids
+
+        def decode(self) -> PendingIds:
+            ids = super().decode()
+            for row in self.rows.values():
+                if row.prefilled:
+                    self._record(row, row.number)
+            return ids
+
+        def _logits(self, *args: object, **kwargs: object) -> torch.Tensor:
+            self.seen = super()._logits(*args, **kwargs)  # type: ignore[arg-type]
+            return self.seen
+
+        def _record(self, row: Row, index: int) -> None:
+            checksum = zlib.crc32(self.seen[index].numpy().tobytes())
+            checksums.setdefault(row.sampling.seed, []).append(checksum)
+
+    rng = random.Random(1)
+    with patch.object(engine, "Runner", Recording):
+        serving = Engine(model, 16, prefill_chunk=chunk)
+        serving.start(prefix)
+
+    def ask(request: Request, wait: float) -> list[int]:
+        time.sleep(wait)
+        return list(serving.generate(request))
+
+    def ask_and_cancel(request: Request, tokens: int) -> None:
+        generation = serving.generate(request)
+        for _, _ in zip(range(tokens), generation, strict=False):
+            pass
+        generation.cancel()
+
+    with ThreadPoolExecutor(workers) as threads:
+        asked = []
+        for request in rng.sample(requests, len(requests)) if workers > 1 else requests:
+            asked.append((request, threads.submit(ask, request, rng.random() * 0.02 if workers > 1 else 0)))
+            if workers > 1 and rng.random() < 0.2:
+                other = Request(request.prompt[::-1], 20, Sampling(seed=OTHERS))
+                threads.submit(ask_and_cancel, other, rng.randrange(20))
+    answers = {request.sampling.seed: answer.result() for request, answer in asked}
+    return [answers[request.sampling.seed] for request in requests], checksums
+
+
+if __name__ == "__main__":
+    loaded = Model.read(Path(sys.argv[1]), torch.bfloat16)
+    loaded.pack()
+    steady = {"steady": int(loaded.steady)}
+    print(json.dumps({"torch": torch.__version__} | steady | compare(loaded, count=60, most_tokens=20)))

@@ -1,0 +1,139 @@
+"""A text depends on its own inputs alone: not on who else asks, nor on how its prompt is read."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
+
+import httpx
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llm import cpu
+from llm.model import Model
+from llm.settings import Settings
+from tests import company
+from tests.client import Client
+
+slow = pytest.mark.slow
+
+
+def packed(folder: Path) -> Model:
+    if not cpu.computes_in_bfloat16():
+        pytest.skip("this processor does not compute in bfloat16")
+    model = Model.read(folder, torch.bfloat16)
+    model.pack()
+    if not model.steady:
+        pytest.skip("this processor has no numbers of rows that agree, and setup says so")
+    return model
+
+
+@slow
+def test_the_bits_of_a_small_falcon_do_not_depend_on_company(bfloat16_folder: Path) -> None:
+    found = company.compare(packed(bfloat16_folder), count=200, most_tokens=24)
+    assert found == {"tokens": 200, "logits": 200, "requests": 200}
+
+
+@slow
+def test_the_bits_of_the_embedded_model_do_not_depend_on_company(demo_folder: Path) -> None:
+    found = company.compare(packed(demo_folder), count=60, most_tokens=8)
+    assert found == {"tokens": 60, "logits": 60, "requests": 60}
+
+
+@slow
+def test_in_float32_the_tokens_do_not_depend_on_company(falcon: Path) -> None:
+    assert company.compare(Model.read(falcon, torch.float32), count=100, most_tokens=24)["tokens"] == 100
+
+
+@slow
+def test_32_clients_at_once_get_the_texts_that_each_gets_alone(demo_server: Client) -> None:
+    if not cpu.computes_in_bfloat16():
+        pytest.skip("this processor does not compute in bfloat16")
+    if "puede cambiar" in demo_server.get("/health-check")["setup"]["logs"]:
+        pytest.skip("this processor has no numbers of rows that agree, and setup says so")
+
+    def text(number: int) -> str:
+        inputs = {"pregunta": f"What is {number} and {number}?" * (1 + number % 3), "seed": number, "max_tokens": 16}
+        # with all its places taken for an instant more, Cog may refuse one
+        while (response := demo_server.predict(temperature=number % 2, **inputs)).status_code == httpx.codes.CONFLICT:
+            pass
+        prediction = response.json()
+        assert prediction["status"] == "succeeded", prediction
+        return "".join(prediction["output"])
+
+    alone = [text(number) for number in range(32)]
+    with ThreadPoolExecutor(32) as clients:
+        assert list(clients.map(text, range(32))) == alone
+
+
+def filling(sums: Callable[[int, int], int], numbers: tuple[int, ...], reference: int) -> cpu.Filling:
+    """Of a processor where the row at `place` of `rows` is summed in the order `sums(rows, place)`."""
+    weight = torch.randn(512, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
+
+    def product(x: Tensor, bias: Tensor | None) -> Tensor:
+        rows = []
+        for place, row in enumerate(x):
+            order = torch.randperm(512, generator=torch.Generator().manual_seed(sums(len(x), place)))
+            total = torch.zeros(128) if bias is None else bias.float()
+            for part in (row[order, None].float() * weight[order].float()).split(8):
+                total = total + part.sum(0)
+            rows.append(total.bfloat16())
+        return torch.stack(rows)
+
+    layer = SimpleNamespace(room=torch.zeros(1, 1, 512), product=product)
+    return cpu.Filling(cast(cpu.PackedLinear, layer), numbers, reference)
+
+
+def test_rows_are_filled_up_only_where_the_processor_would_give_other_bits() -> None:
+    found = filling(lambda rows, place: int(rows > 16), numbers=(4, 8, 16, 32), reference=4)
+    assert found.agrees and found.most == 16
+    # fewer than four are slower
+    assert [found[rows] for rows in (1, 4, 5, 9, 16)] == [4, 4, 5, 9, 16]
+
+
+def test_rows_are_filled_up_to_a_number_that_agrees_with_the_reference() -> None:
+    found = filling(lambda rows, place: 0 if rows in (16, 32) else rows, numbers=(4, 8, 16, 32), reference=32)
+    assert found.agrees and found.most == 32
+    assert [found[rows] for rows in (1, 8, 16, 17, 31)] == [16, 16, 16, 32, 32]
+
+
+def test_a_processor_where_the_place_matters_has_no_number_of_rows_that_agrees() -> None:
+    found = filling(lambda rows, place: place, numbers=(4, 8), reference=4)
+    assert not found.agrees
+    assert [found[rows] for rows in (3, 5)] == [4, 8]
+
+
+@slow
+@pytest.mark.parametrize("agrees", [True, False])
+def test_setup_says_where_company_can_change_a_text(
+    agrees: bool, bfloat16_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if not cpu.computes_in_bfloat16():
+        pytest.skip("this processor does not compute in bfloat16")
+    monkeypatch.setattr(cpu.Filling, "_agrees", lambda self, rows: agrees)
+    monkeypatch.setattr(cpu, "_attention_agrees", lambda *args: True)
+    model = Model.load(Settings(bfloat16_folder.name, None, bfloat16_folder.parent, None, "bfloat16"))
+    assert model.steady == agrees
+    line = "En este procesador un texto puede cambiar según qué otras preguntas haya a la vez\n"
+    assert (line in capsys.readouterr().out) != agrees
+
+
+@pytest.mark.parametrize(("needed", "steady"), [(8, True), (32, True), (64, False)])
+def test_attentions_tiles_are_filled_up_where_the_processor_needs_it(
+    needed: int, steady: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu, "_attention_agrees", lambda padding, heads, size: padding.queries == needed)
+    padding = cpu.Padding()
+    assert cpu.fill_tiles(padding, heads=4, size=64) == steady
+
+
+def test_attention_is_asked_for_what_could_change_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    # torch's own takes queries and keys in blocks from where a pass begins
+    def torchs(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, padding: cpu.Padding | None) -> Tensor:
+        return F.scaled_dot_product_attention(query, key, value, mask)
+
+    monkeypatch.setattr(cpu, "attend", torchs)
+    assert not cpu.fill_tiles(cpu.Padding(), heads=4, size=64)
