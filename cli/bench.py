@@ -186,7 +186,7 @@ def contend(name: str, turns: list[tuple[int, bool]], tokens: int) -> Iterator[F
             [sys.executable, "-m", "cli.contenders", order],
             cwd=ROOT,
             # generate as it comes
-            env={**(server.WAITING if name == "engine" else {}), **os.environ},
+            env={**(server.LIBRARIES if name == "engine" else {}), **os.environ},
             # it ends when this is closed
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

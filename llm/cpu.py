@@ -188,6 +188,12 @@ def _drop_pages(weight: Tensor) -> None:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
 
 
+def trim() -> None:
+    """Give freed memory back to the system, where the C library keeps it for later (glibc)."""
+    if sys.platform == "linux" and (malloc_trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+        malloc_trim(ctypes.c_size_t(0))
+
+
 class _Pass(threading.local):
     """The padding of the packed model that this thread has a pass of."""
 

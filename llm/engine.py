@@ -172,6 +172,8 @@ class Engine:
             return
         self._started.set_result(None)
         while not self.lost:
+            if not (self._waiting or self._in_flight or self.running):
+                self._runner.rest()
             with self._wake:
                 self._wake.wait_for(lambda: self._waiting or self._in_flight or self.running)
             try:

@@ -13,6 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from llm import cpu
 from llm.gpu import Capture, Replay
 from llm.model import Model
 from llm.sampling import Sampling, SamplingRows, sample_each, sampling_width
@@ -219,6 +220,11 @@ class Runner:
         """Wait for the device. Raises RuntimeError if it is lost."""
         if self.history.is_cuda:
             torch.cuda.synchronize()
+
+    def rest(self) -> None:
+        """While there are no rows: give the cache's memory back to the system."""
+        if self.slots.shrink():
+            cpu.trim()
 
     def empty_cache(self) -> None:
         """Return to the device the memory that torch keeps for later."""

@@ -121,6 +121,16 @@ class Slots(Cache):
                     layer.resize(rows, length)
         return self.capacity[1]
 
+    def shrink(self) -> bool:
+        """Give back what `ensure_capacity` allocated. Returns whether there was anything."""
+        smallest = (1, CAPACITY_STEP)
+        if not self.grows or self.capacity == smallest:
+            return False
+        self.capacity = smallest
+        for layer in self.slot_layers:
+            layer.resize(*smallest)
+        return True
+
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` positions of a row over another's."""
         for layer in self.slot_layers:

@@ -1,5 +1,6 @@
 """What several files of tests share: the models' folders, and the genuine server over each, started once."""
 
+import fcntl
 import os
 import signal
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from tests.gateway import Gateway
 from tests.processes import FINALLY, Marked
 
 # Tests compute too, beside whatever else runs. It has to be there before torch is imported: nothing above does.
-for _name, _value in server.WAITING.items():
+for _name, _value in server.LIBRARIES.items():
     os.environ.setdefault(_name, _value)
 
 # What this process ignores its children ignore too: behind nohup or `&` no test could interrupt a command.
@@ -77,7 +78,10 @@ def falcon_environment(falcon: Path) -> dict[str, str]:
 @pytest.fixture(scope="session")
 def demo_folder() -> Path:
     """The embedded model, where script/predict --demo has it: it is made once for all."""
-    return demo.ensure(Settings.read()).folder
+    with Path(__file__).open() as this:
+        # two processes test at once: the second one waits
+        fcntl.flock(this, fcntl.LOCK_EX)
+        return demo.ensure(Settings.read()).folder
 
 
 @pytest.fixture(scope="session")

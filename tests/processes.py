@@ -1,7 +1,10 @@
 """The processes that a test starts, known by a mark in their environment, which their children inherit."""
 
+import time
 import uuid
+from collections.abc import Callable
 from contextlib import suppress
+from typing import Any
 
 import psutil
 
@@ -24,3 +27,11 @@ class Marked:
                 if process.environ().get("TEST_MARK") == self._mark and command in " ".join(process.cmdline()):
                     found.append(process)
         return found
+
+
+def until(true: Callable[[], Any]) -> None:
+    """Wait for it."""
+    end = time.monotonic() + FINALLY
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.02)

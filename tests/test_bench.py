@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from cli import bench
 from cli.contenders import busy_core
 from cli.report import shown
-from cli.server import WAITING
+from cli.server import LIBRARIES
 from llm.errors import UserError
 from llm.settings import ROOT
 from tests.processes import FINALLY, Marked
@@ -214,7 +214,7 @@ def test_a_contender_makes_each_token_and_says_why_it_ended(monkeypatch: pytest.
     assert (turn["first"][0], turn["whole"][0]) == (2, 2 * TOKENS)
     (process,) = (child for child in psutil.Process().children() if "cli.contenders" in child.cmdline())
     # generate is measured as it comes
-    assert process.environ().get("GOMP_SPINCOUNT") == (WAITING["GOMP_SPINCOUNT"] if name == "engine" else None)
+    assert process.environ().get("GOMP_SPINCOUNT") == (LIBRARIES["GOMP_SPINCOUNT"] if name == "engine" else None)
     process.kill()
     with pytest.raises(UserError, match=r"El proceso .* se cerró, casi siempre por falta de memoria"):
         list(turns)

@@ -102,7 +102,7 @@ def test_the_environment(config: dict[str, Any]) -> None:
     assert not any("TOKEN" in name for name in variables)
     assert variables["MODEL_ID"] == FALCON
     # what it runs with on one's own computer
-    assert server.WAITING.items() <= variables.items()
+    assert server.LIBRARIES.items() <= variables.items()
 
 
 def test_a_reserved_name_is_seen() -> None:

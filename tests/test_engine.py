@@ -31,6 +31,7 @@ from llm.model import Model
 from llm.runner import Row, Runner
 from llm.sampling import Sampling
 from tests import checkpoints
+from tests.processes import until
 
 GREEDY = Sampling(temperature=0)
 CHUNK = 32
@@ -663,10 +664,25 @@ def test_a_capture_without_memory_is_served_without_graphs(
 def test_rows_are_only_as_long_as_the_longest_needs(falcon_model: Model) -> None:
     engine = started(falcon_model, rows=3)
     slots = engine._runner.slots
+    beside = engine.generate(Request([5] * 3, 400, GREEDY))
+    next(iter(beside))
     ended(engine, [5] * 1000, 3)
     assert slots.capacity[1] >= 1000
     ended(engine, [5] * 3, 3)
-    assert slots.capacity[1] < 128
+    assert slots.capacity[1] <= 512
+    beside.cancel()
+
+
+def test_memory_is_given_back_once_nobody_asks(falcon_model: Model) -> None:
+    engine = started(falcon_model, rows=3)
+    smallest = engine._runner.slots.capacity
+    generations = [engine.generate(Request([5] * 1000, 3, GREEDY)) for _ in range(3)]
+    assert [len(list(generation)) for generation in generations] == [3, 3, 3]
+    # it rests when the last step is over, which is after its last token
+    until(lambda: engine._runner.slots.capacity == smallest)
+    layer = engine._runner.slots.slot_layers[0]
+    assert layer.keys.shape[0] == smallest[0] and layer.keys.shape[2] == smallest[1]
+    assert len(ended(engine, [5] * 300, 3)) == 3
 
 
 @pytest.mark.slow

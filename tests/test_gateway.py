@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
@@ -17,7 +16,7 @@ from llm.settings import ROOT
 from tests import gateway as service
 from tests.client import Client
 from tests.gateway import MODEL, Gateway
-from tests.processes import FINALLY
+from tests.processes import FINALLY, until
 from tests.receiver import Receiver
 
 pytestmark = pytest.mark.slow
@@ -50,13 +49,6 @@ def version(gateway: Gateway) -> str:
 def text(falcon_server: Client) -> str:
     """What the server itself answers to SHORT."""
     return "".join(falcon_server.predict(**SHORT).json()["output"])
-
-
-def until(true: Callable[[], Any]) -> None:
-    end = time.monotonic() + FINALLY
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 def joined(prediction: Prediction) -> str:

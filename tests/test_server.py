@@ -196,7 +196,7 @@ def test_its_threads_spin_for_a_bounded_time_or_the_users_own(
         monkeypatch.setenv("GOMP_SPINCOUNT", own)
     with server.running(environment=processes.environment):
         (process,) = processes.alive("cog.server.http")
-        assert process.environ()["GOMP_SPINCOUNT"] == (own or server.WAITING["GOMP_SPINCOUNT"])
+        assert process.environ()["GOMP_SPINCOUNT"] == (own or server.LIBRARIES["GOMP_SPINCOUNT"])
 
 
 @pytest.mark.slow
