@@ -53,7 +53,7 @@ class Predictor(BasePredictor):
             le=2048,
         ),
         temperature: float = Input(
-            description="0 da siempre la misma respuesta, la más probable; más alto, más variedad.",
+            description="0 elige siempre el token más probable; más alto, más variedad.",
             default=0.7,
             ge=0,
             le=2,
@@ -74,7 +74,7 @@ class Predictor(BasePredictor):
             description="Textos separados por comas; la respuesta acaba antes del primero que aparezca.", default=None
         ),
         seed: Optional[int] = Input(
-            description="La misma semilla con las mismas entradas da el mismo texto; sin ella se elige una al azar.",
+            description="En una CPU, la misma semilla con las mismas entradas da el mismo texto; en una GPU, salvo algún token si hay más preguntas a la vez. Sin ella se elige una al azar.",
             default=None,
         ),
         prompt_template: Optional[str] = Input(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from cli import demo, inputs, schema, server
-from cli.terminal import Loading, Parser, command
+from cli.terminal import Loading, Parser, command, write
 from llm import hub
 from llm.errors import UserError
 from llm.settings import ROOT, Settings
@@ -40,17 +40,13 @@ def main() -> int:
     parser.add_argument("-o", "--output", metavar="ARCHIVO", help="escribe la respuesta ahí y no en la pantalla")
     parser.add_argument("--demo", action="store_true", help="con el modelo de muestra, que no necesita Hugging Face")
     arguments = parser.parse_args()
-    try:
-        interface = schema.read(ROOT / "predict.py")
-        if arguments.json:
-            values = inputs.from_json(arguments.json, interface.schema)
-        else:
-            values = inputs.from_pairs(arguments.input, interface.schema)
-        with _output(arguments.output) as output:
-            predict(values, output, environment=ensured(arguments.demo))
-    except BrokenPipeError:
-        # whoever read the answer has gone, `head` perhaps
-        return 141
+    interface = schema.read(ROOT / "predict.py")
+    if arguments.json:
+        values = inputs.from_json(arguments.json, interface.schema)
+    else:
+        values = inputs.from_pairs(arguments.input, interface.schema)
+    with _output(arguments.output) as output:
+        predict(values, output, environment=ensured(arguments.demo))
     return 0
 
 
@@ -68,11 +64,11 @@ def predict(values: dict[str, Any], output: TextIO, environment: dict[str, str])
             running.wait_until_ready(loading.tick)
         for name, data in _events(running, values):
             if name == "output":
-                _write(data["chunk"], output)
+                write(data["chunk"], output)
             elif name == "error":
                 raise UserError(f"Se perdió parte de la respuesta, repita la orden ({data['error']})")
             elif name == "completed":
-                _write("\n", output)
+                write("\n", output)
                 if data["status"] != "succeeded":
                     raise UserError(server.error_text(data.get("error", "La predicción se canceló: repita la orden")))
                 first = decimal(data["metrics"]["time_to_first_token"])
@@ -121,21 +117,9 @@ def _output(path: str | None) -> Iterator[TextIO]:
     except OSError as error:
         if new:
             file.unlink(missing_ok=True)
-        _write(answer.getvalue(), sys.stdout)
+        write(answer.getvalue(), sys.stdout)
         raise UserError(f"No se pudo escribir en {path}, y la respuesta está arriba: {reason(error)}") from error
     print(f"La respuesta está en {path}", file=sys.stderr)
-
-
-def _write(text: str, output: TextIO) -> None:
-    """Raises BrokenPipeError if nobody reads it any more, UserError if it cannot be written."""
-    try:
-        print(text, end="", file=output, flush=True)
-    except OSError as error:
-        # Python would complain of it once more at its end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), output.fileno())
-        if isinstance(error, BrokenPipeError):
-            raise
-        raise UserError(f"No se puede escribir la respuesta: {reason(error)}") from error
 
 
 def _events(running: server.Server, values: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -5,7 +5,7 @@ import sys
 
 from cli import server
 from cli.predict import ensured
-from cli.terminal import Loading, Parser, command
+from cli.terminal import Loading, Parser, command, write
 
 
 @command
@@ -27,7 +27,8 @@ def serve(port: int, environment: dict[str, str]) -> None:
     with server.running(port=port, environment=environment, log=loading.show) as running:
         with loading:
             running.wait_until_ready(loading.tick)
-        print(f"Listo en {running.url}, hasta Ctrl-C. Pruebe en otra terminal:\n\n{_curl(running.url)}\n", flush=True)
+        ready = f"Listo en {running.url}, hasta Ctrl-C. Pruebe en otra terminal:\n\n{_curl(running.url)}\n\n"
+        write(ready, sys.stdout)
         running.wait()
 
 

@@ -1,15 +1,16 @@
 """What a command shows while it works: lines on stderr, and one that counts the seconds where that is a terminal."""
 
 import argparse
+import os
 import signal
 import sys
 import threading
 from collections.abc import Callable
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from cli.server import Line, signals_as_exits
 from llm.errors import UserError
-from llm.words import decimal, one_line
+from llm.words import decimal, one_line, reason
 
 # what a terminal takes to write over the line that counts
 _EMPTY_LINE = "\r\x1b[K"
@@ -41,7 +42,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def command(main: Callable[[], int]) -> Callable[[], int]:
-    """A command's main() whose ends are an exit status: 1 after the one line of a UserError, 130 after a Ctrl-C.
+    """A command's main() whose ends are an exit status: 1 after the one line of a UserError, 130 after a Ctrl-C,
+    141 where nobody reads the output any more.
 
     SIGTERM and SIGHUP end it as a SystemExit, so that it leaves nothing half done behind.
     """
@@ -60,8 +62,23 @@ def command(main: Callable[[], int]) -> Callable[[], int]:
         except KeyboardInterrupt:
             print("\nInterrumpido", file=sys.stderr)
             return 130
+        except BrokenPipeError:
+            # whoever read the output has gone, `head` perhaps
+            return 141
 
     return run
+
+
+def write(text: str, output: TextIO) -> None:
+    """Raises BrokenPipeError if nobody reads it any more, UserError if it cannot be written."""
+    try:
+        print(text, end="", file=output, flush=True)
+    except OSError as error:
+        # Python would complain of it once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), output.fileno())
+        if isinstance(error, BrokenPipeError):
+            raise
+        raise UserError(f"No se puede escribir en la salida: {reason(error)}") from error
 
 
 def agree(to: str, *, yes: bool) -> None:

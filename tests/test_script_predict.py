@@ -304,7 +304,7 @@ def test_a_process_that_dies_is_told(
     ("where", "shown", "line"),
     [
         ("-o /dev/full", True, "No se pudo escribir en /dev/full, y la respuesta está arriba: el disco está lleno"),
-        (">/dev/full", False, "No se puede escribir la respuesta: el disco está lleno"),
+        (">/dev/full", False, "No se puede escribir en la salida: el disco está lleno"),
         (">&-", False, "La salida está cerrada: quite >&-, o dé un archivo con -o"),
     ],
 )
@@ -315,6 +315,15 @@ def test_an_answer_that_cannot_be_written_is_told(
     result = subprocess.run(["bash", "-c", f"{command} {where}"], env=environment, capture_output=True, text=True)
     assert (result.returncode, bool(result.stdout.strip())) == (1, shown)
     assert result.stderr.splitlines()[-1] == line and "Traceback" not in result.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux")
+def test_a_server_that_cannot_say_that_it_is_ready_ends(project: Path, environment: dict[str, str]) -> None:
+    command = f"{project / 'script' / 'serve'} --port 0 >/dev/full"
+    result = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1] == "No se puede escribir en la salida: el disco está lleno"
+    assert "Traceback" not in result.stderr
 
 
 def test_a_reader_that_goes_ends_all(answering: "subprocess.Popen[str]", processes: Marked) -> None:
