@@ -197,14 +197,13 @@ def test_the_soak(
             asyncio.run(clients.ask_at_once(lambda: clients.predictions >= WARM))
             _, _, memory_before = observer.look()
             asyncio.run(clients.ask_at_once(lambda: time.monotonic() > over and clients.predictions > 2 * WARM))
-            _, _, memory = observer.look()
 
             # the server lets go of its connections, and of the threads that carried the answers, after some seconds
             end = time.monotonic() + FINALLY
-            kinds, threads, _ = observer.look()
+            kinds, threads, memory = observer.look()
             while (kinds != kinds_before or threads > threads_before + THREADS_KEPT) and time.monotonic() < end:
                 time.sleep(1)
-                kinds, threads, _ = observer.look()
+                kinds, threads, memory = observer.look()
     with capsys.disabled():
         print(
             f"\n{minutes:g} minutes, {clients.predictions} predictions, {clients.cancels} cancels: "
