@@ -172,14 +172,17 @@ class Engine:
             return
         self._started.set_result(None)
         while not self.lost:
-            if not (self._waiting or self._in_flight or self.running):
+            if not self._has_work():
                 self._runner.rest()
             with self._wake:
-                self._wake.wait_for(lambda: self._waiting or self._in_flight or self.running)
+                self._wake.wait_for(self._has_work)
             try:
                 self._step()
             except Exception as error:  # every request of the step gets it
                 self._fail(error)
+
+    def _has_work(self) -> bool:
+        return bool(self._waiting or self._in_flight or self.running)
 
     def _step(self) -> None:
         self._drop_cancelled()

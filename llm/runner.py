@@ -160,9 +160,12 @@ class Runner:
         if self.model.packed:
             return sum(counts.values())
         start = next(iter(counts)).cached
-        return len(counts) * (self._padded(start + max(counts.values())) - start)
+        return len(counts) * (self._end(counts) - start)
 
-    def _padded(self, length: int) -> int:
+    def _end(self, counts: dict[Row, int]) -> int:
+        """Up to where a pass of prompts computes."""
+        # two tokens at least: one of each row is what a decode step computes, in other numbers of rows
+        length = next(iter(counts)).cached + max(2, *counts.values())
         return min(self.slots.context, -(-length // self.multiple) * self.multiple)
 
     def prefill(self, counts: dict[Row, int]) -> PendingIds:
@@ -173,8 +176,7 @@ class Runner:
         """
         # nothing that the host knows changes before the device has taken all of it: without memory it is asked again
         start = next(iter(counts)).cached
-        # two tokens at least: one of each row is what a decode step computes, in other numbers of rows
-        length = self._padded(start + max(2, *counts.values()))
+        length = self._end(counts)
         has_ended = [start + count == row.prompt for row, count in counts.items()]
         rows, ends, ended = self._sent(
             [[row.number for row in counts], list(counts.values()), list(map(int, has_ended))]
@@ -208,10 +210,10 @@ class Runner:
         for row in running:
             row.cached += 1
         rows = 1 + max(row.number for row in running)
+        widths = self._widths([self.rows[number].sampling for number in range(rows)])
         if self.capture:
             rows = min(self.slots.rows, 1 << (rows - 1).bit_length())
         length = self._ensure_capacity(max(row.cached for row in running))
-        widths = self._widths([self.rows[number].sampling for number in range(len(self.rows))][:rows])
         self.forward_graphs.get((rows, length), partial(self._forward, rows, length))()
         self.choose_graphs.get((rows, widths[0]), partial(self._choose, rows, widths))()
         return PendingIds(self.chosen[:rows])

@@ -9,6 +9,8 @@ from transformers.cache_utils import CacheLayerMixin
 
 CAPACITY_STEP = 64
 """On a CPU rows grow by this many positions. Each time they are copied, which takes as long as a step or two."""
+SMALLEST = (1, CAPACITY_STEP)
+"""Rows and positions that are allocated there while nobody asks."""
 
 
 @dataclass
@@ -103,7 +105,7 @@ class Slots(Cache):
         self.rows = rows
         self.context = context
         self.grows = grows
-        self.capacity = (1, CAPACITY_STEP) if grows else (rows, context)
+        self.capacity = SMALLEST if grows else (rows, context)
         """Rows and positions that are allocated."""
         self.row_numbers = torch.arange(rows, device=device)
         self.window = Window(length=0, start=0)
@@ -115,21 +117,21 @@ class Slots(Cache):
         rows = min(self.rows, 1 << (rows - 1).bit_length())
         length = min(self.context, -(-length // CAPACITY_STEP) * CAPACITY_STEP)
         if rows > self.capacity[0] or length > self.capacity[1] or length <= self.capacity[1] // 2:
-            self.capacity = (rows, length)
-            for layer in self.slot_layers:
-                if layer.is_initialized:
-                    layer.resize(rows, length)
+            self._resize(rows, length)
         return self.capacity[1]
 
     def shrink(self) -> bool:
         """Give back what `ensure_capacity` allocated. Returns whether there was anything."""
-        smallest = (1, CAPACITY_STEP)
-        if not self.grows or self.capacity == smallest:
+        if not self.grows or self.capacity == SMALLEST:
             return False
-        self.capacity = smallest
-        for layer in self.slot_layers:
-            layer.resize(*smallest)
+        self._resize(*SMALLEST)
         return True
+
+    def _resize(self, rows: int, length: int) -> None:
+        self.capacity = (rows, length)
+        for layer in self.slot_layers:
+            if layer.is_initialized:
+                layer.resize(rows, length)
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` positions of a row over another's."""
