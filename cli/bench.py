@@ -36,6 +36,8 @@ from llm.errors import UserError
 from llm.settings import ROOT, Settings
 from llm.words import reason
 
+INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")
+"""Which decide how fast a processor multiplies matrices, and in which dtypes: by their names in Linux."""
 AT_ONCE = (1, 2, 4, 8, 16, 32)
 PROMPT_LENGTHS = (17, 32, 5, 60, 41, 9, 25, 33)
 QUESTIONS = (
@@ -144,14 +146,14 @@ def measure(settings: Settings, rounds: int, tokens: int) -> Figures:
     *together, beside, alone = map(speed, zip(*turns, strict=True))
     facts, service = turns[-1][-2], loads[-1]
     said = subprocess.getoutput("LC_ALL=C lscpu || sysctl machdep.cpu.brand_string kern.hv_vmm_present")
-    processor = re.search(r"^ *(?:Model name|machdep\.cpu\.brand_string): *(.+)", said, re.MULTILINE)
     return {
         "model": settings.model_id,
         "dtype": facts["dtype"],
         "device": facts["device"],
         "date": date.today().isoformat(),
         "machine": {
-            "processor": processor[1] if processor else platform.processor() or platform.machine(),
+            "processor": _processor(said),
+            "instructions": [name for name in INSTRUCTIONS if re.search(rf"\b{name}\b", said)],
             "virtual": bool(re.search(r"\bhypervisor\b|hv_vmm_present: 1", said, re.IGNORECASE)),
             "cores": psutil.cpu_count(logical=False) or os.cpu_count(),
             "threads": facts["threads"],
@@ -175,6 +177,14 @@ def measure(settings: Settings, rounds: int, tokens: int) -> Figures:
         "ready": service["ready"],
         "memory": {"engine": facts["peak_bytes"], "server": service["peak_bytes"], "gpu": facts["gpu_bytes"]},
     }
+
+
+def _processor(said: str) -> str:
+    """Its name, and where it has them the numbers of its design: a virtual machine may call it no more than a brand."""
+    found = dict(re.findall(r"^ *([^:\n]+): *(.+)", said, re.MULTILINE))
+    name = found.get("Model name") or found.get("machdep.cpu.brand_string") or platform.processor()
+    design = f" (familia {found['CPU family']}, modelo {found['Model']})" if "CPU family" in found else ""
+    return (name or platform.machine()) + design
 
 
 def contend(name: str, turns: list[tuple[int, bool]], tokens: int) -> Iterator[Figures]:

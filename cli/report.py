@@ -98,6 +98,7 @@ def markdown(figures: Figures, image: str) -> str:
         _table(
             ["", ""],
             ["Procesador", f"{machine['processor']}, {machine['cores']} núcleos, {machine['threads']} hilos"],
+            ["Instrucciones", ", ".join(machine["instructions"]) or "no se sabe"],
             ["RAM", f"{shown(machine['ram_bytes'] / 1e9)} GB"],
             ["GPU", ", ".join(machine["gpus"]) or "ninguna"],
             ["Máquina virtual", "sí" if machine["virtual"] else "no, que se sepa"],

@@ -85,7 +85,10 @@ def test_the_figures_say_of_what(figures: dict[str, Any]) -> None:
     assert set(figures["versions"]) == {"python", "torch", "transformers", "cog"}
     machine = figures["machine"]
     if sys.platform == "linux":
-        assert machine["virtual"] == ("hypervisor" in Path("/proc/cpuinfo").read_text())
+        cpuinfo = Path("/proc/cpuinfo").read_text()
+        assert machine["virtual"] == ("hypervisor" in cpuinfo)
+        assert machine["instructions"] and set(machine["instructions"]) <= set(cpuinfo.split())
+        assert ("avx512_bf16" in machine["instructions"]) == ("avx512_bf16" in cpuinfo)
     assert machine["processor"] and machine["system"] and machine["gpus"] == []
     assert machine["cores"] >= 1 and machine["threads"] >= 1
     assert machine["ram_bytes"] == psutil.virtual_memory().total
