@@ -1,5 +1,4 @@
-"""What makes a model fast on a CPU, and its numbers the same in any company: its threads, packed weights, and
-attention of its own.
+"""What makes a model fast on a CPU, and its numbers the same in any company: packed weights, and attention of its own.
 
 Knows modules and tensors, nothing of requests. The only file that calls torch below its public surface.
 
@@ -11,14 +10,12 @@ only in tiles of the same size. Each token then has the bits of its own text alo
 import ctypes
 import functools
 import mmap
-import os
 import sys
 import threading
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -40,14 +37,6 @@ def computes_in_bfloat16() -> bool:
     """Whether the CPU has instructions for it; else it is slower in bfloat16 than in float32."""
     cpuinfo = Path("/proc/cpuinfo")
     return cpuinfo.exists() and not BFLOAT16_FLAGS.isdisjoint(cpuinfo.read_text().split())
-
-
-def use_physical_cores() -> int:
-    """One thread for each physical core that this process may run on: two on one core compete for its units."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else psutil.cpu_count() or 1
-    threads = min(allowed, psutil.cpu_count(logical=False) or allowed)
-    torch.set_num_threads(threads)
-    return threads
 
 
 class Padding:
@@ -81,14 +70,20 @@ class Filling:
         """Whether the processor gives a row the same bits wherever it stands among some number of them."""
         self._numbers = agreeing if self.agrees else numbers
         self.most = self._numbers[-1]
-        self._filled: dict[int, int] = {}
+        self._filled: dict[tuple[int, int], int] = {}
+        """By rows and threads."""
 
     def __getitem__(self, rows: int) -> int:
         """For 1 <= rows <= most."""
-        if rows not in self._filled:
+        key = rows, torch.get_num_threads()
+        if key not in self._filled:
             exact = rows >= FEWEST_ROWS and self._agrees(rows)
-            self._filled[rows] = rows if exact else next(number for number in self._numbers if number >= rows)
-        return self._filled[rows]
+            self._filled[key] = rows if exact else next(number for number in self._numbers if number >= rows)
+        return self._filled[key]
+
+    def keeps_bits(self) -> bool:
+        """Whether so many threads as there are now give the bits that those gave which it was made with."""
+        return all(map(self._agrees, self._numbers))
 
     def _agrees(self, rows: int) -> bool:
         return bool((self._bits(rows, self._bias) == self._expected).all())
@@ -174,6 +169,13 @@ def pack(model: PreTrainedModel, padding: Padding) -> bool:
             if users[weight.data_ptr()] == 1:
                 _drop_pages(weight)
     return all(layer.decode.agrees and layer.prompt.agrees for layer in first.values())
+
+
+def keeps_bits(model: PreTrainedModel, padding: Padding, heads: int, size: int, threads: int) -> bool:
+    """Whether so many threads as there are now give a packed model's tokens the same bits as `threads`."""
+    layers = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    fillings = {filling for layer in layers for filling in (layer.decode, layer.prompt)}
+    return _attention_agrees(padding, heads, size, threads) and all(filling.keeps_bits() for filling in fillings)
 
 
 def _drop_pages(weight: Tensor) -> None:
@@ -297,10 +299,11 @@ def fill_tiles(padding: Padding, heads: int, size: int) -> bool:
     Returns whether a query has then the same bits however its prompt is cut, however far the cache reaches, and beside
     any others.
     """
-    return any(_attention_agrees(padding, heads, size) for padding.queries in (8, 32))
+    return any(_attention_agrees(padding, heads, size, torch.get_num_threads()) for padding.queries in (8, 32))
 
 
-def _attention_agrees(padding: Padding, heads: int, size: int) -> bool:
+def _attention_agrees(padding: Padding, heads: int, size: int, threads: int) -> bool:
+    """Whether a query has the same bits in these passes as in one of them all, which so many threads compute."""
     most = 520
     query, key, value = torch.randn(3, 1, heads, most, size, generator=torch.Generator().manual_seed(0)).bfloat16()
     sees = torch.ones(most, most, dtype=torch.bool).tril_()
@@ -310,9 +313,12 @@ def _attention_agrees(padding: Padding, heads: int, size: int) -> bool:
         q, k, v = (x.expand(rows, -1, -1, -1) for x in cut)
         return attend(q, k, v, sees[first:end, :length], padding=padding)
 
+    now = torch.get_num_threads()
+    torch.set_num_threads(threads)
     whole = bits(0, most, most, 1, padding)
-    cuts = [(0, 2, 1), (0, 5, 1), (0, 11, 4), (3, 17, 1), (0, 45, 3), (5, 133, 2), (500, most, 3)]
     alone = bits(40, 41, 41, 1, None)
+    torch.set_num_threads(now)
+    cuts = [(0, 2, 1), (0, 5, 1), (0, 11, 4), (3, 17, 1), (0, 45, 3), (5, 133, 2), (500, most, 3)]
     return all(
         bool((bits(first, end, end, rows, padding) == whole[:, :, first:end]).all()) for first, end, rows in cuts
     ) and all(bool((bits(40, 41, length, rows, None) == alone).all()) for length, rows in [(64, 3), (most, 4)])

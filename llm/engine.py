@@ -185,6 +185,7 @@ class Engine:
         return bool(self._waiting or self._in_flight or self.running)
 
     def _step(self) -> None:
+        self._runner.fit_threads()
         self._drop_cancelled()
         self._admit()
         self._prefill()

@@ -16,6 +16,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from llm import cpu, gpu, hub, weights
 from llm.errors import UserError
 from llm.settings import Settings
+from llm.threads import use_physical_cores
 from llm.words import decimal
 
 CPU_SHARE = 0.5
@@ -67,17 +68,17 @@ class Model:
 
     @classmethod
     def _load(cls, found: weights.Weights, settings: Settings) -> "Model":
-        threads = cpu.use_physical_cores()
+        cores = use_physical_cores()
         dtype = getattr(torch, settings.dtype) if settings.dtype else best_dtype()
         start = time.perf_counter()
         model = cls.read(found.folder, dtype)
         model.seconds["load"] = time.perf_counter() - start
         where = ", ".join(sorted({str(device) for device in model.token_bytes}))
-        cores = f" con {threads} hilos" if model.device.type == "cpu" else ""
+        threads = f" con {cores} hilos" if model.device.type == "cpu" else ""
         print(f"Modelo: {found.origin}, {_parameters(model.network)} en {str(dtype).removeprefix('torch.')}")
         if not found.verified:
             print(f"Sin verificar: {weights.shown(found.folder)} no tiene manifest.json")
-        print(f"Cargado en {where}{cores} en {decimal(model.seconds['load'])} s")
+        print(f"Cargado en {where}{threads} en {decimal(model.seconds['load'])} s")
         if model.device.type == "cuda":
             gpu.use_steady_kernels()
         if model.spread:
@@ -131,12 +132,20 @@ class Model:
 
     def pack(self) -> None:
         """Lay a bfloat16 model on the CPU out as the processor reads it fastest, in place."""
+        cpu.use_own_attention(self.network, self.padding)
+        self.steady = cpu.pack(self.network, self.padding) and cpu.fill_tiles(self.padding, *self._heads)
+        self.packed = True
+
+    def keeps_bits(self, threads: int) -> bool:
+        """Whether so many threads as there are now give the bits that `threads` give, as far as these are steady."""
+        return not self.steady or cpu.keeps_bits(self.network, self.padding, *self._heads, threads)
+
+    @property
+    def _heads(self) -> tuple[int, int]:
+        """How many heads attention has, and their size."""
         config = self.network.config.get_text_config()
         heads = config.num_attention_heads
-        size = getattr(config, "head_dim", None) or config.hidden_size // heads
-        cpu.use_own_attention(self.network, self.padding)
-        self.steady = cpu.pack(self.network, self.padding) and cpu.fill_tiles(self.padding, heads, size)
-        self.packed = True
+        return heads, getattr(config, "head_dim", None) or config.hidden_size // heads
 
     def prefill_chunk(self) -> int:
         """How many tokens of prompts one pass may read."""

@@ -18,6 +18,7 @@ from llm.gpu import Capture, Replay
 from llm.model import Model
 from llm.sampling import Sampling, SamplingRows, sample_each, sampling_width
 from llm.slots import Slots, Window
+from llm.threads import Threads
 
 MULTIPLE = 8
 """A GPU's attention pads the length that it reads to a multiple of this, once in every layer unless it is one."""
@@ -84,6 +85,7 @@ class Runner:
         self.chosen = torch.zeros(rows, dtype=torch.long, device=device)
         self.columns = torch.arange(model.context, device=device)
         self.takes_positions = "position_ids" in inspect.signature(model.network.forward).parameters
+        self.threads = Threads(model.keeps_bits) if device.type == "cpu" else None
         self.capture = capture
         self.multiple = MULTIPLE if capture or device.type != "cpu" else 1
         self.forward_graphs: dict[tuple[int, int], Replay] = {}
@@ -222,6 +224,11 @@ class Runner:
         """Wait for the device. Raises RuntimeError if it is lost."""
         if self.history.is_cuda:
             torch.cuda.synchronize()
+
+    def fit_threads(self) -> None:
+        """Between two steps, on a CPU: compute with as many threads as other programs leave cores for."""
+        if self.threads:
+            self.threads.fit()
 
     def rest(self) -> None:
         """While there are no rows: give the cache's memory back to the system."""

@@ -19,6 +19,7 @@ from llm.engine import Engine, Request
 from llm.model import Model
 from llm.runner import PendingIds, Row, Runner
 from llm.sampling import Sampling
+from llm.threads import use_physical_cores
 
 LENGTHS = (1, 2, 5, 20, 31, 32, 33, 60, 100, 257, 600)
 PREFIX = 25
@@ -50,7 +51,7 @@ def random_requests(model: Model, count: int, most_tokens: int) -> list[Request]
 def compare(model: Model, count: int, most_tokens: int) -> dict[str, int]:
     """How many of so many requests get the same tokens, and the same logits in every bit, alone and in company.
 
-    In company prompts are cut into smaller chunks too, and their common beginning is kept.
+    In company prompts are cut into smaller chunks too, their common beginning is kept, and threads come and go.
     """
     requests = random_requests(model, count, most_tokens)
     alone, expected = _answers(model, requests, workers=1)
@@ -90,7 +91,12 @@ def _answers(
             checksum = zlib.crc32(self.seen[index].numpy().tobytes())
             checksums.setdefault(row.sampling.seed, []).append(checksum)
 
-    rng = random.Random(1)
+        def fit_threads(self) -> None:
+            if workers > 1:
+                torch.set_num_threads(numbers.choice(steady))
+
+    rng, numbers = random.Random(1), random.Random(2)
+    steady = _steady_threads(model)
     with patch.object(engine, "Runner", Recording):
         serving = Engine(model, 16, prefill_chunk=chunk)
         serving.start(prefix)
@@ -114,6 +120,15 @@ def _answers(
                 threads.submit(ask_and_cancel, other, rng.randrange(20))
     answers = {request.sampling.seed: answer.result() for request, answer in asked}
     return [answers[request.sampling.seed] for request in requests], checksums
+
+
+def _steady_threads(model: Model) -> list[int]:
+    """Numbers of threads that the engine may change between."""
+    most = use_physical_cores()
+    torch.set_num_threads(1)
+    steady = [1, most] if model.keeps_bits(most) else [most]
+    torch.set_num_threads(most)
+    return steady
 
 
 if __name__ == "__main__":

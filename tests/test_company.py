@@ -1,10 +1,10 @@
 """A text depends on its own inputs alone: not on who else asks, nor on how its prompt is read."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import httpx
 import pytest
@@ -19,6 +19,14 @@ from tests import company
 from tests.client import Client
 
 slow = pytest.mark.slow
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """For tests that change how many there are."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 def packed(folder: Path) -> Model:
@@ -106,6 +114,29 @@ def test_a_processor_where_the_place_matters_has_no_number_of_rows_that_agrees()
     assert [found[rows] for rows in (3, 5)] == [4, 8]
 
 
+def test_threads_that_sum_otherwise_do_not_keep_the_bits(threads: None) -> None:
+    torch.set_num_threads(2)
+    found = filling(lambda rows, place: torch.get_num_threads(), numbers=(4, 8), reference=4)
+    assert found.agrees and found.keeps_bits()
+    torch.set_num_threads(1)
+    assert not found.keeps_bits()
+
+
+def test_attention_is_asked_with_both_numbers_of_threads(threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    attend = cpu.attend
+
+    def by_threads(*args: Any, **kwargs: Any) -> Tensor:
+        return attend(*args, **kwargs) + torch.get_num_threads()
+
+    monkeypatch.setattr(cpu, "attend", by_threads)
+    padding = cpu.Padding()
+    torch.set_num_threads(1)
+    assert cpu.fill_tiles(padding, heads=4, size=64)
+    assert cpu._attention_agrees(padding, 4, 64, threads=1)
+    assert not cpu._attention_agrees(padding, 4, 64, threads=2)
+    assert torch.get_num_threads() == 1
+
+
 @slow
 @pytest.mark.parametrize("agrees", [True, False])
 def test_setup_says_where_company_can_change_a_text(
@@ -125,7 +156,7 @@ def test_setup_says_where_company_can_change_a_text(
 def test_attentions_tiles_are_filled_up_where_the_processor_needs_it(
     needed: int, steady: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cpu, "_attention_agrees", lambda padding, heads, size: padding.queries == needed)
+    monkeypatch.setattr(cpu, "_attention_agrees", lambda padding, *args: padding.queries == needed)
     padding = cpu.Padding()
     assert cpu.fill_tiles(padding, heads=4, size=64) == steady
 

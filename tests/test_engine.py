@@ -2,14 +2,18 @@
 
 import random
 import re
+import subprocess
+import sys
 import threading
 from asyncio import CancelledError
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -698,3 +702,15 @@ def test_llama_too_is_served_as_generate_would(tmp_path: Path) -> None:
         chosen = prompts((3, 80, 17, 200, 9), checkpoints.TOKENS, seed=8)
         generations = [engine.generate(Request(prompt, 20, GREEDY)) for prompt in chosen]
         assert [list(g) for g in generations] == [reference(prompt, 20) for prompt in chosen]
+
+
+def test_beside_busy_processes_one_thread_answers_the_same(falcon_model: Model) -> None:
+    engine = started(falcon_model)
+    quiet = ended(engine, [7, 8, 9], 20)
+    threads = engine._runner.threads
+    assert threads
+    with ExitStack() as stack:
+        for _ in range(psutil.cpu_count() or 1):
+            busy = stack.enter_context(subprocess.Popen([sys.executable, "-c", "while True: pass"]))
+            stack.callback(busy.kill)
+        until(lambda: ended(engine, [7, 8, 9], 20) == quiet and threads.number == 1)

@@ -1,0 +1,66 @@
+"""How many threads compute on a CPU. Knows the system's processors; nothing of models, nothing of steps."""
+
+import os
+import time
+from collections.abc import Callable
+
+import psutil
+import torch
+
+INTERVAL = 0.5
+"""Seconds over which the use of the processors is looked at. The system counts it in hundredths."""
+
+
+def use_physical_cores() -> int:
+    """One thread for each physical core that this process may run on: two on one core compete for its units."""
+    allowed = len(_allowed())
+    threads = min(allowed, psutil.cpu_count(logical=False) or allowed)
+    torch.set_num_threads(threads)
+    return threads
+
+
+def _allowed() -> set[int]:
+    """The processors that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return os.sched_getaffinity(0)
+    return set(range(psutil.cpu_count() or 1))
+
+
+class Threads:
+    """As many threads as other programs leave processors for.
+
+    At every operation threads wait for each other: where another program has the core of one, all go at its speed, or
+    slower. With one busy process on two cores, a single thread keeps more of the speed than two.
+    """
+
+    def __init__(self, keeps_bits: Callable[[int], bool]):
+        """For the thread that makes it. keeps_bits: whether as many threads as there are when it is called give the
+        same bits as so many; asked once of each number."""
+        self.most = use_physical_cores()
+        self.number = self.most
+        self._keeps_bits = keeps_bits
+        self._asked = {self.most: True}
+        self._last = _used()
+
+    def fit(self) -> None:
+        """Between two steps: choose anew, if it is time."""
+        if time.monotonic() - self._last[0] < INTERVAL:
+            return
+        last, self._last = self._last, _used()
+        seconds, all_, own = (now - before for now, before in zip(self._last, last, strict=True))
+        wanted = min(self.most, max(1, len(_allowed()) - round((all_ - own) / seconds)))
+        if wanted == self.number:
+            return
+        if wanted not in self._asked:
+            torch.set_num_threads(wanted)
+            self._asked[wanted] = self._keeps_bits(self.most)
+        if self._asked[wanted]:
+            self.number = wanted
+        torch.set_num_threads(self.number)
+
+
+def _used() -> tuple[float, float, float]:
+    """In seconds: what time it is, how long all have computed on the processors allowed, and how long this process."""
+    allowed = _allowed()
+    times = [times for number, times in enumerate(psutil.cpu_times(percpu=True)) if number in allowed]
+    return time.monotonic(), sum(t.user + t.nice + t.system for t in times), time.process_time()
