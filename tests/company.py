@@ -92,11 +92,12 @@ def _answers(
             checksums.setdefault(row.sampling.seed, []).append(checksum)
 
         def fit_threads(self) -> None:
-            if workers > 1:
-                torch.set_num_threads(numbers.choice(steady))
+            super().fit_threads()
+            if workers > 1 and self.threads and one_is_steady:
+                torch.set_num_threads(numbers.choice([1, self.threads.number]))
 
     rng, numbers = random.Random(1), random.Random(2)
-    steady = _steady_threads(model)
+    one_is_steady = _one_thread_is_steady(model)
     with patch.object(engine, "Runner", Recording):
         serving = Engine(model, 16, prefill_chunk=chunk)
         serving.start(prefix)
@@ -122,11 +123,10 @@ def _answers(
     return [answers[request.sampling.seed] for request in requests], checksums
 
 
-def _steady_threads(model: Model) -> list[int]:
-    """Numbers of threads that the engine may change between."""
+def _one_thread_is_steady(model: Model) -> bool:
     most = use_physical_cores()
     torch.set_num_threads(1)
-    steady = [1, most] if model.keeps_bits(most) else [most]
+    steady = model.keeps_bits(most)
     torch.set_num_threads(most)
     return steady
 
