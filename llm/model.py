@@ -68,17 +68,17 @@ class Model:
 
     @classmethod
     def _load(cls, found: weights.Weights, settings: Settings) -> "Model":
-        cores = use_physical_cores()
+        threads = use_physical_cores()
         dtype = getattr(torch, settings.dtype) if settings.dtype else best_dtype()
         start = time.perf_counter()
         model = cls.read(found.folder, dtype)
         model.seconds["load"] = time.perf_counter() - start
         where = ", ".join(sorted({str(device) for device in model.token_bytes}))
-        threads = f" con {cores} hilos" if model.device.type == "cpu" else ""
+        cores = f" con {threads} hilos" if model.device.type == "cpu" else ""
         print(f"Modelo: {found.origin}, {_parameters(model.network)} en {str(dtype).removeprefix('torch.')}")
         if not found.verified:
             print(f"Sin verificar: {weights.shown(found.folder)} no tiene manifest.json")
-        print(f"Cargado en {where}{threads} en {decimal(model.seconds['load'])} s")
+        print(f"Cargado en {where}{cores} en {decimal(model.seconds['load'])} s")
         if model.device.type == "cuda":
             gpu.use_steady_kernels()
         if model.spread:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from cli import demo, server
 from llm.settings import Settings
@@ -108,3 +109,11 @@ def _client(environment: dict[str, str]) -> Iterator[Client]:
     with server.running(environment=environment) as running:
         running.wait_until_ready()
         yield Client(running)
+
+
+@pytest.fixture
+def thread_count() -> Iterator[None]:
+    """For tests that change how many there are."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)

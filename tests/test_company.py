@@ -1,6 +1,6 @@
 """A text depends on its own inputs alone: not on who else asks, nor on how its prompt is read."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,14 +19,6 @@ from tests import company
 from tests.client import Client
 
 slow = pytest.mark.slow
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    """For tests that change how many there are."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def packed(folder: Path) -> Model:
@@ -114,7 +106,7 @@ def test_a_processor_where_the_place_matters_has_no_number_of_rows_that_agrees()
     assert [found[rows] for rows in (3, 5)] == [4, 8]
 
 
-def test_threads_that_sum_otherwise_do_not_keep_the_bits(threads: None) -> None:
+def test_threads_that_sum_otherwise_do_not_keep_the_bits(thread_count: None) -> None:
     torch.set_num_threads(2)
     found = filling(lambda rows, place: torch.get_num_threads(), numbers=(4, 8), reference=4)
     assert found.agrees and found.keeps_bits()
@@ -122,7 +114,7 @@ def test_threads_that_sum_otherwise_do_not_keep_the_bits(threads: None) -> None:
     assert not found.keeps_bits()
 
 
-def test_attention_is_asked_with_both_numbers_of_threads(threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_is_asked_with_both_numbers_of_threads(thread_count: None, monkeypatch: pytest.MonkeyPatch) -> None:
     attend = cpu.attend
 
     def by_threads(*args: Any, **kwargs: Any) -> Tensor:

@@ -2,8 +2,6 @@
 
 import random
 import re
-import subprocess
-import sys
 import threading
 from asyncio import CancelledError
 from collections.abc import Callable
@@ -28,6 +26,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from cli.contenders import busy_core
 from llm.engine import Engine, Request
 from llm.errors import UserError
 from llm.gpu import Replay
@@ -711,6 +710,5 @@ def test_beside_busy_processes_one_thread_answers_the_same(falcon_model: Model) 
     assert threads
     with ExitStack() as stack:
         for _ in range(psutil.cpu_count() or 1):
-            busy = stack.enter_context(subprocess.Popen([sys.executable, "-c", "while True: pass"]))
-            stack.callback(busy.kill)
+            stack.enter_context(busy_core())
         until(lambda: ended(engine, [7, 8, 9], 20) == quiet and threads.number == 1)

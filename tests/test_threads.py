@@ -1,7 +1,5 @@
 """How many threads compute beside other programs."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -29,15 +27,13 @@ class Processors:
 
 
 @pytest.fixture
-def processors(monkeypatch: pytest.MonkeyPatch) -> Iterator[Processors]:
-    before = torch.get_num_threads()
+def processors(thread_count: None, monkeypatch: pytest.MonkeyPatch) -> Processors:
     processors = Processors()
     monkeypatch.setattr(threads, "_used", processors.read)
     monkeypatch.setattr(threads, "_allowed", lambda: set(range(CORES)))
     monkeypatch.setattr("psutil.cpu_count", lambda logical=True: CORES)
     monkeypatch.setattr("time.monotonic", lambda: processors.time)
-    yield processors
-    torch.set_num_threads(before)
+    return processors
 
 
 def test_there_are_as_many_as_others_leave_processors_for(processors: Processors) -> None:
