@@ -31,6 +31,8 @@ GROWTH = 1.05
 """... but for this."""
 SECONDS = 300
 """A prediction that takes longer hangs. Beside busy programs one of 40 may take a minute."""
+MALLOC = {"MALLOC_TRIM_THRESHOLD_": str(1 << 17), "MALLOC_MMAP_THRESHOLD_": str(1 << 25)}
+"""Else glibc keeps up to 64 MB free at the end of a thread's memory, more at one time than at another."""
 THREADS_KEPT = min(32, (os.cpu_count() or 1) + 4)
 """By asyncio.to_thread, once they have been used."""
 
@@ -188,7 +190,7 @@ def test_the_soak(
     minutes = pytestconfig.getoption("soak")
     with socket.create_server((server.HOST, 0)) as listener:
         probe = {"PYTHONPATH": str(ROOT / "tests" / "probe"), "PROBE": str(listener.getsockname()[1])}
-        with server.running(environment=falcon_environment | processes.environment | probe) as running:
+        with server.running(environment=falcon_environment | processes.environment | probe | MALLOC) as running:
             running.wait_until_ready()
             worker, _ = listener.accept()
             observer = Observer(processes.alive(), worker)
