@@ -14,6 +14,9 @@ Event = tuple[str, dict[str, Any]]
 
 
 class Client:
+    """Asks again where Cog has no place: it gives one back a moment after the answer, and may refuse one of two that
+    come in the same instant."""
+
     def __init__(self, server: Server) -> None:
         self.server = server
         self._http = httpx.Client(base_url=server.url, timeout=120, trust_env=False)
@@ -26,6 +29,12 @@ class Client:
 
     def predict(self, **inputs: Any) -> httpx.Response:
         """The prediction, once it is over."""
+        while (response := self.predict_if_free(**inputs)).status_code == httpx.codes.CONFLICT:
+            continue
+        return response
+
+    def predict_if_free(self, **inputs: Any) -> httpx.Response:
+        """The same, asked once."""
         return self.post("/predictions", json.dumps({"input": inputs}))
 
     def cancel(self, prediction: str) -> bool:
@@ -37,6 +46,10 @@ class Client:
     def stream(self, **inputs: Any) -> Iterator[Iterator[Event]]:
         """The prediction's events as they come: name, data. The connection closes at the end of the block."""
         headers = {"Content-Type": "application/json", "Accept": "text/event-stream"}
-        with self._http.stream("POST", "/predictions", json={"input": inputs}, headers=headers) as response:
-            assert response.status_code == httpx.codes.OK, response.read()
-            yield events(response)
+        refused = True
+        while refused:
+            with self._http.stream("POST", "/predictions", json={"input": inputs}, headers=headers) as response:
+                refused = response.status_code == httpx.codes.CONFLICT
+                if not refused:
+                    assert response.status_code == httpx.codes.OK, response.read()
+                    yield events(response)

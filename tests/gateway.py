@@ -416,13 +416,15 @@ class _Handler(BaseHTTPRequestHandler):
             )
 
     def _send_created(self, prediction: Prediction) -> None:
-        status, headers = HTTPStatus.CREATED, {"Location": prediction.shown()["urls"]["get"]}
+        status, shown = HTTPStatus.CREATED, prediction.created
+        headers = {"Location": shown["urls"]["get"]}
         if asked := re.fullmatch(r"wait(?:=(\d+))?", self.headers.get("Prefer", "")):
             headers["Preference-Applied"] = asked[0]
             seconds = min(int(asked[1] or _MOST_SECONDS_TO_WAIT), _MOST_SECONDS_TO_WAIT)
             if not prediction.wait(seconds):
                 status = HTTPStatus.ACCEPTED
-        self._send(status, prediction.shown(), **headers)
+            shown = prediction.shown()
+        self._send(status, shown, **headers)
 
     def _send(self, status: HTTPStatus, body: Any = None, kind: str = "application/json", **headers: str) -> None:
         content = b"" if status == HTTPStatus.NO_CONTENT else json.dumps(body).encode()

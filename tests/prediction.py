@@ -56,6 +56,8 @@ class Prediction:
                 "web": f"https://replicate.com/p/{self.id}",
             },
         }
+        self.created = self._shown.copy()
+        """As the API shows it to whoever asks for it and does not wait."""
         self._happened: list[tuple[str, str]] = []
         self._changed = threading.Condition()
         self._threads: list[threading.Thread] = []

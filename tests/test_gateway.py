@@ -153,7 +153,7 @@ def test_one_more_than_the_server_has_places_for_waits_its_turn(
     waiting = [client.predictions.create(version=version, input=SHORT) for _ in range(3)]
     assert [status(prediction) for prediction in waiting] == ["starting"] * 3
     # they are still refused there
-    assert falcon_server.predict(**SHORT).status_code == httpx.codes.CONFLICT
+    assert falcon_server.predict_if_free(**SHORT).status_code == httpx.codes.CONFLICT
     waiting[1].cancel()
     assert (waiting[1].status, waiting[1].output) == ("canceled", None)
     running[0].cancel()
