@@ -48,14 +48,15 @@ class Threads:
             return
         last, self._last = self._last, _used()
         seconds, all_, own = (now - before for now, before in zip(self._last, last, strict=True))
-        wanted = min(self.most, max(1, len(_allowed()) - round((all_ - own) / seconds)))
-        if wanted == self.number:
-            return
-        if wanted not in self._asked:
-            torch.set_num_threads(wanted)
-            self._asked[wanted] = self._keeps_bits(self.most)
-        if self._asked[wanted]:
-            self.number = wanted
+        self.take(min(self.most, max(1, len(_allowed()) - round((all_ - own) / seconds))))
+
+    def take(self, number: int) -> None:
+        """Compute with so many, if they keep the bits."""
+        if number not in self._asked:
+            torch.set_num_threads(number)
+            self._asked[number] = self._keeps_bits(self.most)
+        if self._asked[number]:
+            self.number = number
         torch.set_num_threads(self.number)
 
 

@@ -19,7 +19,6 @@ from llm.engine import Engine, Request
 from llm.model import Model
 from llm.runner import PendingIds, Row, Runner
 from llm.sampling import Sampling
-from llm.threads import use_physical_cores
 
 LENGTHS = (1, 2, 5, 20, 31, 32, 33, 60, 100, 257, 600)
 PREFIX = 25
@@ -93,11 +92,10 @@ def _answers(
 
         def fit_threads(self) -> None:
             super().fit_threads()
-            if workers > 1 and self.threads and one_is_steady:
-                torch.set_num_threads(numbers.choice([1, self.threads.number]))
+            if workers > 1 and self.threads:
+                self.threads.take(numbers.choice([1, self.threads.most]))
 
     rng, numbers = random.Random(1), random.Random(2)
-    one_is_steady = _one_thread_is_steady(model)
     with patch.object(engine, "Runner", Recording):
         serving = Engine(model, 16, prefill_chunk=chunk)
         serving.start(prefix)
@@ -121,14 +119,6 @@ def _answers(
                 threads.submit(ask_and_cancel, other, rng.randrange(20))
     answers = {request.sampling.seed: answer.result() for request, answer in asked}
     return [answers[request.sampling.seed] for request in requests], checksums
-
-
-def _one_thread_is_steady(model: Model) -> bool:
-    most = use_physical_cores()
-    torch.set_num_threads(1)
-    steady = model.keeps_bits(most)
-    torch.set_num_threads(most)
-    return steady
 
 
 if __name__ == "__main__":
