@@ -46,10 +46,9 @@ class Client:
     def stream(self, **inputs: Any) -> Iterator[Iterator[Event]]:
         """The prediction's events as they come: name, data. The connection closes at the end of the block."""
         headers = {"Content-Type": "application/json", "Accept": "text/event-stream"}
-        refused = True
-        while refused:
+        while True:
             with self._http.stream("POST", "/predictions", json={"input": inputs}, headers=headers) as response:
-                refused = response.status_code == httpx.codes.CONFLICT
-                if not refused:
+                if response.status_code != httpx.codes.CONFLICT:
                     assert response.status_code == httpx.codes.OK, response.read()
                     yield events(response)
+                    return
