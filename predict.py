@@ -12,13 +12,13 @@ import cog
 from cog import AsyncConcatenateIterator, BasePredictor, Input, streaming
 
 from llm.cancellation import follow_cancels, on_cancel
-from llm.engine import Engine, Generation, Request
+from llm.devices.model import Model
+from llm.engine.engine import Engine, Generation, Request
+from llm.engine.sampling import Sampling
 from llm.errors import UserError
-from llm.model import Model
-from llm.prompt import Prompter
-from llm.sampling import Sampling
-from llm.settings import Settings
-from llm.text import Text, split_stop_sequences
+from llm.text.detokenizer import Text, split_stop_sequences
+from llm.text.prompt import Prompter
+from llm.weights.settings import Settings
 from llm.words import decimal
 
 

@@ -6,7 +6,7 @@ import sys
 
 from cli.terminal import Parser, command
 from llm.errors import UserError
-from llm.settings import ROOT
+from llm.weights.settings import ROOT
 
 
 @command

@@ -31,9 +31,9 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from cli import demo, report, server
 from cli.report import Figures
 from cli.terminal import Parser, command
-from llm import hub, weights
 from llm.errors import UserError
-from llm.settings import ROOT, Settings
+from llm.weights import checkpoint, hub
+from llm.weights.settings import ROOT, Settings
 from llm.words import reason
 
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")
@@ -86,7 +86,7 @@ def main() -> int:
     }
     start = time.monotonic()
     for path in report.write(measure(settings, arguments.rounds, arguments.tokens), arguments.out):
-        print(weights.shown(path.resolve()))
+        print(checkpoint.shown(path.resolve()))
     print(f"Medido en {(time.monotonic() - start) / 60:.0f} min")
     return 0
 
@@ -113,7 +113,7 @@ def _settings(wants_demo: bool, folder: Path | None) -> Settings:
     made: dict[str, Any] = {"id": folder.name, "commit": None}
     # what is wrong with a manifest, hub.ensure says
     with suppress(FileNotFoundError, ValueError):
-        made |= json.loads((folder / weights.MANIFEST).read_text())
+        made |= json.loads((folder / checkpoint.MANIFEST).read_text())
     settings = replace(settings, model_id=made["id"], revision=made["commit"], weights_dir=folder.parent)
     if settings.folder != folder:
         raise UserError(f"--model {folder}: esa carpeta ha de llamarse {settings.folder.name}")

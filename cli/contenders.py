@@ -19,18 +19,18 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from llm.engine import Engine, Request
+from llm.devices.model import Model, best_dtype
+from llm.engine.engine import Engine, Request
+from llm.engine.sampling import Sampling
 from llm.errors import UserError
-from llm.model import Model, best_dtype
-from llm.sampling import Sampling
-from llm.settings import Settings
+from llm.weights.settings import Settings
 
 Generate = Callable[[list[list[int]], int], int]
 """Continues each of these ids by so many tokens, whatever they are. Returns how many that made."""
 
 
 def our_engine(settings: Settings) -> tuple[Generate, dict[str, Any]]:
-    """llm.engine, with as many rows as the server's; all at once."""
+    """llm.engine.engine, with as many rows as the server's; all at once."""
     model = Model.load(settings)
     # every request then ends by its length
     model.stop_ids = frozenset()

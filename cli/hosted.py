@@ -13,8 +13,8 @@ import httpx
 from replicate.client import Client
 from replicate.exceptions import ReplicateError
 
-from llm import settings
 from llm.errors import UserError
+from llm.weights import settings
 from llm.words import one_line
 
 TOKENS = "https://replicate.com/account/api-tokens"

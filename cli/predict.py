@@ -12,9 +12,9 @@ from typing import Any, TextIO
 
 from cli import demo, inputs, schema, server
 from cli.terminal import Loading, Parser, command, write
-from llm import hub
 from llm.errors import UserError
-from llm.settings import ROOT, Settings
+from llm.weights import hub
+from llm.weights.settings import ROOT, Settings
 from llm.words import decimal, reason
 
 

@@ -15,9 +15,9 @@ from cli import changes, hosted, prerequisites, schema, staging
 from cli.hosted import Reference
 from cli.schema import Schema
 from cli.terminal import Parser, agree, command
-from llm import weights
 from llm.errors import UserError
-from llm.settings import ROOT, Settings, values
+from llm.weights import checkpoint
+from llm.weights.settings import ROOT, Settings, values
 from llm.words import about, one_line
 
 _TOKEN = "REPLICATE_API_TOKEN"
@@ -60,7 +60,7 @@ def push(model: Reference, options: list[str], *, dry_run: bool, yes: bool) -> i
         _check_dockerignore(staging.place(settings))
     with _noted(missing):
         _check_fetched(settings, own)
-        origin = weights.verify(settings, thorough=True).origin
+        origin = checkpoint.verify(settings, thorough=True).origin
     with _noted(missing):
         interface = schema.read(ROOT / "predict.py")
     with _noted(missing):

@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 
 from cli import schema
 from llm.errors import UserError
-from llm.settings import ROOT
+from llm.weights.settings import ROOT
 
 HOST = "127.0.0.1"
 LIBRARIES = {"GOMP_SPINCOUNT": "10000", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}

@@ -13,7 +13,7 @@ from cli.push import image_config
 from cli.service import Answer, Cog, Hosted, Service
 from cli.terminal import Loading, Parser, agree, command
 from llm.errors import UserError
-from llm.settings import ROOT, Settings
+from llm.weights.settings import ROOT, Settings
 from llm.words import decimal
 
 RAW = "{pregunta}"

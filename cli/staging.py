@@ -15,9 +15,9 @@ from pathlib import Path
 
 from pathspec import GitIgnoreSpec
 
-from llm import weights
 from llm.errors import UserError
-from llm.settings import ROOT, Settings
+from llm.weights import checkpoint
+from llm.weights.settings import ROOT, Settings
 from llm.words import reason
 
 COG = ".cog"
@@ -75,10 +75,10 @@ def _in_spanish(folder: Path) -> Iterator[None]:
         # what did not work, file by file
         source, *_ = error.args[0][0]
         raise UserError(
-            f"No se puede copiar {weights.shown(Path(source))}: corrija sus permisos o quítelo de la carpeta"
+            f"No se puede copiar {checkpoint.shown(Path(source))}: corrija sus permisos o quítelo de la carpeta"
         ) from error
     except OSError as error:
-        raise UserError(f"No se puede preparar la copia en {weights.shown(folder)}: {reason(error)}") from error
+        raise UserError(f"No se puede preparar la copia en {checkpoint.shown(folder)}: {reason(error)}") from error
 
 
 def place(settings: Settings) -> Path:
@@ -103,7 +103,9 @@ def stage(folder: Path, left_out: Callable[[Path], bool]) -> None:
         ignored = {path.name for path in paths if left_out(path) or path.parts[0] in (COG, "weights")}
         for path in paths:
             if path.name not in ignored and not _can_be_copied(ROOT / path):
-                print(f"Se deja fuera {weights.shown(path)}: no es un archivo, o es un enlace que no lleva a ninguno")
+                print(
+                    f"Se deja fuera {checkpoint.shown(path)}: no es un archivo, o es un enlace que no lleva a ninguno"
+                )
                 ignored.add(path.name)
         return ignored
 

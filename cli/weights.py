@@ -5,8 +5,8 @@ import sys
 
 from cli import demo
 from cli.terminal import Parser, command
-from llm import hub, weights
-from llm.settings import Settings
+from llm.weights import checkpoint, hub
+from llm.weights.settings import Settings
 
 
 @command
@@ -26,7 +26,7 @@ def main() -> int:
         print("\nInterrumpido: repita script/weights para terminar", file=sys.stderr)
         return 130
     if there:
-        checked = "comprobado" if model.verified else f"no se comprueba, porque no tiene {weights.MANIFEST}"
+        checked = "comprobado" if model.verified else f"no se comprueba, porque no tiene {checkpoint.MANIFEST}"
         print(f"{model.origin}: {checked}; no hay nada que hacer")
     return 0
 

@@ -14,11 +14,11 @@ from unittest.mock import patch
 
 import torch
 
-from llm import engine
-from llm.engine import Engine, Request
-from llm.model import Model
-from llm.runner import PendingIds, Row, Runner
-from llm.sampling import Sampling
+from llm.devices.model import Model
+from llm.engine import engine
+from llm.engine.engine import Engine, Request
+from llm.engine.runner import PendingIds, Row, Runner
+from llm.engine.sampling import Sampling
 
 LENGTHS = (1, 2, 5, 20, 31, 32, 33, 60, 100, 257, 600)
 PREFIX = 25

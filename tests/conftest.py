@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from cli import demo, server
-from llm.settings import Settings
+from llm.weights.settings import Settings
 from tests.client import Client
 from tests.gateway import Gateway
 from tests.processes import FINALLY, Marked

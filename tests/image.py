@@ -15,8 +15,8 @@ import pytest
 import yaml
 
 from cli import server, staging
-from llm import cpu
-from llm.settings import ROOT
+from llm.devices import cpu
+from llm.weights.settings import ROOT
 from tests import logits
 from tests.client import Client
 from tests.test_server import (  # noqa: F401

@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from llm import cpu
-from llm.model import Model
-from llm.runner import Runner
-from llm.sampling import Sampling
+from llm.devices import cpu
+from llm.devices.model import Model
+from llm.engine.runner import Runner
+from llm.engine.sampling import Sampling
 
 CASES = tuple(product([150, 1200], [1, 8], [False, True]))
 """Tokens of the text, rows, whether the model is packed."""

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from llm.settings import ROOT
+from llm.weights.settings import ROOT
 
 
 def copied(folder: Path) -> Path:

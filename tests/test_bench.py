@@ -22,7 +22,7 @@ from cli.contenders import busy_core
 from cli.report import shown
 from cli.server import LIBRARIES
 from llm.errors import UserError
-from llm.settings import ROOT
+from llm.weights.settings import ROOT
 from tests.processes import FINALLY, Marked
 
 pytestmark = pytest.mark.slow

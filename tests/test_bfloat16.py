@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from llm import cpu
-from llm.model import Model
+from llm.devices import cpu
+from llm.devices.model import Model
 from tests import checkpoints, logits
 
 pytestmark = pytest.mark.slow

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from cli import changes, schema
-from llm.settings import ROOT
+from llm.weights.settings import ROOT
 
 Input = dict[str, Any]
 

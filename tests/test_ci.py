@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from llm.settings import ROOT
+from llm.weights.settings import ROOT
 
 
 @pytest.fixture

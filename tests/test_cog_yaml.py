@@ -14,7 +14,7 @@ import yaml
 from pathspec import GitIgnoreSpec
 
 from cli import schema, server
-from llm.settings import FALCON, ROOT
+from llm.weights.settings import FALCON, ROOT
 
 # keys and types of what is used here; any other is an error
 ALLOWED: dict[str, Any] = {
@@ -162,7 +162,7 @@ def test_what_the_image_must_not_hold(ignored: GitIgnoreSpec, path: str) -> None
 def test_what_the_image_holds(ignored: GitIgnoreSpec, config: dict[str, Any]) -> None:
     name = dict(line.split("=", 1) for line in config["environment"])["MODEL_ID"].split("/")[-1].lower()
     model = [f"weights/{name}/{file}" for file in ("config.json", "model.safetensors", "manifest.json")]
-    code = [path.relative_to(ROOT).as_posix() for path in (ROOT / "llm").glob("*.py")]
+    code = [path.relative_to(ROOT).as_posix() for path in (ROOT / "llm").rglob("*.py")]
     # .cog: where cog build puts the schema, which the server reads
     held = ["predict.py", "cog.yaml", "requirements.txt", ".cog/openapi_schema.json", *code, *model]
     assert [path for path in held if ignored.match_file(path)] == []

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llm import cpu
-from llm.model import Model
-from llm.settings import Settings
+from llm.devices import cpu
+from llm.devices.model import Model
+from llm.weights.settings import Settings
 from tests import company
 from tests.client import Client
 

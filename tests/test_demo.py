@@ -13,8 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cli import demo
-from llm import hub
-from llm.settings import ROOT, Settings
+from llm.weights import hub
+from llm.weights.settings import ROOT, Settings
 
 pytestmark = pytest.mark.slow
 

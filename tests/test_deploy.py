@@ -29,7 +29,7 @@ from dnslib.server import BaseResolver, DNSLogger, DNSServer
 
 from cli import schema, server
 from cli.service import events
-from llm.settings import ROOT
+from llm.weights.settings import ROOT
 from tests.client import Client, Event
 from tests.processes import FINALLY, Marked
 

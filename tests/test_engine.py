@@ -27,12 +27,12 @@ from transformers import (
 )
 
 from cli.contenders import busy_core
-from llm.engine import Engine, Request
+from llm.devices.gpu import Replay
+from llm.devices.model import Model
+from llm.engine.engine import Engine, Request
+from llm.engine.runner import Row, Runner
+from llm.engine.sampling import Sampling
 from llm.errors import UserError
-from llm.gpu import Replay
-from llm.model import Model
-from llm.runner import Row, Runner
-from llm.sampling import Sampling
 from tests import checkpoints
 from tests.processes import until
 

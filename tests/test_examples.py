@@ -18,7 +18,7 @@ from typing import Any
 import httpx
 import pytest
 
-from llm.settings import ROOT
+from llm.weights.settings import ROOT
 from tests.gateway import MODEL, Gateway
 from tests.prediction import signature
 from tests.processes import FINALLY

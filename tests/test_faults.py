@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from cli import schema, server
-from llm.settings import ROOT
+from llm.weights.settings import ROOT
 from tests import checkpoints
 from tests.client import Client
 from tests.processes import FINALLY

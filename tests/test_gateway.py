@@ -12,7 +12,7 @@ from replicate.exceptions import ModelError, ReplicateError
 from replicate.prediction import Prediction
 
 from cli import schema
-from llm.settings import ROOT
+from llm.weights.settings import ROOT
 from tests import gateway as service
 from tests.client import Client
 from tests.gateway import MODEL, Gateway

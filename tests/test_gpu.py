@@ -14,11 +14,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import FalconConfig, FalconForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from llm import gpu, runner
-from llm import model as model_module
-from llm.model import Model
-from llm.runner import Runner
-from llm.sampling import Sampling
+from llm.devices import gpu
+from llm.devices import model as model_module
+from llm.devices.model import Model
+from llm.engine import runner
+from llm.engine.runner import Runner
+from llm.engine.sampling import Sampling
 from tests import checkpoints
 
 META = torch.device("meta")

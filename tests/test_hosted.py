@@ -13,8 +13,8 @@ from replicate.client import Client as Replicate
 from cli import hosted
 from cli.hosted import Reference, Refused
 from cli.terminal import agree
-from llm import settings
 from llm.errors import UserError
+from llm.weights import settings
 from tests.client import Client
 from tests.gateway import MODEL, Gateway
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from llm.settings import ROOT
+from llm.weights.settings import ROOT
 
 
 def names(source: str) -> set[str]:
@@ -26,9 +26,9 @@ RULES = {
     # text and numbers, never a tensor
     "predict.py": r"(torch|transformers|cli)\b",
     # only settings.py reads the environment
-    "llm/settings.py": r"os\.(environb?|getenv)\b|dotenv\b",
+    "llm/weights/settings.py": r"os\.(environb?|getenv)\b|dotenv\b",
     # only cpu.py calls what torch may change without a word
-    "llm/cpu.py": r"torch\.(ops|library|(\w+\.)*_\w+)\b",
+    "llm/devices/cpu.py": r"torch\.(ops|library|(\w+\.)*_\w+)\b",
 }
 
 
@@ -39,7 +39,9 @@ def broken(path: str, source: str) -> set[str]:
     return {name for name in names(source) for rule in rules if re.match(rule, name)}
 
 
-@pytest.mark.parametrize("path", ["predict.py", *(f"llm/{path.name}" for path in (ROOT / "llm").glob("*.py"))])
+@pytest.mark.parametrize(
+    "path", ["predict.py", *(path.relative_to(ROOT).as_posix() for path in (ROOT / "llm").rglob("*.py"))]
+)
 def test_the_house_is_in_order(path: str) -> None:
     assert broken(path, Path(ROOT, path).read_text(encoding="utf-8")) == set()
 
@@ -50,15 +52,15 @@ def test_the_house_is_in_order(path: str) -> None:
         ("predict.py", "import torch.nn", {"torch.nn"}),
         ("predict.py", "def f():\n    from transformers import AutoTokenizer", {"transformers.AutoTokenizer"}),
         ("predict.py", "from cli import server", {"cli.server"}),
-        ("llm/model.py", "import os\nhome = os.environ['HOME']", {"os.environ"}),
-        ("llm/model.py", "from os import getenv", {"os.getenv"}),
-        ("llm/model.py", "from dotenv import load_dotenv", {"dotenv.load_dotenv"}),
-        ("llm/runner.py", "import torch\ntorch.ops.mkldnn._linear_pointwise(x)", {"torch.ops.mkldnn"}),
-        ("llm/runner.py", "from torch._C import DispatchKey", {"torch._C.DispatchKey"}),
-        ("llm/runner.py", "import torch\ntorch.backends.cuda._x()", {"torch.backends.cuda._x"}),
-        ("llm/runner.py", "import torch\ntorch.cuda.graph_pool_handle()", set()),
-        ("llm/settings.py", "import os\nos.getenv('HOME')", set()),
-        ("llm/cpu.py", "import torch\ntorch.ops.mkldnn._linear_pointwise(x)", set()),
+        ("llm/devices/model.py", "import os\nhome = os.environ['HOME']", {"os.environ"}),
+        ("llm/devices/model.py", "from os import getenv", {"os.getenv"}),
+        ("llm/devices/model.py", "from dotenv import load_dotenv", {"dotenv.load_dotenv"}),
+        ("llm/engine/runner.py", "import torch\ntorch.ops.mkldnn._linear_pointwise(x)", {"torch.ops.mkldnn"}),
+        ("llm/engine/runner.py", "from torch._C import DispatchKey", {"torch._C.DispatchKey"}),
+        ("llm/engine/runner.py", "import torch\ntorch.backends.cuda._x()", {"torch.backends.cuda._x"}),
+        ("llm/engine/runner.py", "import torch\ntorch.cuda.graph_pool_handle()", set()),
+        ("llm/weights/settings.py", "import os\nos.getenv('HOME')", set()),
+        ("llm/devices/cpu.py", "import torch\ntorch.ops.mkldnn._linear_pointwise(x)", set()),
     ],
 )
 def test_a_broken_rule_is_seen(path: str, source: str, named: set[str]) -> None:

@@ -13,8 +13,8 @@ from schemathesis import Case, GenerationMode
 from transformers import PreTrainedTokenizerFast
 
 from cli import server
-from llm.prompt import COMPLETION
-from llm.text import Text
+from llm.text.detokenizer import Text
+from llm.text.prompt import COMPLETION
 from tests import checkpoints
 from tests.client import Client
 

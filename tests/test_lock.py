@@ -10,7 +10,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from llm.settings import ROOT
+from llm.weights.settings import ROOT
 
 DEVELOPMENT = ["requirements.in", "requirements-dev.in"]
 
@@ -48,7 +48,7 @@ def test_a_lock_holds_what_is_pinned(lock: str, pins: list[str]) -> None:
 
 
 def test_what_the_image_imports_is_pinned() -> None:
-    found = imported(ROOT / "predict.py", *(ROOT / "llm").glob("*.py"))
+    found = imported(ROOT / "predict.py", *(ROOT / "llm").rglob("*.py"))
     assert {"torch", "cog", "httpx2"} < found
     assert found <= set(versions("requirements.in"))
 

@@ -18,9 +18,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from llm import model as model_module
+from llm.devices import model as model_module
+from llm.devices.model import Model, rows_that_fit
 from llm.errors import UserError
-from llm.model import Model, rows_that_fit
 from tests import checkpoints
 
 pytestmark = pytest.mark.slow

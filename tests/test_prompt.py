@@ -11,9 +11,9 @@ from transformers import BatchEncoding, PreTrainedTokenizerFast
 
 from cli import demo
 from llm.errors import UserError
-from llm.prompt import COMPLETION, MAX_CHARACTERS, Prompter
-from llm.settings import Settings
-from llm.text import Text
+from llm.text.detokenizer import Text
+from llm.text.prompt import COMPLETION, MAX_CHARACTERS, Prompter
+from llm.weights.settings import Settings
 from tests import checkpoints
 
 CHATML = (

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from cli import schema
-from llm import weights
-from llm.settings import FALCON, FALCON_COMMIT, ROOT, Settings
+from llm.weights import checkpoint
+from llm.weights.settings import FALCON, FALCON_COMMIT, ROOT, Settings
 from tests.gateway import Gateway
 from tests.hub import Hub
 from tests.processes import FINALLY, Marked
@@ -38,10 +38,10 @@ SECRETS += ["env.local", "env.bak", "prod.env", "token", "token.json", "hf.token
 def model(weights_dir: Path, model_id: str, commit: str) -> Path:
     """A model's folder with its manifest. Whether it can be loaded is no matter here."""
     settings = replace(Settings.read(), model_id=model_id, revision=None, weights_dir=weights_dir)
-    with weights.workspace(settings.folder) as work:
+    with checkpoint.workspace(settings.folder) as work:
         (work / "config.json").write_text("{}")
         large(work / "model.safetensors")
-        weights.publish(work, settings, commit)
+        checkpoint.publish(work, settings, commit)
     return settings.folder
 
 
@@ -127,7 +127,7 @@ def test_cog_gets_what_the_image_needs_and_nothing_else(project: Path, push: Pus
 
     arguments, files = pushed(notes)
     assert arguments == ["push", "--separate-weights", NAME, "--no-cache", "--progress", "plain"]
-    code = {f"llm/{path.name}" for path in (ROOT / "llm").glob("*.py")}
+    code = {path.relative_to(ROOT).as_posix() for path in (ROOT / "llm").rglob("*.py")}
     texts = {"config.json", "model.safetensors", "manifest.json"}
     expected = {".dockerignore", "cog.yaml", "predict.py", "requirements.txt", "mi_modulo.py"}
     assert files.keys() == expected | code | {f"weights/falcon-rw-1b/{name}" for name in texts}

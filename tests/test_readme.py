@@ -19,9 +19,9 @@ import pytest
 import yaml
 
 from cli import inputs, schema
-from llm import weights
-from llm.prompt import COMPLETION
-from llm.settings import ROOT, Settings
+from llm.text.prompt import COMPLETION
+from llm.weights import checkpoint
+from llm.weights.settings import ROOT, Settings
 from tests.client import Client
 
 Execute = Callable[[str], str]
@@ -134,7 +134,7 @@ def test_both_have_the_same_commands_and_programs() -> None:
 @pytest.mark.slow
 def test_the_demo_prints_what_is_shown(execute: Execute, demo_folder: Path) -> None:
     (command,) = (command for command in commands(SPANISH) if command.startswith("script/predict --demo"))
-    printed = execute(python(command)).replace(weights.shown(demo_folder), "weights/smollm2-135m-instruct")
+    printed = execute(python(command)).replace(checkpoint.shown(demo_folder), "weights/smollm2-135m-instruct")
     for text in (SPANISH, ENGLISH):
         shown = blocks(text, "text")[0]
         assert f"\n{ANSWER}\n" in shown
@@ -274,7 +274,7 @@ def test_each_message_is_one_of_the_code() -> None:
 def what_the_code_says() -> list[str]:
     """Every text in the commands' code, with … for what is filled in."""
     said = []
-    for path in (ROOT / "predict.py", *(ROOT / "llm").glob("*.py"), *(ROOT / "cli").glob("*.py")):
+    for path in (ROOT / "predict.py", *(ROOT / "llm").rglob("*.py"), *(ROOT / "cli").glob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.JoinedStr):
                 said.append("".join(str(p.value) if isinstance(p, ast.Constant) else "…" for p in node.values))

@@ -12,7 +12,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from llm.sampling import (
+from llm.engine.sampling import (
     NOT_A_NUMBER,
     Sampling,
     SamplingRows,

@@ -10,7 +10,7 @@ import pytest
 
 from cli import schema, server
 from llm.errors import UserError
-from llm.settings import ROOT
+from llm.weights.settings import ROOT
 from tests.client import Client
 
 TINY = """\

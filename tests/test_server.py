@@ -12,7 +12,7 @@ import pytest
 
 from cli import schema, server
 from llm.errors import UserError
-from llm.settings import ROOT
+from llm.weights.settings import ROOT
 from tests.client import Client
 from tests.processes import Marked
 

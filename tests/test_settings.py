@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from llm.errors import UserError
-from llm.settings import FALCON, FALCON_COMMIT, ROOT, Settings
+from llm.weights.settings import FALCON, FALCON_COMMIT, ROOT, Settings
 
 NAMES = (
     "MODEL_ID",

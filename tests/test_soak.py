@@ -19,7 +19,7 @@ import psutil
 import pytest
 
 from cli import server
-from llm.settings import ROOT
+from llm.weights.settings import ROOT
 from tests.processes import FINALLY, Marked
 
 CLIENTS = 40

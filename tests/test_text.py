@@ -9,8 +9,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from cli import demo
-from llm.settings import Settings
-from llm.text import CONTEXT, Text, split_stop_sequences
+from llm.text.detokenizer import CONTEXT, Text, split_stop_sequences
+from llm.weights.settings import Settings
 from tests import checkpoints
 
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]

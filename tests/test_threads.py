@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from llm import threads
-from llm.threads import Threads
+from llm.devices import threads
+from llm.devices.threads import Threads
 
 CORES = 4
 

@@ -20,10 +20,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from llm import weights
 from llm.errors import UserError
-from llm.hub import ensure, write_safetensors
-from llm.settings import ROOT, Settings
+from llm.weights import checkpoint
+from llm.weights.hub import ensure, write_safetensors
+from llm.weights.settings import ROOT, Settings
 from tests import checkpoints
 from tests.hub import COMMIT, Hub, Repository, files_of
 
@@ -82,7 +82,7 @@ COMMAND = [sys.executable, "-m", "cli.weights"]
 # The client waits some seconds before it asks again.
 IMPATIENT = """
 import sys, time
-from llm import hub
+from llm.weights import hub
 from cli.weights import main
 def sleep(seconds):
     assert seconds < 60, seconds
@@ -218,7 +218,7 @@ def test_sharded_safetensors_come_with_their_index(hub: Hub, tmp_path: Path) -> 
 
 
 def test_large_models_are_written_in_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llm.hub._LARGEST_FILE", "10KB")
+    monkeypatch.setattr("llm.weights.hub._LARGEST_FILE", "10KB")
     state = {name: torch.randn(64, 64) for name in "abc"}
     write_safetensors({**state, "tied": state["a"], "slice": torch.randn(99, 9)[3:5]}, tmp_path)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
@@ -373,7 +373,7 @@ def test_what_arrives_altered_is_not_kept(hub: Hub, safetensors: dict[str, bytes
 
 def test_two_runs_do_not_mix(hub: Hub, safetensors: dict[str, bytes], tmp_path: Path) -> None:
     hub.add(MODEL, safetensors)
-    with weights.workspace(tmp_path / NAME):
+    with checkpoint.workspace(tmp_path / NAME):
         assert "Otro proceso está descargando" in refused(hub, tmp_path)
 
 
@@ -722,8 +722,8 @@ def test_the_disk_fills_up_while_converting(tmp_path: Path) -> None:
     code = f"""
 import torch
 from pathlib import Path
-from llm import hub, weights
-with weights.workspace(Path("{tmp_path}/disk/{NAME}")) as work, weights.room(work, 5):
+from llm.weights import checkpoint, hub
+with checkpoint.workspace(Path("{tmp_path}/disk/{NAME}")) as work, checkpoint.room(work, 5):
     hub.write_safetensors({{"a": torch.zeros(2_000_000)}}, work)
 """
     (tmp_path / "disk").mkdir()

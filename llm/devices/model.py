@@ -13,10 +13,11 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from llm import cpu, gpu, hub, weights
+from llm.devices import cpu, gpu
+from llm.devices.threads import use_physical_cores
 from llm.errors import UserError
-from llm.settings import Settings
-from llm.threads import use_physical_cores
+from llm.weights import checkpoint, hub
+from llm.weights.settings import Settings
 from llm.words import decimal
 
 CPU_SHARE = 0.5
@@ -67,7 +68,7 @@ class Model:
             return thread.submit(cls._load, found, settings).result()
 
     @classmethod
-    def _load(cls, found: weights.Weights, settings: Settings) -> "Model":
+    def _load(cls, found: checkpoint.Weights, settings: Settings) -> "Model":
         threads = use_physical_cores()
         dtype = getattr(torch, settings.dtype) if settings.dtype else best_dtype()
         start = time.perf_counter()
@@ -77,7 +78,7 @@ class Model:
         cores = f" con {threads} hilos" if model.device.type == "cpu" else ""
         print(f"Modelo: {found.origin}, {_parameters(model.network)} en {str(dtype).removeprefix('torch.')}")
         if not found.verified:
-            print(f"Sin verificar: {weights.shown(found.folder)} no tiene manifest.json")
+            print(f"Sin verificar: {checkpoint.shown(found.folder)} no tiene manifest.json")
         print(f"Cargado en {where}{cores} en {decimal(model.seconds['load'])} s")
         if model.device.type == "cuda":
             gpu.use_steady_kernels()
@@ -102,14 +103,14 @@ class Model:
             ).eval()
         except UnpicklingError as error:
             raise UserError(
-                f"Los .bin de {weights.shown(folder)} no llevan solo pesos: pueden llevar código, así que no se abren; "
-                "use un modelo con safetensors"
+                f"Los .bin de {checkpoint.shown(folder)} no llevan solo pesos: pueden llevar código, así que no se "
+                "abren; use un modelo con safetensors"
             ) from error
         except (OSError, ValueError, KeyError, RuntimeError, EOFError, SafetensorError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(
-                f"transformers no puede cargar {weights.shown(folder)}: mueva o borre esa carpeta, o cambie MODEL_ID "
-                f"({reason})"
+                f"transformers no puede cargar {checkpoint.shown(folder)}: mueva o borre esa carpeta, o cambie "
+                f"MODEL_ID ({reason})"
             ) from error
         if not isinstance(tokenizer, PreTrainedTokenizerFast):
             raise UserError(

@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 from stat import S_ISREG
 
 from llm.errors import UserError
-from llm.settings import ROOT, Settings
+from llm.weights.settings import ROOT, Settings
 from llm.words import about, one_line, reason
 
 MANIFEST = "manifest.json"

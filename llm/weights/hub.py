@@ -15,10 +15,10 @@ from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from llm import weights
 from llm.errors import UserError
-from llm.settings import Settings
-from llm.weights import COMMIT, Weights, is_folder, publish, room, sha256, shown, workspace
+from llm.weights import checkpoint
+from llm.weights.checkpoint import COMMIT, Weights, is_folder, publish, room, sha256, shown, workspace
+from llm.weights.settings import Settings
 from llm.words import about
 
 # torch and huggingface_hub are imported where they are used: a command that finds its folder whole needs neither.
@@ -62,14 +62,14 @@ class _HubFile:
 
 
 def ensure(settings: Settings, *, thorough: bool = False) -> Weights:
-    """The settings' model in its folder: fetched first where it is not there, then verified, see `weights.verify`.
+    """The settings' model in its folder: fetched first where it is not there, then verified, see `checkpoint.verify`.
 
     Prints, in Spanish, what it does. Raises UserError; a folder that is there is never changed.
     """
     there = os.path.lexists(settings.folder)
     if not there:
         _fetch(settings)
-    return weights.verify(settings, thorough=thorough and there)
+    return checkpoint.verify(settings, thorough=thorough and there)
 
 
 def _fetch(settings: Settings) -> None:

@@ -13,12 +13,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from llm import cpu
-from llm.gpu import Capture, Replay
-from llm.model import Model
-from llm.sampling import Sampling, SamplingRows, sample_each, sampling_width
-from llm.slots import Slots, Window
-from llm.threads import Threads
+from llm.devices import cpu
+from llm.devices.gpu import Capture, Replay
+from llm.devices.model import Model
+from llm.devices.threads import Threads
+from llm.engine.sampling import Sampling, SamplingRows, sample_each, sampling_width
+from llm.engine.slots import Slots, Window
 
 MULTIPLE = 8
 """A GPU's attention pads the length that it reads to a multiple of this, once in every layer unless it is one."""

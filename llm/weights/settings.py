@@ -11,7 +11,7 @@ from dotenv.parser import parse_stream
 from llm.errors import UserError
 from llm.words import reason
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 
 FALCON = "tiiuae/falcon-rw-1b"
 # Pinned: an unpinned download changes under the user.

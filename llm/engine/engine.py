@@ -23,11 +23,11 @@ from typing import Literal
 
 import torch
 
+from llm.devices.gpu import Capture, cuda_capture
+from llm.devices.model import Model
+from llm.engine.runner import MULTIPLE, PendingIds, Row, Runner
+from llm.engine.sampling import NOT_A_NUMBER, Sampling
 from llm.errors import UserError
-from llm.gpu import Capture, cuda_capture
-from llm.model import Model
-from llm.runner import MULTIPLE, PendingIds, Row, Runner
-from llm.sampling import NOT_A_NUMBER, Sampling
 from llm.words import decimal
 
 SMALLEST_PART = 16

@@ -1,0 +1,1 @@
+"""A model on its device: how it is loaded and laid out, and what the device offers."""

@@ -1,0 +1,1 @@
+"""A question to token ids, and token ids to the text of an answer."""
