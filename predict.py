@@ -13,8 +13,8 @@ from cog import AsyncConcatenateIterator, BasePredictor, Input, streaming
 
 from llm.cancellation import follow_cancels, on_cancel
 from llm.devices.model import Model
-from llm.engine.engine import Engine, Generation, Request
-from llm.engine.sampling import Sampling
+from llm.engine.engine import Engine
+from llm.engine.sequence import Generation, Request, Sampling
 from llm.errors import UserError
 from llm.text.detokenizer import Text, split_stop_sequences
 from llm.text.prompt import Prompter
@@ -34,9 +34,9 @@ class Predictor(BasePredictor):
         print(f"Listo en {decimal(time.perf_counter() - start)} s")
 
     async def healthcheck(self) -> bool:
-        """Raises UserError once the device is lost: /health-check then says UNHEALTHY, and why."""
-        if self.engine.lost:
-            raise UserError(self.engine.lost)
+        """Raises UserError where no prediction can be served: /health-check then says UNHEALTHY, and why."""
+        if failure := self.engine.failure:
+            raise UserError(failure)
         return True
 
     @streaming

@@ -20,8 +20,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from llm.devices.model import Model, best_dtype
-from llm.engine.engine import Engine, Request
-from llm.engine.sampling import Sampling
+from llm.engine.engine import Engine
+from llm.engine.sequence import Request, Sampling
 from llm.errors import UserError
 from llm.weights.settings import Settings
 

@@ -16,9 +16,10 @@ import torch
 
 from llm.devices.model import Model
 from llm.engine import engine
-from llm.engine.engine import Engine, Request
-from llm.engine.runner import PendingIds, Row, Runner
-from llm.engine.sampling import Sampling
+from llm.engine.engine import Engine
+from llm.engine.runner import PendingIds, Runner
+from llm.engine.scheduler import Chunk
+from llm.engine.sequence import Request, Sampling, Sequence
 
 LENGTHS = (1, 2, 5, 20, 31, 32, 33, 60, 100, 257, 600)
 PREFIX = 25
@@ -68,27 +69,27 @@ def _answers(
     checksums: Checksums = {}
 
     class Recording(Runner):
-        def prefill(self, counts: dict[Row, int]) -> PendingIds:
-            ids = super().prefill(counts)
-            for index, row in enumerate(counts):
-                if row.prefilled:
-                    self._record(row, index)
+        def prefill(self, chunks: list[Chunk]) -> PendingIds:
+            ids = super().prefill(chunks)
+            for index, chunk in enumerate(chunks):
+                if chunk.is_last:
+                    self._record(chunk.sequence, index)
             return ids
 
         def decode(self) -> PendingIds:
             ids = super().decode()
-            for row in self.rows.values():
-                if row.prefilled:
-                    self._record(row, row.number)
+            for sequence in self.rows.values():
+                if sequence.prefilled:
+                    self._record(sequence, sequence.place)
             return ids
 
         def _logits(self, *args: object, **kwargs: object) -> torch.Tensor:
             self.seen = super()._logits(*args, **kwargs)  # type: ignore[arg-type]
             return self.seen
 
-        def _record(self, row: Row, index: int) -> None:
+        def _record(self, sequence: Sequence, index: int) -> None:
             checksum = zlib.crc32(self.seen[index].numpy().tobytes())
-            checksums.setdefault(row.sampling.seed, []).append(checksum)
+            checksums.setdefault(sequence.sampling.seed, []).append(checksum)
 
         def fit_threads(self) -> None:
             super().fit_threads()
@@ -124,5 +125,5 @@ def _answers(
 if __name__ == "__main__":
     loaded = Model.read(Path(sys.argv[1]), torch.bfloat16)
     loaded.pack()
-    steady = {"steady": int(loaded.steady)}
-    print(json.dumps({"torch": torch.__version__} | steady | compare(loaded, count=60, most_tokens=20)))
+    invariant = {"batch_invariant": int(loaded.batch_invariant)}
+    print(json.dumps({"torch": torch.__version__} | invariant | compare(loaded, count=60, most_tokens=20)))

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from cli import server, staging
-from llm.devices import cpu
+from llm.devices import linear
 from llm.weights.settings import ROOT
 from tests import logits
 from tests.client import Client
@@ -69,14 +69,14 @@ def test_it_is_the_images_python(falcon_server: Client, config: dict[str, Any]) 
 
 def test_logits_are_as_near_to_float32_as_those_of_transformers(image: Path, bfloat16_folder: Path) -> None:
     found = run("logits.py", image, bfloat16_folder)
-    assert len(found["distances"]) == len(logits.CASES) / (1 if cpu.computes_in_bfloat16() else 2)
+    assert len(found["distances"]) == len(logits.CASES) / (1 if linear.computes_in_bfloat16() else 2)
     assert max(found["distances"]) < logits.MOST
 
 
-@pytest.mark.skipif(not cpu.computes_in_bfloat16(), reason="this processor does not compute in bfloat16")
+@pytest.mark.skipif(not linear.computes_in_bfloat16(), reason="this processor does not compute in bfloat16")
 def test_bits_do_not_depend_on_company(image: Path, bfloat16_folder: Path) -> None:
     found = run("company.py", image, bfloat16_folder)
-    if not found["steady"]:
+    if not found["batch_invariant"]:
         pytest.skip("this processor has no numbers of rows that agree, and setup says so")
     assert found["tokens"] == found["logits"] == found["requests"] > 0
 

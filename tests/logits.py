@@ -11,10 +11,11 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from llm.devices import cpu
+from llm.devices import linear
 from llm.devices.model import Model
 from llm.engine.runner import Runner
-from llm.engine.sampling import Sampling
+from llm.engine.scheduler import Chunk
+from llm.engine.sequence import Request, Sampling, Sequence
 
 CASES = tuple(product([150, 1200], [1, 8], [False, True]))
 """Tokens of the text, rows, whether the model is packed."""
@@ -42,8 +43,10 @@ def walked(model: Model, text: torch.Tensor, rows: int) -> torch.Tensor:
     prompt = len(text) - STEPS
     found = torch.full((rows, STEPS + 1, model.vocabulary), torch.nan)
     with torch.inference_mode():
-        placed = [runner.put(text[: prompt - row].tolist(), GREEDY) for row in range(rows)]
-        runner.prefill({row: row.prompt for row in placed})
+        sequences = [Sequence(Request(text[: prompt - row].tolist(), STEPS, GREEDY), STEPS) for row in range(rows)]
+        for sequence in sequences:
+            runner.put(sequence)
+        runner.prefill([Chunk(sequence, 0, len(sequence.prompt)) for sequence in sequences])
         for step in range(STEPS):
             for row in range(rows):
                 at = prompt - row + step
@@ -73,6 +76,6 @@ def _size(difference: torch.Tensor) -> float:
 
 
 if __name__ == "__main__":
-    cases = [case for case in CASES if cpu.computes_in_bfloat16() or not case[-1]]
+    cases = [case for case in CASES if linear.computes_in_bfloat16() or not case[-1]]
     distances = [distance(Path(sys.argv[1]), *case) for case in cases]
     print(json.dumps({"torch": torch.__version__, "distances": distances}))

@@ -169,12 +169,12 @@ def test_an_answer_that_has_ended_holds_no_row_while_its_last_words_wait(
     )
     slow = answer(2000, stop)
     text = next(slow)
-    (generation,) = predictor.engine.running
+    (sequence,) = predictor.engine.running
     while text != shown:
         text += next(slow)
     while predictor.engine.running:
         continue
-    assert generation.emitted < 1000
+    assert sequence.sent < 1000
     capsys.readouterr()
     assert list(slow) == []
     (used,) = re.findall(r"(\d+) de salida", capsys.readouterr().out)

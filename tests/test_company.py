@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llm.devices import cpu
+from llm.devices import attention, linear
 from llm.devices.model import Model
 from llm.weights.settings import Settings
 from tests import company
@@ -21,11 +21,11 @@ slow = pytest.mark.slow
 
 
 def packed(folder: Path) -> Model:
-    if not cpu.computes_in_bfloat16():
+    if not linear.computes_in_bfloat16():
         pytest.skip("this processor does not compute in bfloat16")
     model = Model.read(folder, torch.bfloat16)
     model.pack()
-    if not model.steady:
+    if not model.batch_invariant:
         pytest.skip("this processor has no numbers of rows that agree, and setup says so")
     return model
 
@@ -49,7 +49,7 @@ def test_in_float32_the_tokens_do_not_depend_on_company(falcon: Path) -> None:
 
 @slow
 def test_32_clients_at_once_get_the_texts_that_each_gets_alone(demo_server: Client) -> None:
-    if not cpu.computes_in_bfloat16():
+    if not linear.computes_in_bfloat16():
         pytest.skip("this processor does not compute in bfloat16")
     if "puede cambiar" in demo_server.get("/health-check")["setup"]["logs"]:
         pytest.skip("this processor has no numbers of rows that agree, and setup says so")
@@ -65,7 +65,7 @@ def test_32_clients_at_once_get_the_texts_that_each_gets_alone(demo_server: Clie
         assert list(clients.map(text, range(32))) == alone
 
 
-def filling(sums: Callable[[int, int], int], numbers: tuple[int, ...], reference: int) -> cpu.Filling:
+def padding(sums: Callable[[int, int], int], numbers: tuple[int, ...], reference: int) -> linear.RowPadding:
     """Of a processor where the row at `place` of `rows` is summed in the order `sums(rows, place)`."""
     weight = torch.randn(512, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
 
@@ -79,49 +79,49 @@ def filling(sums: Callable[[int, int], int], numbers: tuple[int, ...], reference
             rows.append(total.bfloat16())
         return torch.stack(rows)
 
-    layer = SimpleNamespace(room=torch.zeros(1, 1, 512), product=product)
-    return cpu.Filling(cast(cpu.PackedLinear, layer), numbers, reference)
+    layer = SimpleNamespace(buffer=torch.zeros(1, 1, 512), product=product)
+    return linear.RowPadding(cast(linear.PackedLinear, layer), numbers, reference)
 
 
 def test_rows_are_filled_up_only_where_the_processor_would_give_other_bits() -> None:
-    found = filling(lambda rows, place: int(rows > 16), numbers=(4, 8, 16, 32), reference=4)
-    assert found.agrees and found.most == 16
+    asked = padding(lambda rows, place: int(rows > 16), numbers=(4, 8, 16, 32), reference=4)
+    assert asked.batch_invariant and asked.most == 16
     # fewer than four are slower
-    assert [found[rows] for rows in (1, 4, 5, 9, 16)] == [4, 4, 5, 9, 16]
+    assert [asked[rows] for rows in (1, 4, 5, 9, 16)] == [4, 4, 5, 9, 16]
 
 
 def test_rows_are_filled_up_to_a_number_that_agrees_with_the_reference() -> None:
-    found = filling(lambda rows, place: 0 if rows in (16, 32) else rows, numbers=(4, 8, 16, 32), reference=32)
-    assert found.agrees and found.most == 32
-    assert [found[rows] for rows in (1, 8, 16, 17, 31)] == [16, 16, 16, 32, 32]
+    asked = padding(lambda rows, place: 0 if rows in (16, 32) else rows, numbers=(4, 8, 16, 32), reference=32)
+    assert asked.batch_invariant and asked.most == 32
+    assert [asked[rows] for rows in (1, 8, 16, 17, 31)] == [16, 16, 16, 32, 32]
 
 
 def test_a_processor_where_the_place_matters_has_no_number_of_rows_that_agrees() -> None:
-    found = filling(lambda rows, place: place, numbers=(4, 8), reference=4)
-    assert not found.agrees
-    assert [found[rows] for rows in (3, 5)] == [4, 8]
+    asked = padding(lambda rows, place: place, numbers=(4, 8), reference=4)
+    assert not asked.batch_invariant
+    assert [asked[rows] for rows in (3, 5)] == [4, 8]
 
 
 def test_threads_that_sum_otherwise_do_not_keep_the_bits(thread_count: None) -> None:
     torch.set_num_threads(2)
-    found = filling(lambda rows, place: torch.get_num_threads(), numbers=(4, 8), reference=4)
-    assert found.agrees and found.keeps_bits()
+    asked = padding(lambda rows, place: torch.get_num_threads(), numbers=(4, 8), reference=4)
+    assert asked.batch_invariant and asked.agrees_now()
     torch.set_num_threads(1)
-    assert not found.keeps_bits()
+    assert not asked.agrees_now()
 
 
 def test_attention_is_asked_with_both_numbers_of_threads(thread_count: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    attend = cpu.attend
+    attend = attention.attend
 
     def by_threads(*args: Any, **kwargs: Any) -> Tensor:
         return attend(*args, **kwargs) + torch.get_num_threads()
 
-    monkeypatch.setattr(cpu, "attend", by_threads)
-    padding = cpu.Padding()
+    monkeypatch.setattr(attention, "attend", by_threads)
     torch.set_num_threads(1)
-    assert cpu.fill_tiles(padding, heads=4, size=64)
-    assert cpu._attention_agrees(padding, 4, 64, threads=1)
-    assert not cpu._attention_agrees(padding, 4, 64, threads=2)
+    tile = attention.batch_invariant_tile(heads=4, size=64)
+    assert tile
+    assert attention.agrees(tile, 4, 64, threads=1)
+    assert not attention.agrees(tile, 4, 64, threads=2)
     assert torch.get_num_threads() == 1
 
 
@@ -130,29 +130,28 @@ def test_attention_is_asked_with_both_numbers_of_threads(thread_count: None, mon
 def test_setup_says_where_company_can_change_a_text(
     agrees: bool, bfloat16_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if not cpu.computes_in_bfloat16():
+    if not linear.computes_in_bfloat16():
         pytest.skip("this processor does not compute in bfloat16")
-    monkeypatch.setattr(cpu.Filling, "_agrees", lambda self, rows: agrees)
-    monkeypatch.setattr(cpu, "_attention_agrees", lambda *args: True)
+    monkeypatch.setattr(linear.RowPadding, "_agrees", lambda self, rows: agrees)
+    monkeypatch.setattr(attention, "agrees", lambda *args: True)
     model = Model.load(Settings(bfloat16_folder.name, None, bfloat16_folder.parent, None, "bfloat16"))
-    assert model.steady == agrees
+    assert model.batch_invariant == agrees
     line = "En este procesador un texto puede cambiar según qué otras preguntas haya a la vez\n"
     assert (line in capsys.readouterr().out) != agrees
 
 
-@pytest.mark.parametrize(("needed", "steady"), [(8, True), (32, True), (64, False)])
-def test_attentions_tiles_are_filled_up_where_the_processor_needs_it(
-    needed: int, steady: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("needed", "tile"), [(8, 8), (32, 32), (64, None)])
+def test_attentions_tiles_are_padded_to_what_the_processor_needs(
+    needed: int, tile: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cpu, "_attention_agrees", lambda padding, *args: padding.queries == needed)
-    padding = cpu.Padding()
-    assert cpu.fill_tiles(padding, heads=4, size=64) == steady
+    monkeypatch.setattr(attention, "agrees", lambda tile, *args: tile == needed)
+    assert attention.batch_invariant_tile(heads=4, size=64) == tile
 
 
 def test_attention_is_asked_for_what_could_change_it(monkeypatch: pytest.MonkeyPatch) -> None:
     # torch's own takes queries and keys in blocks from where a pass begins
-    def torchs(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, padding: cpu.Padding | None) -> Tensor:
+    def torchs(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, tile: int | None) -> Tensor:
         return F.scaled_dot_product_attention(query, key, value, mask)
 
-    monkeypatch.setattr(cpu, "attend", torchs)
-    assert not cpu.fill_tiles(cpu.Padding(), heads=4, size=64)
+    monkeypatch.setattr(attention, "attend", torchs)
+    assert attention.batch_invariant_tile(heads=4, size=64) is None

@@ -27,11 +27,13 @@ from transformers import (
 )
 
 from cli.contenders import busy_core
+from llm.devices.forward import Pass
 from llm.devices.gpu import Replay
 from llm.devices.model import Model
-from llm.engine.engine import Engine, Request
-from llm.engine.runner import Row, Runner
-from llm.engine.sampling import Sampling
+from llm.engine.engine import Engine
+from llm.engine.runner import PendingIds, Runner
+from llm.engine.scheduler import Chunk
+from llm.engine.sequence import Request, Sampling
 from llm.errors import UserError
 from tests import checkpoints
 from tests.processes import until
@@ -100,17 +102,17 @@ def falcon_reference(falcon: Path, falcon_model: Model) -> Reference:
 
 
 @pytest.fixture
-def passes(monkeypatch: pytest.MonkeyPatch) -> list[dict[Row, int]]:
-    """Of each pass over prompts, how many tokens of each row it was asked to read."""
-    counts_of: list[dict[Row, int]] = []
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """Of each pass over prompts, how many tokens of each it was asked to read."""
+    counts: list[list[int]] = []
     prefill = Runner.prefill
 
-    def noted(runner: Runner, counts: dict[Row, int]) -> Any:
-        counts_of.append(counts)
-        return prefill(runner, counts)
+    def noted(runner: Runner, chunks: list[Chunk]) -> Any:
+        counts.append([chunk.count for chunk in chunks])
+        return prefill(runner, chunks)
 
     monkeypatch.setattr(Runner, "prefill", noted)
-    return counts_of
+    return counts
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +175,17 @@ def test_a_repetition_penalty_is_that_of_generate(any_engine: Engine, falcon_ref
     assert ended(any_engine, prompt, 30, Sampling(temperature=0, repetition_penalty=1.7)) == falcon_reference(
         prompt, 30, 1.7
     )
+
+
+def test_a_repetition_penalty_does_not_see_the_padding_beside_a_longer_prompt(
+    falcon_model: Model, falcon_reference: Reference
+) -> None:
+    engine = Engine(falcon_model, 4)
+    chosen = prompts((5, 120), checkpoints.TOKENS, seed=21)
+    penalty = Sampling(temperature=0, repetition_penalty=1.9)
+    generations = [engine.generate(Request(prompt, 15, penalty)) for prompt in chosen]
+    engine.start()
+    assert [list(g) for g in generations] == [falcon_reference(prompt, 15, 1.9) for prompt in chosen]
 
 
 def test_more_requests_than_rows_wait_their_turn(falcon_model: Model, falcon_reference: Reference) -> None:
@@ -293,12 +306,23 @@ def test_the_row_of_a_cancelled_request_is_free_at_the_next_step(
         list(cancelled)
 
 
+def test_to_cancel_twice_is_to_cancel_once(engine: Engine) -> None:
+    generation = engine.generate(Request([1, 2, 3], 2000, Sampling(temperature=1e6)))
+    for _ in range(3):
+        generation.cancel()
+    with pytest.raises(CancelledError):
+        list(generation)
+    until(lambda: not engine.running)
+    events = generation._sequence.events
+    assert not any(isinstance(events.get(), CancelledError) for _ in range(events.qsize()))
+
+
 def test_an_answer_that_ends_early_counts_what_it_used(engine: Engine) -> None:
     generation = engine.generate(Request([1, 2, 3], 40, GREEDY))
     tokens = iter(generation)
     for _ in range(3):
         next(tokens)
-    while generation.emitted < 10:
+    while generation._sequence.sent < 10:
         continue
     generation.cancel()
     assert generation.consumed == 3
@@ -330,7 +354,7 @@ def _noted(steps: list[str], name: str, pass_: Callable[..., Any], *arguments: A
 @pytest.mark.slow
 @BOTH
 def test_a_prefix_is_read_once_and_its_prompts_go_on_as_generate_does(
-    falcon_model: Model, falcon_reference: Reference, passes: list[dict[Row, int]], options: dict[str, Any]
+    falcon_model: Model, falcon_reference: Reference, passes: list[list[int]], options: dict[str, Any]
 ) -> None:
     (prefix,) = prompts((CHUNK + 9,), checkpoints.TOKENS, seed=3)
     endings = prompts((1, 2, 70, 5, 3 * CHUNK), checkpoints.TOKENS, seed=4)
@@ -341,7 +365,7 @@ def test_a_prefix_is_read_once_and_its_prompts_go_on_as_generate_does(
     with ThreadPoolExecutor(len(asked)) as clients:
         found = list(clients.map(lambda prompt: ended(engine, prompt, 24), asked))
     assert found == [falcon_reference(prompt, 24) for prompt in asked]
-    read = sum(sum(counts.values()) for counts in passes)
+    read = sum(map(sum, passes))
     assert read == sum(map(len, endings)) + sum(map(len, asked[len(endings) :]))
 
 
@@ -361,7 +385,7 @@ def test_a_prefix_is_read_once_and_its_prompts_go_on_as_generate_does(
 def test_short_prompts_that_wait_are_read_in_one_pass(
     falcon_model: Model,
     falcon_reference: Reference,
-    passes: list[dict[Row, int]],
+    passes: list[list[int]],
     options: dict[str, Any],
     lengths: tuple[int, ...],
     expected: list[list[int]],
@@ -371,7 +395,7 @@ def test_short_prompts_that_wait_are_read_in_one_pass(
     generations = [engine.generate(Request(prompt, 2, GREEDY)) for prompt in chosen]
     engine.start()
     assert [list(g) for g in generations] == [falcon_reference(prompt, 2) for prompt in chosen]
-    assert [sorted(counts.values()) for counts in passes[1:]] == expected
+    assert [sorted(counts) for counts in passes[1:]] == expected
 
 
 @pytest.mark.slow
@@ -382,10 +406,9 @@ def test_no_pass_computes_more_than_a_chunk(falcon_model: Model, monkeypatch: py
     computed: list[int] = []
     logits = Runner._logits
 
-    def noted(runner: Runner, ids: torch.Tensor, *arguments: Any, **named: Any) -> torch.Tensor:
-        if named.get("keep") is not None:
-            computed.append(ids.numel())
-        return logits(runner, ids, *arguments, **named)
+    def noted(runner: Runner, pass_: Pass, *arguments: Any, **named: Any) -> torch.Tensor:
+        computed.append(pass_.tokens)
+        return logits(runner, pass_, *arguments, **named)
 
     monkeypatch.setattr(Runner, "_logits", noted)
     (prefix,) = prompts((11,), checkpoints.TOKENS, seed=10)
@@ -395,7 +418,7 @@ def test_no_pass_computes_more_than_a_chunk(falcon_model: Model, monkeypatch: py
     for generation in generations:
         assert len(list(generation)) == 2
     # the first two are the warm-up and the prefix
-    assert max(computed[2:]) <= chunk
+    assert max([tokens for tokens in computed if tokens][2:]) <= chunk
 
 
 def failing(step: Callable[..., Any], *errors: BaseException | None) -> Callable[..., Any]:
@@ -451,6 +474,62 @@ def test_steps_that_fail_again_and_again_end_each_its_own_requests(
     assert ended(engine, [7, 8, 9], 10) == expected
 
 
+@BOTH
+@pytest.mark.parametrize("max_tokens", [1, 2, 10])
+def test_ids_that_cannot_be_read_end_their_requests_also_at_the_last_token(
+    falcon_model: Model, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], max_tokens: int
+) -> None:
+    """Where a GPU's errors surface. The last token's row is given back by then."""
+    engine = started(falcon_model, rows=2, **options)
+    expected = ended(engine, [7, 8, 9], 10)
+    reads = [None] * (max_tokens - 1) + [RuntimeError("an illegal memory access")]
+    read = PendingIds.read
+    left = iter(reads)
+
+    def failing_read(ids: PendingIds) -> list[int]:
+        if error := next(left, None):
+            raise error
+        return read(ids)
+
+    monkeypatch.setattr(PendingIds, "read", failing_read)
+    with pytest.raises(UserError, match=r"falló.*illegal memory access"):
+        ended(engine, [7, 8, 9], max_tokens)
+    assert ended(engine, [7, 8, 9], 10) == expected
+    assert not engine.running
+
+
+def test_a_step_that_hangs_is_reported_and_one_that_goes_on_is_healthy_again(
+    falcon_model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = started(falcon_model, rows=1)
+    monkeypatch.setattr("llm.engine.engine.LONGEST_STEP", 0.05)
+    goes_on = threading.Event()
+    decode = engine._runner.decode
+    monkeypatch.setattr(engine._runner, "decode", lambda: goes_on.wait() and decode())
+    generation = engine.generate(Request([7, 8, 9], 3, GREEDY))
+    until(lambda: engine.failure is not None)
+    assert re.fullmatch(r"El motor lleva \d+ s en un solo paso: reinicie .*", engine.failure or "")
+    goes_on.set()
+    assert len(list(generation)) == 3
+    until(lambda: engine.failure is None)
+
+
+def test_a_cache_that_cannot_be_given_back_stops_nobody(falcon_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = started(falcon_model, rows=1)
+    rest = engine._runner.rest
+    rested = threading.Event()
+
+    def failing_rest() -> None:
+        monkeypatch.setattr(engine._runner, "rest", rest)
+        rested.set()
+        raise CPU_OUT_OF_MEMORY
+
+    monkeypatch.setattr(engine._runner, "rest", failing_rest)
+    expected = ended(engine, [7, 8, 9], 10)
+    assert rested.wait(60)
+    assert ended(engine, [7, 8, 9], 10) == expected
+
+
 def test_a_lost_device_refuses_what_comes(falcon_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = started(falcon_model, rows=1)
 
@@ -501,7 +580,7 @@ def out_of_memory() -> torch.OutOfMemoryError:
 def test_prompts_for_which_there_was_no_memory_are_read_again_alone_and_in_smaller_chunks(
     falcon_model: Model,
     falcon_reference: Reference,
-    passes: list[dict[Row, int]],
+    passes: list[list[int]],
     monkeypatch: pytest.MonkeyPatch,
     options: dict[str, Any],
 ) -> None:
@@ -518,40 +597,115 @@ def test_prompts_for_which_there_was_no_memory_are_read_again_alone_and_in_small
     assert [list(g) for g in generations] == [falcon_reference(prompt, 20) for prompt in chosen]
     assert [first, *running] == falcon_reference(beside, 60)
     # 256, then 64, then 16
-    assert all(len(counts) == 1 or min(counts.values()) > 0 for counts in passes)
-    assert max(max(counts.values()) for counts in passes) <= 16
-    assert engine.most_rows == 2
+    assert all(len(counts) == 1 for counts in passes) and max(map(max, passes)) <= 16
     assert engine.lost is None
+    # and back, as what lacked was there again
+    (long,) = prompts((1500,), checkpoints.TOKENS, seed=17)
+    for _ in range(2):
+        assert ended(engine, long, 5) == falcon_reference(long, 5)
+    assert max(map(max, passes)) == 256
 
 
-@pytest.mark.slow
+CPU_OUT_OF_MEMORY = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8388608 bytes.")
+
+
+@BOTH
+@pytest.mark.parametrize("error", [out_of_memory(), CPU_OUT_OF_MEMORY, MemoryError()], ids=["gpu", "cpu", "python"])
 def test_a_prompt_for_which_there_is_never_memory_fails_and_the_others_go_on(
-    falcon_model: Model, falcon_reference: Reference, monkeypatch: pytest.MonkeyPatch
+    falcon_model: Model,
+    falcon_reference: Reference,
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any],
+    error: Exception,
 ) -> None:
-    engine = started(falcon_model, rows=4, prefill_chunk=256, capture=plain_call)
+    engine = started(falcon_model, rows=4, prefill_chunk=256, **options)
     (beside, large) = prompts((40, 200), checkpoints.TOKENS, seed=14)
     running = engine.generate(Request(beside, 60, GREEDY))
     first = next(iter(running))
     prefill = engine._runner.prefill
-    monkeypatch.setattr(engine._runner, "prefill", failing(prefill, *(out_of_memory() for _ in range(3))))
-    with pytest.raises(UserError, match="La GPU se quedó sin memoria: vuelva a intentarlo"):
+
+    def without_memory(chunks: list[Chunk]) -> Any:
+        if chunks[0].sequence.prompt == large:
+            raise error
+        return prefill(chunks)
+
+    monkeypatch.setattr(engine._runner, "prefill", without_memory)
+    with pytest.raises(UserError, match="Faltó memoria para esta petición: vuelva a intentarlo"):
         ended(engine, large, 5)
     assert [first, *running] == falcon_reference(beside, 60)
+    monkeypatch.undo()
     assert ended(engine, large, 5) == falcon_reference(large, 5)
 
 
+@pytest.mark.parametrize("name", ["put", "prefill"])
+def test_where_rows_grow_a_prompt_without_memory_waits_until_another_sequence_ends(
+    falcon_model: Model, falcon_reference: Reference, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    engine = started(falcon_model, rows=4)
+    chosen = prompts((40, 50, 60, 70), checkpoints.TOKENS, seed=18)
+    step = getattr(engine._runner, name)
+
+    def memory_for_two_rows(asked: Any) -> Any:
+        if len({*engine._runner.rows.values()} | {s for s in engine.running if s is asked}) > 2:
+            raise CPU_OUT_OF_MEMORY
+        return step(asked)
+
+    monkeypatch.setattr(engine._runner, name, memory_for_two_rows)
+    generations = [engine.generate(Request(prompt, 20, GREEDY)) for prompt in chosen]
+    assert [list(g) for g in generations] == [falcon_reference(prompt, 20) for prompt in chosen]
+
+
 @BOTH
-def test_a_decode_step_without_memory_ends_its_requests_and_fewer_run_from_then_on(
-    falcon_model: Model, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+@pytest.mark.parametrize("error", [out_of_memory(), CPU_OUT_OF_MEMORY], ids=["gpu", "cpu"])
+def test_a_decode_step_without_memory_ends_the_longest_sequence_and_the_others_go_on(
+    falcon_model: Model,
+    falcon_reference: Reference,
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any],
+    error: Exception,
 ) -> None:
     engine = started(falcon_model, rows=4, **options)
-    expected = ended(engine, [7, 8, 9], 10)
-    monkeypatch.setattr(engine._runner, "decode", failing(engine._runner.decode, out_of_memory()))
-    with pytest.raises(UserError, match="La GPU se quedó sin memoria"):
-        ended(engine, [7, 8, 9], 10)
-    assert engine.most_rows == 2
-    generations = [engine.generate(Request([7, 8, 9], 10, GREEDY)) for _ in range(5)]
-    assert [list(g) for g in generations] == [expected] * 5
+    lengths = (9, 300, 30)
+    chosen = prompts(lengths, checkpoints.TOKENS, seed=19)
+    decode = engine._runner.decode
+
+    def without_memory_for_the_longest() -> Any:
+        if any(len(sequence.prompt) == 300 for sequence in engine._runner.rows.values() if sequence.prefilled):
+            raise error
+        return decode()
+
+    monkeypatch.setattr(engine._runner, "decode", without_memory_for_the_longest)
+    generations = [engine.generate(Request(prompt, 20, GREEDY)) for prompt in chosen]
+    for prompt, generation in zip(chosen, generations, strict=True):
+        if len(prompt) == 300:
+            with pytest.raises(UserError, match="Faltó memoria para esta petición"):
+                list(generation)
+        else:
+            assert list(generation) == falcon_reference(prompt, 20)
+
+
+def test_a_cache_that_cannot_grow_fails_only_the_request_that_needs_it(
+    falcon_model: Model, falcon_reference: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some layers have grown by then, and others have not."""
+    engine = started(falcon_model, rows=4, prefill_chunk=CHUNK)
+    beside, large, next_ = prompts((40, 900, 1000), checkpoints.TOKENS, seed=20)
+    running = engine.generate(Request(beside, 100, GREEDY))
+    first = next(iter(running))
+    layer = engine._runner.slots.slot_layers[-1]
+    resize = layer.resize
+
+    def no_more_than_512(rows: int, length: int) -> None:
+        if length > 512:
+            raise CPU_OUT_OF_MEMORY
+        resize(rows, length)
+
+    monkeypatch.setattr(layer, "resize", no_more_than_512)
+    with pytest.raises(UserError, match="Faltó memoria"):
+        ended(engine, large, 5)
+    assert [first, *running] == falcon_reference(beside, 100)
+    monkeypatch.undo()
+    assert ended(engine, next_, 20) == falcon_reference(next_, 20)
 
 
 @BOTH
@@ -568,9 +722,10 @@ def test_logits_that_are_no_numbers_fail_their_request_alone(
     broken, beside, next_ = prompts((9, 30, 5), checkpoints.TOKENS, seed=15)
     logits = Runner._logits
 
-    def noted(runner: Runner, ids: torch.Tensor, *arguments: Any, **named: Any) -> torch.Tensor:
-        found = logits(runner, ids, *arguments, **named)
-        row = [i for i, row in runner.rows.items() if row.prompt == len(broken) and row.cached == len(broken) + 4]
+    def noted(runner: Runner, *arguments: Any, **named: Any) -> torch.Tensor:
+        found = logits(runner, *arguments, **named)
+        # four steps after its prompt's last pass
+        row = [i for i, s in runner.rows.items() if len(s.prompt) == len(broken) and s.cached == len(broken) + 3]
         if row:
             found[row] = bad
             for layer in runner.slots.slot_layers:
@@ -584,6 +739,7 @@ def test_logits_that_are_no_numbers_fail_their_request_alone(
         for token in running[0]:
             tokens.append(token)
     assert tokens == falcon_reference(broken, 4)
+    assert [sequence.prompt for sequence in engine.running] == [beside], "its row is free"
     monkeypatch.setattr(Runner, "_logits", logits)
     assert ended(engine, next_, 40) == falcon_reference(next_, 40)
     assert list(running[1]) == falcon_reference(beside, 40)

@@ -19,7 +19,8 @@ from llm.devices import model as model_module
 from llm.devices.model import Model
 from llm.engine import runner
 from llm.engine.runner import Runner
-from llm.engine.sampling import Sampling
+from llm.engine.scheduler import Chunk
+from llm.engine.sequence import Request, Sampling, Sequence
 from tests import checkpoints
 
 META = torch.device("meta")
@@ -83,8 +84,12 @@ class Assignments(TorchFunctionMode):
 class Unread:
     """In place of PendingIds, whose reading is the one wait that is meant."""
 
-    def __init__(self, ids: torch.Tensor) -> None:
-        self.shape = ids.shape
+    def __init__(self, rows: int, device: torch.device) -> None:
+        self.rows = rows
+
+    def copy(self, ids: torch.Tensor) -> "Unread":
+        assert ids.shape == (self.rows,)
+        return self
 
 
 def network(kind: str, layers: int = 2, width: int = 128, heads: int = 4) -> PreTrainedModel:
@@ -133,11 +138,20 @@ def model_of(network: PreTrainedModel, device: torch.device = META, token_bytes:
 def on_a_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Runner]:
     """A runner of eight rows; three have read their prompts, and one has some of its own before it."""
     monkeypatch.setattr(runner, "PendingIds", Unread)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
     with torch.inference_mode():
         found = Runner(model_of(network(request.param)), 8, capture=lambda step: step)
+        found.cuda = True
         for prompt, read in ((7, 7), (300, 300), (20, 20), (40, 16)):
-            found.prefill({found.put([5] * prompt, DRAWN): read})
+            found.prefill([Chunk(put(found, prompt), 0, read)])
         yield found
+
+
+def put(runner: Runner, prompt: int, sampling: Sampling = DRAWN) -> Sequence:
+    """A sequence with so many ids, in a row."""
+    sequence = Sequence(Request([5] * prompt, 1, sampling), budget=1)
+    runner.put(sequence)
+    return sequence
 
 
 def test_a_captured_step_reads_nothing_back_and_takes_nothing_from_the_host(on_a_gpu: Runner) -> None:
@@ -152,8 +166,8 @@ def test_a_captured_step_reads_nothing_back_and_takes_nothing_from_the_host(on_a
 @pytest.mark.parametrize(
     ("step", "copies"),
     [
-        (lambda r: r.put([5] * 30, DRAWN), 1),
-        (lambda r: r.prefill({r.rows[3]: 24}), 1),
+        (lambda r: put(r, 30), 1),
+        (lambda r: r.prefill([Chunk(r.rows[3], 16, 24)]), 1),
         (lambda r: r.decode(), 0),
         (lambda r: r._move(r.rows[2], 5), 0),
         (lambda r: r.release(r.rows[2]), 0),
@@ -170,6 +184,32 @@ def test_nothing_but_the_reading_of_ids_waits_for_the_device(
     assert watch.copies == [True] * copies, "lists travel from pinned memory, numbers in a kernel's arguments"
 
 
+def test_on_a_device_that_is_no_cuda_copies_are_waited_for(on_a_gpu: Runner) -> None:
+    """Elsewhere than on CUDA a copy that is not waited for may read memory that is freed, or ids that have not come."""
+    on_a_gpu.cuda = False
+    with Watch() as watch:
+        step = put(on_a_gpu, 30)
+        on_a_gpu.prefill([Chunk(step, 0, 30)])
+    assert watch.copies == [False, False]
+
+
+def test_rows_move_only_where_a_decode_step_then_computes_fewer(
+    on_a_gpu: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moves: list[tuple[int, int]] = []
+    monkeypatch.setattr(on_a_gpu, "_move", lambda sequence, target: moves.append((sequence.place, target)))
+    for _ in range(4):
+        put(on_a_gpu, 9)
+    # of eight rows: seven, six and five take as long as eight
+    for number in (0, 2, 4):
+        on_a_gpu.release(on_a_gpu.rows[number])
+        on_a_gpu._compact()
+        assert moves == []
+    on_a_gpu.release(on_a_gpu.rows[1])
+    on_a_gpu._compact()
+    assert moves == [(5, 0), (6, 1), (7, 2)]
+
+
 def test_a_watch_sees_what_would_wait(on_a_gpu: Runner) -> None:
     with Watch() as watch:
         on_a_gpu.positions[2] = 7
@@ -178,17 +218,6 @@ def test_a_watch_sees_what_would_wait(on_a_gpu: Runner) -> None:
     assert watch.forbidden == ["setitem", "tensor"] and watch.copies == [False]
     with pytest.raises((RuntimeError, NotImplementedError)), Watch() as watch:
         on_a_gpu.positions.max().item()
-
-
-def test_what_is_read_is_a_multiple_of_8_wherever_a_prompt_ends(
-    on_a_gpu: Runner, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    lengths = []
-    for length in (1, 13, 2047):
-        on_a_gpu.prefill({on_a_gpu.put([5] * length, DRAWN): length})
-        lengths.append(on_a_gpu.slots.window.length)
-    on_a_gpu.prefill({on_a_gpu.rows[3]: 24})
-    assert [*lengths, on_a_gpu.slots.window.length] == [8, 16, 2048, 40]
 
 
 def test_to_draw_a_token_takes_few_kernels(on_a_gpu: Runner) -> None:
@@ -316,13 +345,13 @@ def test_the_largest_passes_stay_within_what_is_left_for_them(
     kept = gpu.reserve(model.network, model_module.GPU_PREFILL_CHUNK, 32, CONTEXT, fused=True)
     with torch.inference_mode():
         found = Runner(model, 32, capture=lambda step: step)
-        warm_up = found.put([5] * 9, DRAWN)
-        found.prefill({warm_up: 9})
+        warm_up = put(found, 9)
+        found.prefill([Chunk(warm_up, 0, 9)])
         found.release(warm_up)
-        counts = {found.put([5] * length, Sampling()): length for length in lengths}
-        assert found.tokens_computed(counts) <= model_module.GPU_PREFILL_CHUNK
+        chunks = [Chunk(put(found, length, Sampling()), 0, length) for length in lengths]
+        assert found.shape.tokens(chunks) <= model_module.GPU_PREFILL_CHUNK
         with Peak(found) as peak:
-            found.prefill(counts)
+            found.prefill(chunks)
         assert kept.prefill / 10 < peak.bytes < kept.prefill
         with Peak(found) as peak:
             found._forward(32, CONTEXT)
@@ -380,7 +409,7 @@ def test_attention_that_plans_for_each_shape_is_off() -> None:
     before = torch.backends.cuda.cudnn_sdp_enabled()
     try:
         torch.backends.cuda.enable_cudnn_sdp(True)
-        gpu.use_steady_kernels()
+        gpu.avoid_cudnn_attention()
         assert not torch.backends.cuda.cudnn_sdp_enabled()
         assert torch.backends.cuda.mem_efficient_sdp_enabled() and torch.backends.cuda.flash_sdp_enabled()
     finally:

@@ -14,7 +14,6 @@ from transformers import (
 
 from llm.engine.sampling import (
     NOT_A_NUMBER,
-    Sampling,
     SamplingRows,
     gumbel,
     nucleus,
@@ -23,6 +22,7 @@ from llm.engine.sampling import (
     sample_each,
     sampling_width,
 )
+from llm.engine.sequence import Sampling
 
 VOCABULARY = 5000
 

@@ -69,7 +69,7 @@ def is_ampere(gpu: torch.device) -> bool:
     return torch.cuda.get_device_capability(gpu) >= (8, 0)
 
 
-def use_steady_kernels() -> None:
+def avoid_cudnn_attention() -> None:
     """Leave out cuDNN's attention, which plans anew for each shape: the lengths here change from pass to pass."""
     torch.backends.cuda.enable_cudnn_sdp(False)
 

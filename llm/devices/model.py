@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from llm.devices import cpu, gpu
+from llm.devices import attention, gpu, linear
 from llm.devices.threads import use_physical_cores
 from llm.errors import UserError
 from llm.weights import checkpoint, hub
@@ -50,11 +50,12 @@ class Model:
     layers: int
     token_bytes: Counter[torch.device]
     """What one token of one row takes in the key/value cache, in bytes, on each device."""
-    padding: cpu.Padding = field(default_factory=cpu.Padding)
     packed: bool = False
-    """Its linear layers are PackedLinear, which leave out the padding."""
-    steady: bool = False
-    """It is packed, and the processor gives a row the same bits in any company."""
+    """Its linear layers are PackedLinear, which skip the padding."""
+    tile: int | None = None
+    """See forward.Pass: set where attention is the CPU's own."""
+    batch_invariant: bool = False
+    """On this processor the bits of a row do not depend on the other rows of a pass."""
     seconds: dict[str, float] = field(default_factory=dict)
     """What each part of getting ready took: here `load` and `pack`."""
 
@@ -81,15 +82,15 @@ class Model:
             print(f"Sin verificar: {checkpoint.shown(found.folder)} no tiene manifest.json")
         print(f"Cargado en {where}{cores} en {decimal(model.seconds['load'])} s")
         if model.device.type == "cuda":
-            gpu.use_steady_kernels()
+            gpu.avoid_cudnn_attention()
         if model.spread:
             print("El modelo está repartido entre varios dispositivos: cada paso va sin grafos CUDA, más despacio")
-        elif model.device.type == "cpu" and dtype == torch.bfloat16 and cpu.computes_in_bfloat16():
+        elif model.device.type == "cpu" and dtype == torch.bfloat16 and linear.computes_in_bfloat16():
             start = time.perf_counter()
             model.pack()
             model.seconds["pack"] = time.perf_counter() - start
             print(f"Pesos ordenados para el procesador en {decimal(model.seconds['pack'])} s")
-            if not model.steady:
+            if not model.batch_invariant:
                 print("En este procesador un texto puede cambiar según qué otras preguntas haya a la vez")
         return model
 
@@ -133,13 +134,20 @@ class Model:
 
     def pack(self) -> None:
         """Lay a bfloat16 model on the CPU out as the processor reads it fastest, in place."""
-        cpu.use_own_attention(self.network, self.padding)
-        self.steady = cpu.pack(self.network, self.padding) and cpu.fill_tiles(self.padding, *self._heads)
+        attention.intercept()
         self.packed = True
+        layers_agree = linear.pack(self.network)
+        tile = attention.batch_invariant_tile(*self._heads)
+        self.tile = tile or attention.MULTIPLES[-1]
+        self.batch_invariant = layers_agree and tile is not None
 
     def keeps_bits(self, threads: int) -> bool:
-        """Whether so many threads as there are now give the bits that `threads` give, as far as these are steady."""
-        return not self.steady or cpu.keeps_bits(self.network, self.padding, *self._heads, threads)
+        """Whether as many threads as there are now give the bits of `threads` threads, where the model is
+        batch-invariant."""
+        if not self.batch_invariant:
+            return True
+        assert self.tile
+        return attention.agrees(self.tile, *self._heads, threads) and linear.agree_now(self.network)
 
     @property
     def _heads(self) -> tuple[int, int]:
@@ -196,7 +204,7 @@ def best_dtype() -> torch.dtype:
         # a spread model computes in one dtype, so every GPU has to know it
         every = all(gpu.is_ampere(torch.device("cuda", i)) for i in range(torch.cuda.device_count()))
         return torch.bfloat16 if every else torch.float16
-    return torch.bfloat16 if torch.backends.mps.is_available() or cpu.computes_in_bfloat16() else torch.float32
+    return torch.bfloat16 if torch.backends.mps.is_available() or linear.computes_in_bfloat16() else torch.float32
 
 
 def _mega(size: int) -> str:

@@ -1,107 +1,32 @@
-"""The loop: admit, prefill, decode, hand out. Knows requests and rows; nothing of text, nothing of Cog.
+"""The loop: admit, prefill, decode, send. Knows sequences and rows; nothing of text, nothing of Cog.
 
-It is a thread of its own. Requests come from any thread, and each gets its tokens in the thread that asked.
-
-What holds between any two steps:
-- Only the engine's thread touches rows. A generation in `running` has one, from when it is admitted until it ends or
-  its last token is scheduled.
-- Of a prompt and its context, 1 <= prompt < context: there is something to read, and room for one token at least.
-- An entry of `_in_flight` belongs to the step that was scheduled then. Its index says where in that step's ids a
-  generation's id stands; by the time they are read, the row may be another's.
+The loop is a thread of its own. Requests come from any thread, and each gets its tokens in the thread that asked.
+The scheduler holds every sequence until its client has been sent the end. A step's ids are read later than the step
+was scheduled: by then a row may be another's, so `_in_flight` notes whose id stands where.
 """
 
 import threading
 import time
 import traceback
-from asyncio import CancelledError
 from collections import deque
-from collections.abc import Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass
-from queue import SimpleQueue
-from typing import Literal
 
 import torch
 
 from llm.devices.gpu import Capture, cuda_capture
+from llm.devices.memory import is_out_of_memory
 from llm.devices.model import Model
-from llm.engine.runner import MULTIPLE, PendingIds, Row, Runner
-from llm.engine.sampling import NOT_A_NUMBER, Sampling
+from llm.engine.runner import PendingIds, Runner, pass_shape
+from llm.engine.sampling import NOT_A_NUMBER
+from llm.engine.scheduler import Chunk, Scheduler
+from llm.engine.sequence import Generation, Request, Sampling, Sequence, Status, Token
 from llm.errors import UserError
 from llm.words import decimal
 
-SMALLEST_PART = 16
-"""Without memory, prefill chunks become smaller: down to this part of what they were."""
+NO_MEMORY = "Faltó memoria para esta petición: vuelva a intentarlo más tarde, o con una pregunta más corta"
 
-NO_MEMORY = "La GPU se quedó sin memoria: vuelva a intentarlo con una pregunta más corta"
-
-FinishReason = Literal["stop", "length"]
-
-
-@dataclass(frozen=True)
-class Request:
-    """What to generate from: the ids of a prompt, the most new tokens, and how to choose them."""
-
-    prompt: list[int]
-    max_tokens: int
-    sampling: Sampling
-
-
-class Generation:
-    """One request on its way: iterate over it for its tokens, each as soon as a step has made it.
-
-    The iteration raises UserError if the engine fails, and CancelledError once `cancel` is called.
-    """
-
-    def __init__(self, request: Request, budget: int):
-        self.request = request
-        self.budget = budget
-        """The most new tokens: fewer than asked for where the context ends first."""
-        self.row: Row | None = None
-        self.scheduled = 0
-        """Tokens asked of the device: those emitted, and those on their way."""
-        self.emitted = 0
-        """Tokens handed out."""
-        self.consumed = 0
-        """Tokens taken by who iterates: the answer may end before all that are emitted are used."""
-        self.alone = False
-        """A pass that read its prompt beside others found no memory."""
-        self.cancelled = False
-        self.finish_reason: FinishReason | None = None
-        self.created = time.perf_counter()
-        self.admitted: float | None = None
-        self.first: float | None = None
-        self.last: float | None = None
-        """When it was asked for, got a row, and when the first token and the last that was taken came, in seconds."""
-        self.inbox: SimpleQueue[tuple[int, float] | BaseException | None] = SimpleQueue()
-
-    def __iter__(self) -> Iterator[int]:
-        while (item := self.inbox.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            token, self.last = item
-            self.consumed += 1
-            yield token
-
-    @property
-    def queue_time(self) -> float:
-        """Seconds that it waited for a row."""
-        return (self.admitted or time.perf_counter()) - self.created
-
-    @property
-    def time_to_first_token(self) -> float:
-        """Seconds from asking to the first token, its prompt read."""
-        return (self.first or time.perf_counter()) - self.created
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Over the whole time from asking to the last token that was taken."""
-        return self.consumed / ((self.last or time.perf_counter()) - self.created)
-
-    def cancel(self) -> None:
-        """End it, from any thread. Its row is free at the next step."""
-        self.cancelled = True
-        self.inbox.put(CancelledError())
+LONGEST_STEP = 300.0
+"""In seconds. A step that takes longer is reported as one that hangs."""
 
 
 class Engine:
@@ -112,11 +37,7 @@ class Engine:
         Raises UserError where the memory is too small for one row."""
         if model.device.type == "cuda" and not model.spread:
             capture = capture or cuda_capture()
-        self.running: list[Generation] = []
-        """Those that have a row. Of those that are not prefilled, the first is served next."""
         self._prefill_chunk = prefill_chunk or model.prefill_chunk()
-        # two multiples: wherever a chunk starts, there is an end for it that needs no padding
-        self._smallest_chunk = min(self._prefill_chunk, max(2 * MULTIPLE, self._prefill_chunk // SMALLEST_PART))
         self.most_rows = model.rows(most_rows, self._prefill_chunk)
         self.context = model.context
         self.lost: str | None = None
@@ -128,11 +49,26 @@ class Engine:
         self._prefix: list[int] = []
         # with graphs, step n+1 is scheduled before the tokens of step n are read: the device never waits for Python
         self._ahead = 1 if capture else 0
-        self._waiting: deque[Generation] = deque()
-        self._in_flight: deque[tuple[list[tuple[int, Generation]], PendingIds]] = deque()
+        shape = pass_shape(model, graphs=capture is not None)
+        self._scheduler = Scheduler(self.most_rows, self._prefill_chunk, shape)
+        self._in_flight: deque[tuple[list[tuple[int, Sequence]], PendingIds]] = deque()
+        self._step_began: float | None = None
         self._wake = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._started: Future[None] = Future()
+
+    @property
+    def running(self) -> list[Sequence]:
+        """Those that have a row."""
+        return self._scheduler.running
+
+    @property
+    def failure(self) -> str | None:
+        """Why predictions are not served now: the device is lost, or a step hangs."""
+        began = self._step_began
+        if began and (seconds := time.perf_counter() - began) > LONGEST_STEP:
+            return f"El motor lleva {seconds:.0f} s en un solo paso: reinicie el servidor si no sigue"
+        return self.lost
 
     def start(self, prefix: list[int] | None = None) -> None:
         """Start the loop, warm up, and read the prefix that many prompts will begin with. Says how many rows there
@@ -145,13 +81,13 @@ class Engine:
         """Queue a request. Raises UserError if the device is lost, ValueError if no token can come of it."""
         if not 1 <= len(request.prompt) < self.context or request.max_tokens < 1:
             raise ValueError(f"{len(request.prompt)} ids of {self.context}, {request.max_tokens} new ones")
-        generation = Generation(request, min(request.max_tokens, self.context - len(request.prompt)))
+        sequence = Sequence(request, budget=min(request.max_tokens, self.context - len(request.prompt)))
         with self._wake:
             if self.lost:
                 raise UserError(self.lost)
-            self._waiting.append(generation)
+            self._scheduler.waiting.append(sequence)
             self._wake.notify()
-        return generation
+        return Generation(sequence)
 
     def _run(self) -> None:
         try:
@@ -172,193 +108,153 @@ class Engine:
             return
         self._started.set_result(None)
         while not self.lost:
-            if not self._has_work():
-                self._runner.rest()
-            with self._wake:
-                self._wake.wait_for(self._has_work)
             try:
+                if not self._scheduler.has_work:
+                    self._runner.rest()
+                with self._wake:
+                    self._wake.wait_for(lambda: self._scheduler.has_work)
+                self._step_began = time.perf_counter()
                 self._step()
             except Exception as error:  # every request of the step gets it
                 self._fail(error)
-
-    def _has_work(self) -> bool:
-        return bool(self._waiting or self._in_flight or self.running)
+            finally:
+                self._step_began = None
 
     def _step(self) -> None:
         self._runner.fit_threads()
-        self._drop_cancelled()
+        for sequence in self._scheduler.cancelled:
+            self._finish(sequence)
         self._admit()
         self._prefill()
         self._decode()
-        self._hand_out()
-
-    def _drop_cancelled(self) -> None:
-        for generation in [g for g in self.running if g.cancelled]:
-            self._release(generation)
+        self._send()
 
     def _admit(self) -> None:
-        while self._waiting and len(self.running) < self.most_rows:
-            generation = self._waiting.popleft()
-            if generation.cancelled:
-                continue
-            generation.admitted = time.perf_counter()
-            self.running.append(generation)
-            generation.row = self._runner.put(generation.request.prompt, generation.request.sampling)
+        while sequence := self._scheduler.admit():
+            try:
+                self._runner.put(sequence)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                self._wait_or_fail(sequence)
 
     def _prefill(self) -> None:
-        """Read one chunk: the next of the longest-waiting prompt, and of those that have as much cached."""
-        together = self._next_chunks()
-        if not together:
+        chunks = self._scheduler.next_pass()
+        if not chunks:
             return
         try:
-            ids = self._runner.prefill({row: count for _, row, count in together})
-        except torch.OutOfMemoryError:
-            self._read_smaller([generation for generation, _, _ in together])
+            ids = self._runner.prefill(chunks)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            self._runner.empty_cache()
+            if not self._scheduler.read_less(chunks):
+                self._wait_or_fail(chunks[0].sequence)
             return
-        expected = []
-        for index, (generation, row, _) in enumerate(together):
-            if row.prefilled:
-                generation.scheduled = 1
-                expected.append((index, generation))
-            else:
-                # behind those that have come meanwhile: a long prompt does not keep the short ones waiting
-                self.running.remove(generation)
-                self.running.append(generation)
-        self._await_ids(expected, ids)
-
-    def _next_chunks(self) -> list[tuple[Generation, Row, int]]:
-        """Whose prompts the next pass reads, and how many tokens of each: it computes no more than a chunk."""
-        waiting = [(g, g.row) for g in self.running if g.row and not g.row.prefilled]
-        together: list[tuple[Generation, Row, int]] = []
-        for generation, row in waiting:
-            first, first_row = waiting[0]
-            # an end that needs no padding: see Runner.tokens_computed
-            end = (row.cached + self._prefill_chunk) // self._runner.multiple * self._runner.multiple
-            count = min(row.prompt, end) - row.cached
-            counts = {r: n for _, r, n in together} | {row: count}
-            beside = row.cached == first_row.cached and not (generation.alone or first.alone)
-            if generation is first or (beside and self._runner.tokens_computed(counts) <= self._prefill_chunk):
-                together.append((generation, row, count))
-        return together
-
-    def _read_smaller(self, generations: list[Generation]) -> None:
-        """After a pass without memory: read its prompts alone and in smaller chunks, and serve fewer at once."""
-        self._serve_fewer()
-        if len(generations) == 1 and self._prefill_chunk == self._smallest_chunk:
-            self._release(generations[0])
-            generations[0].inbox.put(UserError(NO_MEMORY))
-        self._prefill_chunk = max(self._smallest_chunk, self._prefill_chunk // 4)
-        for generation in generations:
-            generation.alone = True
-
-    def _serve_fewer(self) -> None:
-        self._runner.empty_cache()
-        self.most_rows = max(1, self.most_rows // 2)
-        print(f"Faltó memoria: desde ahora, {self.most_rows} peticiones a la vez")
+        self._scheduler.prefilled(chunks)
+        self._expect([(index, chunk.sequence) for index, chunk in enumerate(chunks) if chunk.is_last], ids)
 
     def _decode(self) -> None:
-        """Take every row whose prompt is read one token further."""
-        decoding = [(g, g.row) for g in self.running if g.row and g.row.prefilled]
+        decoding = self._scheduler.decoding
         if not decoding:
             return
-        ids = self._runner.decode()
-        for generation, _ in decoding:
-            generation.scheduled += 1
-        self._await_ids([(row.number, generation) for generation, row in decoding], ids)
+        try:
+            ids = self._runner.decode()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            self._runner.empty_cache()
+            # the longest takes the most, and the cache grows for the longest
+            self._wait_or_fail(max(self.running, key=lambda sequence: sequence.cached))
+            return
+        self._expect([(sequence.place, sequence) for sequence in decoding], ids)
 
-    def _await_ids(self, expected: list[tuple[int, Generation]], ids: PendingIds) -> None:
-        """Note which generation each id of a step belongs to; one whose last token is scheduled leaves its row."""
-        self._in_flight.append((expected, ids))
-        for _, generation in expected:
-            if generation.scheduled == generation.budget:
-                self._release(generation)
+    def _wait_or_fail(self, sequence: Sequence) -> None:
+        """For a sequence that lacks memory: queue it until another one ends, where that frees memory and no token of
+        its answer is lost."""
+        self._runner.release(sequence)
+        can_wait = self._runner.slots.grows and sequence.status is Status.PREFILLING
+        if not (can_wait and self._scheduler.wait_for_a_row(sequence)):
+            self._finish(sequence, UserError(NO_MEMORY))
 
-    def _hand_out(self) -> None:
-        """Give the tokens of the steps that are done to those who wait for them."""
+    def _expect(self, owners: list[tuple[int, Sequence]], ids: PendingIds) -> None:
+        """Note whose each id of a step is. A sequence whose last token is scheduled gives its row back."""
+        self._in_flight.append((owners, ids))
+        for _, sequence in owners:
+            self._scheduler.schedule(sequence)
+            if sequence.status is Status.FINISHING:
+                self._runner.release(sequence)
+
+    def _send(self) -> None:
+        """Send the tokens of the steps that are done to those who wait for them."""
         ahead = self._ahead if self.running else 0
         while len(self._in_flight) > ahead:
-            expected, ids = self._in_flight.popleft()
+            owners, ids = self._in_flight[0]
             chosen = ids.read()
-            for index, generation in expected:
-                if not (generation.finish_reason or generation.cancelled):
-                    self._hand_to(generation, chosen[index])
+            self._in_flight.popleft()
+            now = time.perf_counter()
+            for index, sequence in owners:
+                if not (sequence.status is Status.FINISHED or sequence.cancelled):
+                    self._send_to(sequence, chosen[index], now)
 
-    def _hand_to(self, generation: Generation, id: int) -> None:
-        now = time.perf_counter()
-        generation.first = generation.first or now
+    def _send_to(self, sequence: Sequence, id: int, now: float) -> None:
         if id == NOT_A_NUMBER:
-            self._break_off(generation)
-            return
-        if id in self._model.stop_ids:
-            generation.finish_reason = "stop"
+            self._runner.clear(sequence)
+            step = f"token {sequence.sent + 1} de la respuesta"
+            line = f"El modelo no calculó ningún número en el {step}: repita la pregunta, o cargue con DTYPE=float32"
+            self._finish(sequence, UserError(line))
+        elif id in self._model.stop_ids:
+            self._finish(sequence, Token(id, now, "stop"))
         else:
-            generation.emitted += 1
-            generation.inbox.put((id, now))
-            if generation.emitted == generation.budget:
-                generation.finish_reason = "length"
-        if generation.finish_reason:
-            self._release(generation)
-            generation.inbox.put(None)
+            sequence.sent += 1
+            sequence.events.put(Token(id, now))
+            if sequence.sent == sequence.budget:
+                self._finish(sequence, Token(id, now, "length"))
 
-    def _break_off(self, generation: Generation) -> None:
-        """End a request whose logits are NaN or infinite. The others in the step are not touched by it."""
-        if generation.row:
-            self._runner.clear(generation.row)
-        self._release(generation)
-        generation.cancelled = True
-        step = f"token {generation.emitted + 1} de la respuesta"
-        generation.inbox.put(
-            UserError(
-                f"El modelo no calculó ningún número en el {step}: repita la pregunta, o cargue con DTYPE=float32"
-            )
-        )
-
-    def _release(self, generation: Generation) -> None:
-        if generation.row:
-            self._runner.release(generation.row)
-        if generation in self.running:
-            self.running.remove(generation)
+    def _finish(self, sequence: Sequence, event: Token | UserError | None = None) -> None:
+        """End a sequence, from whatever status, and send its client this last event."""
+        self._runner.release(sequence)
+        self._scheduler.finish(sequence)
+        if event:
+            sequence.events.put(event)
 
     def _fail(self, error: Exception) -> None:
         """End what was running with one clear line, give its rows back, and go on if the device still can."""
         traceback.print_exception(error)
+        failed = self._scheduler.unfinished
         line = f"La predicción falló mientras se generaba ({_reason(error)}): vuelva a intentarlo"
-        failed = self._unfinished()
         try:
-            if isinstance(error, torch.OutOfMemoryError):
-                line = NO_MEMORY
-                self._serve_fewer()
-            for generation in failed:
-                self._release(generation)
+            for sequence in failed:
+                self._runner.release(sequence)
             self._runner.synchronize()
         except Exception as second:  # of a lost device every operation says so
             traceback.print_exception(second)
-            line = f"Se perdió el dispositivo ({_reason(error)}): hay que reiniciar el servidor"
-            self._lose(line)
+            self._lose(f"Se perdió el dispositivo ({_reason(error)}): hay que reiniciar el servidor")
+            return
         self._in_flight.clear()
-        for generation in failed:
-            generation.inbox.put(UserError(line))
-
-    def _unfinished(self) -> set[Generation]:
-        """Those that have a row, or tokens on their way."""
-        return {*self.running} | {g for expected, _ in self._in_flight for _, g in expected}
+        self._end(failed, line)
 
     def _lose(self, line: str) -> None:
         """Refuse what comes, and end all that is there."""
         print(line)
         with self._wake:
             self.lost = line
-            failed = self._unfinished() | set(self._waiting)
-        for generation in failed:
-            generation.inbox.put(UserError(line))
+            self._end([*self._scheduler.waiting, *self._scheduler.unfinished], line)
+            self._scheduler.waiting.clear()
+
+    def _end(self, sequences: list[Sequence], line: str) -> None:
+        for sequence in sequences:
+            self._scheduler.finish(sequence)
+            sequence.events.put(UserError(line))
 
     def _warm_up(self) -> None:
         start = time.perf_counter()
-        row = self._runner.put([0, 0], Sampling(temperature=1, top_k=50))
-        self._runner.prefill({row: 2}).read()
+        sequence = Sequence(Request([0, 0], 5, Sampling(temperature=1, top_k=50)), budget=5)
+        self._runner.put(sequence)
+        self._runner.prefill([Chunk(sequence, 0, 2)]).read()
         for _ in range(3):
             self._runner.decode().read()
-        self._runner.release(row)
+        self._runner.release(sequence)
         if 0 < len(self._prefix) < self.context:
             self._runner.save_prefix(self._prefix, self._prefill_chunk)
         self.seconds["warm_up"] = time.perf_counter() - start

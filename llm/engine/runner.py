@@ -1,79 +1,75 @@
 """The tensors of a step: prefill and decode on transformers' own forward pass, and CUDA graphs of the latter.
 
-Knows rows, not requests; gives back ids, not text. One thread calls it, with inference mode on. On a GPU nothing here
-makes that thread wait for the device but `PendingIds.read` and `synchronize`: numbers are written by fills, lists by
-non-blocking copies from pinned memory, and all of it stays in the order of one stream.
+Knows rows and ids, not text. One thread calls it, with inference mode on. On a GPU nothing here makes that thread wait
+for the device but `PendingIds.read` and `synchronize`: numbers are written by fills, lists by non-blocking copies from
+pinned memory, and all of it stays in the order of one stream.
+
+A step that fails, for lack of memory or because its device did, leaves what the host knows of each row as it was: the
+step can be asked for again, or its rows released.
 """
 
 import inspect
-from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from llm.devices import cpu
+from llm.devices import forward, memory
 from llm.devices.gpu import Capture, Replay
 from llm.devices.model import Model
 from llm.devices.threads import Threads
-from llm.engine.sampling import Sampling, SamplingRows, sample_each, sampling_width
-from llm.engine.slots import Slots, Window
+from llm.engine.sampling import SamplingRows, sample_each, sampling_width
+from llm.engine.scheduler import Chunk, PassShape
+from llm.engine.sequence import Request, Sampling, Sequence
+from llm.engine.slots import Slots
 
 MULTIPLE = 8
 """A GPU's attention pads the length that it reads to a multiple of this, once in every layer unless it is one."""
 
 
 class PendingIds:
-    """The ids that a step chose, on their way to the host."""
+    """The ids that a step chooses, on their way to the host. Made before the step, for which there may be no memory."""
 
-    def __init__(self, ids: Tensor):
-        self.ready: torch.cuda.Event | None = None
-        self.host = torch.empty(ids.shape, dtype=ids.dtype, pin_memory=ids.is_cuda)
-        self.host.copy_(ids, non_blocking=True)
-        if ids.is_cuda:
-            self.ready = torch.cuda.Event()
-            self.ready.record()
+    def __init__(self, rows: int, device: torch.device):
+        # only CUDA copies without waiting, and only to memory that the system cannot move: elsewhere the ids would be
+        # read before they have arrived
+        self._cuda = device.type == "cuda"
+        self._host = torch.empty(rows, dtype=torch.long, pin_memory=self._cuda)
+        self._copied = torch.cuda.Event() if self._cuda else None
+
+    def copy(self, ids: Tensor) -> "PendingIds":
+        """Begin to copy the ids of the step, (rows,) int64."""
+        self._host.copy_(ids, non_blocking=self._cuda)
+        if self._copied:
+            self._copied.record()
+        return self
 
     def read(self) -> list[int]:
         """Wait for them. Returns an id for each row of the step, NOT_A_NUMBER where its logits are none."""
-        if self.ready:
-            self.ready.synchronize()
-        return self.host.tolist()
+        if self._copied:
+            self._copied.synchronize()
+        return self._host.tolist()
 
 
-@dataclass(eq=False)
-class Row:
-    """A place in the cache, from `Runner.put` until `Runner.release`, and what the host knows of it."""
-
-    number: int
-    """Where it is now: a decode step may move it."""
-    prompt: int
-    """Tokens of its prompt."""
-    sampling: Sampling
-    cached: int = 0
-    """Tokens whose keys and values are in the cache, or will be after the steps on their way."""
-
-    @property
-    def prefilled(self) -> bool:
-        """Its whole prompt is in the cache: decode steps take it further."""
-        return self.cached >= self.prompt
+def pass_shape(model: Model, graphs: bool) -> PassShape:
+    """How this model's passes over prompts are laid out."""
+    multiple = MULTIPLE if graphs or model.device.type != "cpu" else 1
+    return PassShape(model.context, multiple, skips_padding=model.packed)
 
 
 class Runner:
     """Reads prompts into rows, and takes the rows a token further.
 
-    What a row holds on the device: `history`, its ids so far, padded with the first; `positions`, where its last id
-    stands, whose key and value are not yet in the cache; its sampling; and `active`, whether it is prefilled.
-
-    What the layers read during a pass beside their arguments, `slots.window` and the model's `padding`, is set in
-    `_logits` and nowhere else.
+    What a row holds on the device: `history`, its ids so far, padded with the first; `positions`, the position of its
+    last id, whose key and value are not yet in the cache; its sampling; and `active`, whether it is prefilled.
     """
 
     def __init__(self, model: Model, rows: int, capture: Capture | None = None):
         device = model.device
         self.model = model
-        self.rows: dict[int, Row] = {}
+        self.shape = pass_shape(model, graphs=capture is not None)
+        self.cuda = device.type == "cuda"
+        self.rows: dict[int, Sequence] = {}
         self.prefix: list[int] = []
         """What `save_prefix` was given."""
         self.slots = Slots(model.layers, rows, model.context, device, grows=device.type == "cpu")
@@ -87,7 +83,6 @@ class Runner:
         self.takes_positions = "position_ids" in inspect.signature(model.network.forward).parameters
         self.threads = Threads(model.keeps_bits) if device.type == "cpu" else None
         self.capture = capture
-        self.multiple = MULTIPLE if capture or device.type != "cpu" else 1
         self.forward_graphs: dict[tuple[int, int], Replay] = {}
         """By rows and length."""
         self.choose_graphs: dict[tuple[int, int], Replay] = {}
@@ -95,134 +90,123 @@ class Runner:
 
     def save_prefix(self, prefix: list[int], chunk: int) -> None:
         """Prefill a prefix once, in chunks: prompts that begin with it are then prefilled from there on."""
-        row = self.put(prefix, Sampling())
-        while left := len(prefix) - row.cached:
-            self.prefill({row: min(left, chunk)}).read()
-        self.slots.save_prefix(row.number, len(prefix))
-        self.release(row)
+        sequence = Sequence(Request(prefix, 1, Sampling()), budget=1)
+        self.put(sequence)
+        while left := len(prefix) - sequence.cached:
+            self.prefill([Chunk(sequence, sequence.cached, min(left, chunk))]).read()
+        self.slots.save_prefix(sequence.place, len(prefix))
+        self.release(sequence)
         self.prefix = prefix
 
-    def put(self, prompt: list[int], sampling: Sampling) -> Row:
-        """Give a free row to a request. What the cache already holds of its prompt is in `cached`; `prefill` reads the
-        rest."""
+    def put(self, sequence: Sequence) -> None:
+        """Give a sequence a free row. What the cache already holds of its prompt is then in `cached`."""
+        prompt = sequence.prompt
         saved = len(self.prefix)
         if saved == len(prompt) or prompt[:saved] != self.prefix:
             saved = 0
         number = next(number for number in range(self.slots.rows) if number not in self.rows)
-        row = Row(number, len(prompt), sampling, cached=saved)
         if saved:
-            self._ensure_capacity(saved, row)
+            self._ensure_capacity(number, saved)
             self.slots.load_prefix(number)
         self.positions[number : number + 1].fill_(saved)
         self.history[number : number + 1].fill_(prompt[0])
-        self.history[number, : len(prompt)] = self._sent(prompt)
-        self.sampling.put(number, sampling)
-        self.rows[number] = row
-        return row
+        self.history[number, : len(prompt)] = self._to_device(prompt)
+        self.sampling.put(number, sequence.sampling)
+        sequence.row, sequence.cached = number, saved
+        self.rows[number] = sequence
 
-    def release(self, row: Row) -> None:
-        """Give a row back, once or again. A step may still compute it: what that writes is overwritten before it is
-        read."""
-        if self._is_in_use(row):
-            self._deactivate(row.number)
-            del self.rows[row.number]
+    def release(self, sequence: Sequence) -> None:
+        """Take a sequence's row back, once or again. A step may still compute the row: what that writes is overwritten
+        before it is read."""
+        if self._has_row(sequence):
+            self.active[sequence.place : sequence.place + 1].fill_(False)
+            del self.rows[sequence.place]
 
-    def clear(self, row: Row) -> None:
-        """Make a place usable again whose keys or values may be NaN. Where it is another row's by now, that one meets
-        them too, and is cleared then."""
-        if self._is_in_use(row) or row.number not in self.rows:
-            self.slots.clear(row.number)
+    def clear(self, sequence: Sequence) -> None:
+        """Make a place usable again whose keys or values may be NaN. Where another sequence has the place by now, that
+        one meets the NaN too, and is cleared then."""
+        if self._has_row(sequence) or sequence.row not in self.rows:
+            self.slots.clear(sequence.place)
 
-    def _is_in_use(self, row: Row) -> bool:
-        return self.rows.get(row.number) is row
+    def _has_row(self, sequence: Sequence) -> bool:
+        return sequence.row is not None and self.rows.get(sequence.row) is sequence
 
-    def _deactivate(self, number: int) -> None:
-        self.active[number : number + 1].fill_(False)
-        self.positions[number : number + 1].fill_(0)
+    def _compact(self) -> None:
+        """Move rows into the holes that others left, as far as a decode step then computes fewer."""
+        computed = self._rows_computed(len(self.rows))
+        holes = (number for number in range(computed) if number not in self.rows)
+        for number in sorted(number for number in self.rows if number >= computed):
+            self._move(self.rows[number], next(holes))
 
-    def _close_ranks(self) -> None:
-        """Move the last rows into the holes that others left: a step computes all rows up to the last in use."""
-        for hole in range(len(self.rows)):
-            if hole not in self.rows:
-                self._move(self.rows[max(self.rows)], hole)
+    def _rows_computed(self, rows: int) -> int:
+        """How many rows a decode step computes where the first `rows` are in use: a graph has a power of two."""
+        return min(self.slots.rows, 1 << (rows - 1).bit_length()) if self.capture else rows
 
-    def _move(self, row: Row, target: int) -> None:
-        source = row.number
-        self.slots.move(source, target, row.cached)
+    def _move(self, sequence: Sequence, target: int) -> None:
+        source = sequence.place
+        self.slots.move(source, target, sequence.cached)
         self.sampling.move(source, target)
         for tensor in (self.history, self.positions, self.active):
             tensor[target] = tensor[source]
-        self._deactivate(source)
+        self.active[source : source + 1].fill_(False)
         # last, as all that the host knows: until then a device that fails leaves the row where it was
         self.rows[target] = self.rows.pop(source)
-        row.number = target
+        sequence.row = target
 
-    def tokens_computed(self, counts: dict[Row, int]) -> int:
-        """How many tokens `prefill` would compute: with the padding of the shorter prompts where it is computed too."""
-        if self.model.packed:
-            return sum(counts.values())
-        start = next(iter(counts)).cached
-        return len(counts) * (self._end(counts) - start)
+    def prefill(self, chunks: list[Chunk]) -> PendingIds:
+        """Read these chunks, which all start at the same position. Each is the next one of its sequence's prompt.
 
-    def _end(self, counts: dict[Row, int]) -> int:
-        """Up to where a pass of prompts computes."""
-        # two tokens at least: one of each row is what a decode step computes, in other numbers of rows
-        length = next(iter(counts)).cached + max(2, *counts.values())
-        return min(self.slots.context, -(-length // self.multiple) * self.multiple)
-
-    def prefill(self, counts: dict[Row, int]) -> PendingIds:
-        """Read the next `counts[row]` tokens of the prompt of each of these rows, which all have as many cached.
-
-        Returns an id for each row, in the order of `counts`: the first of its answer where its prompt has ended, else
-        of no use.
+        Returns an id for each chunk, in their order: the first of the answer where the prompt ends, else of no use.
         """
-        # nothing that the host knows changes before the device has taken all of it: without memory it is asked again
-        start = next(iter(counts)).cached
-        length = self._end(counts)
-        has_ended = [start + count == row.prompt for row, count in counts.items()]
-        rows, ends, ended = self._sent(
-            [[row.number for row in counts], list(counts.values()), list(map(int, has_ended))]
+        pending = PendingIds(len(chunks), self.history.device)
+        start, end = chunks[0].start, self.shape.end(chunks)
+        counts = [chunk.count for chunk in chunks]
+        rows, ends, is_last = self._to_device(
+            [[chunk.sequence.place for chunk in chunks], counts, [int(chunk.is_last) for chunk in chunks]]
         )
-        self._ensure_capacity(length)
-        real = None
-        if self.model.packed and min(counts.values()) < length - start:
-            real = (self.columns[: length - start] < ends[:, None]).flatten().nonzero()[:, 0]
+        self._ensure_capacity(max(self.rows), end)
+        prompt_tokens = None
+        if self.model.packed and min(counts) < end - start:
+            prompt_tokens = (self.columns[: end - start] < ends[:, None]).flatten().nonzero()[:, 0]
+        tokens = len(chunks) * (end - start)
         logits = self._logits(
-            self.history[rows, start:length],
-            positions=self.columns[start:length].expand(len(counts), -1),
-            window=Window(length, start, chosen=rows),
+            forward.Pass(end, start, None, rows, tokens, prompt_tokens, self.model.tile),
+            self.history[rows, start:end],
+            positions=self.columns[start:end].expand(len(chunks), -1),
             keep=ends[:, None] - 1,
-            real=real,
         )
         after = start + ends
-        widths = self._widths([row.sampling for row in counts])
-        ids = sample_each(logits, self.history[rows, :length], self.sampling[rows], after, widths)
-        self.history[rows, after] = torch.where(ended > 0, ids.clamp(min=0), self.history[rows, after])
+        widths = self._widths([chunk.sequence.sampling for chunk in chunks])
+        ids = sample_each(logits, self.history[rows, :end], self.sampling[rows], after, widths)
+        pending.copy(ids)
+        self.history[rows, after] = torch.where(is_last > 0, ids.clamp(min=0), self.history[rows, after])
         self.positions[rows] = after
-        self.active[rows] = ended > 0
-        for row, count in counts.items():
-            row.cached += count
-        return PendingIds(ids)
+        self.active[rows] = is_last > 0
+        for chunk in chunks:
+            chunk.sequence.cached += chunk.count
+        return pending
 
     def decode(self) -> PendingIds:
         """Take every prefilled row one token further. Returns an id for each row by its number, of no use for one
         that is not prefilled."""
-        self._close_ranks()
-        running = [row for row in self.rows.values() if row.prefilled]
-        for row in running:
-            row.cached += 1
-        rows = 1 + max(row.number for row in running)
-        widths = self._widths([self.rows[number].sampling for number in range(rows)])
-        if self.capture:
-            rows = min(self.slots.rows, 1 << (rows - 1).bit_length())
-        length = self._ensure_capacity(max(row.cached for row in running))
+        self._compact()
+        decoding = [sequence for sequence in self.rows.values() if sequence.prefilled]
+        rows = 1 + max(sequence.place for sequence in decoding)
+        sampling = [self.rows[number].sampling for number in range(rows) if number in self.rows]
+        widths = self._widths(sampling)
+        rows = self._rows_computed(rows)
+        pending = PendingIds(rows, self.history.device)
+        length = self._ensure_capacity(max(self.rows), 1 + max(sequence.cached for sequence in decoding))
         self.forward_graphs.get((rows, length), partial(self._forward, rows, length))()
         self.choose_graphs.get((rows, widths[0]), partial(self._choose, rows, widths))()
-        return PendingIds(self.chosen[:rows])
+        pending.copy(self.chosen[:rows])
+        for sequence in decoding:
+            sequence.cached += 1
+        return pending
 
     def synchronize(self) -> None:
         """Wait for the device. Raises RuntimeError if it is lost."""
-        if self.history.is_cuda:
+        if self.cuda:
             torch.cuda.synchronize()
 
     def fit_threads(self) -> None:
@@ -233,32 +217,33 @@ class Runner:
     def rest(self) -> None:
         """While there are no rows: give the cache's memory back to the system."""
         if self.slots.shrink():
-            cpu.trim()
+            memory.trim()
 
     def empty_cache(self) -> None:
         """Return to the device the memory that torch keeps for later."""
-        if self.history.is_cuda:
+        if self.cuda:
             torch.cuda.empty_cache()
 
-    def _sent(self, numbers: Sequence[object]) -> Tensor:
-        """Integers, or lists of them, as an int64 tensor on the device, without waiting for it."""
-        host = torch.tensor(numbers, pin_memory=self.history.is_cuda)
-        return host.to(self.history.device, non_blocking=True)
+    def _to_device(self, numbers: list[int] | list[list[int]]) -> Tensor:
+        """Integers as an int64 tensor on the device, on CUDA without waiting for it."""
+        host = torch.tensor(numbers)
+        if self.cuda:
+            return host.pin_memory().to(self.history.device, non_blocking=True)
+        return host.to(self.history.device)
 
-    def _ensure_capacity(self, length: int, *new: Row) -> int:
-        """For `length` positions of each row in use, and of a new one. Returns how many a decode step reads."""
-        rows = [*self.rows.values(), *new]
+    def _ensure_capacity(self, last_row: int, length: int) -> int:
+        """For `length` positions of each row up to `last_row`. Returns how many a decode step reads."""
         # a decode step also writes to rows that are still being prefilled, at the position that they read next
-        used = max(row.cached + (not row.prefilled) for row in rows)
-        return self.slots.ensure_capacity(1 + max(row.number for row in rows), max(length, used))
+        used = max((sequence.cached + (not sequence.prefilled) for sequence in self.rows.values()), default=0)
+        return self.slots.ensure_capacity(1 + max([last_row, *self.rows]), max(length, used))
 
     def _forward(self, rows: int, length: int) -> None:
         """Logits of the next id of each of the first `rows` rows, which read `length` positions."""
         positions = self.positions[:rows, None]
         self.logits[:rows] = self._logits(
+            forward.Pass(length, length - 1, positions=self.positions[:rows], tile=self.model.tile),
             self.history[:rows].gather(1, positions),
             positions,
-            window=Window(length, length - 1, positions=self.positions[:rows]),
             mask=self.columns[:length] <= positions,
         )
 
@@ -274,27 +259,24 @@ class Runner:
 
     def _logits(
         self,
+        pass_: forward.Pass,
         ids: Tensor,
         positions: Tensor,
-        window: Window,
         mask: Tensor | None = None,
         keep: Tensor | None = None,
-        real: Tensor | None = None,
     ) -> Tensor:
         """One pass. ids, positions (rows, tokens) int64; mask (rows, length) bool; keep (rows, 1) int64: the token
-        whose logits are wanted; real: see Padding. Returns (rows, vocabulary) float32."""
-        self.slots.window = window
-        self.model.padding.tokens = 0 if keep is None else ids.numel()
-        self.model.padding.real = real
+        whose logits are wanted. Returns (rows, vocabulary) float32."""
         extra = {"position_ids": positions} if self.takes_positions else {}
-        output = self.model.network(
-            input_ids=ids,
-            attention_mask=mask,
-            past_key_values=self.slots,
-            use_cache=True,
-            logits_to_keep=1 if keep is None else keep,
-            **extra,
-        )
+        with forward.run(pass_):
+            output = self.model.network(
+                input_ids=ids,
+                attention_mask=mask,
+                past_key_values=self.slots,
+                use_cache=True,
+                logits_to_keep=1 if keep is None else keep,
+                **extra,
+            )
         logits: Tensor = output.logits[:, -1, : self.model.vocabulary].float()
         return logits.to(self.logits.device)
 
@@ -304,7 +286,7 @@ class Runner:
         widths = [sampling_width(sampling, self.model.vocabulary) for sampling in samplings]
         if self.capture:
             return [next(width for width in self._graph_widths() if width >= max(widths))]
-        return [max(widths)] if self.history.is_cuda else widths
+        return [max(widths)] if self.cuda else widths
 
     # CUDA graphs
 
@@ -317,7 +299,8 @@ class Runner:
             return 0
         most = self.slots.rows
         row_buckets = {min(most, 1 << i) for i in range(most.bit_length() + 1)}
-        length_buckets = {self.slots.ensure_capacity(most, needed) for needed in range(1, self.model.context + 1)}
+        # the last id of a whole context is never read
+        length_buckets = {self.slots.ensure_capacity(most, needed) for needed in range(1, self.model.context)}
         # the largest first: the others then fit into the memory that it took
         for rows in sorted(row_buckets, reverse=True):
             for length in sorted(length_buckets, reverse=True):

@@ -8,21 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Sampling:
-    """How one request chooses its tokens. temperature 0 is greedy; top_p 1, top_k 0, repetition_penalty 1 are off."""
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    repetition_penalty: float = 1.0
-    seed: int = 0
-
-    @property
-    def greedy(self) -> bool:
-        return self.temperature == 0
-
+from llm.engine.sequence import Sampling
 
 NOT_A_NUMBER = -1
 """The id of a row whose likeliest logit is NaN or infinite."""

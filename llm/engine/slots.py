@@ -1,11 +1,11 @@
 """The key/value cache: one row for each running request. Knows rows and positions, nothing of requests."""
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
+
+from llm.devices import forward
 
 CAPACITY_STEP = 64
 """On a CPU rows grow by this many positions. Each time they are copied, which takes as long as a step or two."""
@@ -13,19 +13,10 @@ SMALLEST = (1, CAPACITY_STEP)
 """Rows and positions that are allocated there while nobody asks."""
 
 
-@dataclass
-class Window:
-    """What one pass of the model writes and reads, the same in every layer.
-
-    A decode pass has `positions`: it writes one token in each of the first rows, at that row's own position, and
-    reads their first `length` positions. A prefill pass has `chosen`: it writes positions `start` to `length` of
-    those rows and reads all before.
-    """
-
-    length: int
-    start: int
-    positions: Tensor | None = None  # (rows,) int64
-    chosen: Tensor | None = None  # (rows,) int64
+def _current_pass() -> forward.Pass:
+    pass_ = forward.current()
+    assert pass_ is not None
+    return pass_
 
 
 class SlotLayer(CacheLayerMixin):
@@ -56,22 +47,22 @@ class SlotLayer(CacheLayerMixin):
         """Write this pass's keys and values, (rows, heads, tokens, head size), and return all that it reads."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        window = self.slots.window
-        length = window.length
-        if window.positions is not None:
+        pass_ = _current_pass()
+        length = pass_.length
+        if pass_.positions is not None:
             rows = key_states.shape[0]
             row = self.slots.row_numbers[:rows].to(key_states.device)
-            positions = window.positions.to(key_states.device)
+            positions = pass_.positions.to(key_states.device)
             self.keys[row, :, positions] = key_states[:, :, 0]
             self.values[row, :, positions] = value_states[:, :, 0]
             return self.keys[:rows, :, :length], self.values[:rows, :, :length]
-        assert window.chosen is not None
-        chosen = window.chosen.to(key_states.device)
-        self.keys[chosen, :, window.start : length] = key_states
-        self.values[chosen, :, window.start : length] = value_states
-        if window.start == 0:
+        assert pass_.rows is not None
+        written = pass_.rows.to(key_states.device)
+        self.keys[written, :, pass_.start : length] = key_states
+        self.values[written, :, pass_.start : length] = value_states
+        if pass_.start == 0:
             return key_states, value_states
-        return self.keys[chosen, :, :length], self.values[chosen, :, :length]
+        return self.keys[written, :, :length], self.values[written, :, :length]
 
     def resize(self, rows: int, length: int) -> None:
         """Allocate `rows` rows of `length` positions, and copy what fits of the old ones."""
@@ -83,10 +74,10 @@ class SlotLayer(CacheLayerMixin):
             setattr(self, name, new)
 
     def get_seq_length(self) -> int:
-        return self.slots.window.start
+        return _current_pass().start
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.slots.window.length, 0
+        return _current_pass().length, 0
 
     def get_max_length(self) -> int:
         return self.slots.context
@@ -108,7 +99,6 @@ class Slots(Cache):
         self.capacity = SMALLEST if grows else (rows, context)
         """Rows and positions that are allocated."""
         self.row_numbers = torch.arange(rows, device=device)
-        self.window = Window(length=0, start=0)
 
     def ensure_capacity(self, rows: int, length: int) -> int:
         """Allocate `length` positions in each of the first `rows` rows. Returns how many a decode step reads."""
@@ -128,10 +118,12 @@ class Slots(Cache):
         return True
 
     def _resize(self, rows: int, length: int) -> None:
-        self.capacity = (rows, length)
+        # without memory for all layers, some have the new size and some the old one: what they all have counts
+        self.capacity = (min(rows, self.capacity[0]), min(length, self.capacity[1]))
         for layer in self.slot_layers:
             if layer.is_initialized:
                 layer.resize(rows, length)
+        self.capacity = (rows, length)
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` positions of a row over another's."""

@@ -1,0 +1,126 @@
+"""Attention for the CPU, batch-invariant: a query's bits depend on the keys that it sees, and on nothing else.
+
+It replaces torch's scaled_dot_product_attention in the passes that ask for it (forward.Pass.tile).
+"""
+
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llm.devices import forward
+
+TILE = 64
+"""Queries of a prompt that are computed together."""
+MULTIPLES = (8, 32)
+"""What a tile is padded to a multiple of: the first for which the processor proves to be batch-invariant."""
+FEWEST_KEYS = 32
+"""That a tile reads: for the smallest products MKL sums in another order."""
+
+
+@functools.cache
+def intercept() -> torch.library.Library:
+    """Have the attention of passes that ask for it computed by `attend`; all other attention stays torch's."""
+
+    def route(*args: Any, **kwargs: Any) -> Tensor:
+        pass_ = forward.current()
+        if pass_ is None or pass_.tile is None:
+            return _torchs_attention(*args, **kwargs)
+        kwargs["tile"] = pass_.tile if pass_.tokens else None
+        return attend(*args, **kwargs)
+
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("scaled_dot_product_attention", route, "CPU")
+    return library  # the cache keeps it: when it goes, so does its kernel
+
+
+def _torchs_attention(*args: Any, **kwargs: Any) -> Tensor:
+    """What scaled_dot_product_attention does where nobody intercepts it."""
+    result: Tensor = torch.ops.aten.scaled_dot_product_attention.default.decompose(*args, **kwargs)
+    return result
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    tile: int | None = None,
+) -> Tensor:
+    """scaled_dot_product_attention for the CPU.
+
+    The bits of torch's kernel depend on where a pass begins and ends, for it takes queries and keys in blocks; and for
+    few queries it takes 5 to 8 times as long as two batched products over contiguous keys and values.
+    query (rows, heads, queries, head size); key, value (rows, heads, length, head size); attn_mask bool or additive;
+    tile: of a prefill pass, whose last key is the last query's own: what its tiles are padded to a multiple of.
+    """
+    if enable_gqa:
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    queries, length = query.shape[-2], key.shape[-2]
+    if is_causal:
+        attn_mask = query.new_full((queries, length), -torch.inf).triu_(1)
+    elif attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(~attn_mask, -torch.inf)
+    scale = scale or query.shape[-1] ** -0.5
+    if tile is None:
+        return _weighted(query, key, value, attn_mask, scale)
+    assert attn_mask is not None
+    if missing := max(0, FEWEST_KEYS - length):
+        key, value = F.pad(key, (0, 0, 0, missing)), F.pad(value, (0, 0, 0, missing))
+        attn_mask = F.pad(attn_mask, (0, missing), value=-torch.inf)
+    # scores in float32, as torch's kernel has them: so many queries pay for it
+    query, key = query.float(), key.float()
+    tiles = []
+    for first in range(0, queries, TILE):
+        part = query[..., first : first + TILE, :]
+        size = part.shape[-2]
+        seen = max(FEWEST_KEYS, length - queries + first + size)
+        mask = attn_mask[..., first : first + size, :seen]
+        if missing := -size % tile:
+            part, mask = F.pad(part, (0, 0, 0, missing)), F.pad(mask, (0, 0, 0, missing))
+        part = _weighted(part, key[..., :seen, :], value[..., :seen, :], mask, scale)
+        tiles.append(part[..., :size, :] if missing else part)
+    return tiles[0] if len(tiles) == 1 else torch.cat(tiles, -2)
+
+
+def _weighted(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    scores = (query @ key.transpose(-1, -2)).float()
+    scores = scores * scale if mask is None else torch.add(mask, scores, alpha=scale, out=scores)
+    return F.softmax(scores, -1).to(value.dtype) @ value
+
+
+def batch_invariant_tile(heads: int, size: int) -> int | None:
+    """The first of MULTIPLES for which a query has the same bits however its prompt is cut into chunks, however far
+    the cache reaches, and beside any other rows. None where none is."""
+    for tile in MULTIPLES:
+        if agrees(tile, heads, size, torch.get_num_threads()):
+            return tile
+    return None
+
+
+def agrees(tile: int, heads: int, size: int, threads: int) -> bool:
+    """Whether a query has the same bits in several passes of this number of threads as in one pass of `threads`."""
+    most = 520
+    query, key, value = torch.randn(3, 1, heads, most, size, generator=torch.Generator().manual_seed(0)).bfloat16()
+    sees = torch.ones(most, most, dtype=torch.bool).tril_()
+
+    def bits(first: int, end: int, length: int, rows: int, tile: int | None) -> Tensor:
+        cut = query[:, :, first:end], key[:, :, :length], value[:, :, :length]
+        q, k, v = (x.expand(rows, -1, -1, -1) for x in cut)
+        return attend(q, k, v, sees[first:end, :length], tile=tile)
+
+    now = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    whole = bits(0, most, most, 1, tile)
+    alone = bits(40, 41, 41, 1, None)
+    torch.set_num_threads(now)
+    cuts = [(0, 2, 1), (0, 5, 1), (0, 11, 4), (3, 17, 1), (0, 45, 3), (5, 133, 2), (500, most, 3)]
+    prefill = [(bits(first, end, end, rows, tile) == whole[:, :, first:end]).all() for first, end, rows in cuts]
+    decode = [(bits(40, 41, length, rows, None) == alone).all() for length, rows in [(64, 3), (most, 4)]]
+    return all(map(bool, prefill + decode))

@@ -1,0 +1,170 @@
+"""Which sequences have a row, and what the next pass reads. Pure Python: numbers of tokens, no tensors, no threads."""
+
+import time
+from collections import deque
+from dataclasses import dataclass
+
+from llm.engine.sequence import Sequence, Status
+
+SMALLEST_PART = 16
+"""Where passes lack memory, the chunk of prompts that a pass reads shrinks, down to this part of its size."""
+PASSES_TO_GROW = 8
+"""After so many passes with memory, a chunk that shrank doubles."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Tokens of one prompt, for one pass."""
+
+    sequence: Sequence
+    start: int
+    """Its first token's position."""
+    count: int
+
+    @property
+    def is_last(self) -> bool:
+        return self.start + self.count == len(self.sequence.prompt)
+
+
+@dataclass(frozen=True)
+class PassShape:
+    """How a pass lays out chunks, which all start at the same position: a rectangle, shorter ones padded."""
+
+    context: int
+    multiple: int
+    """The rectangle ends at a position that is a multiple of this, or at the context's end."""
+    skips_padding: bool
+    """The layers compute the chunks' tokens alone."""
+
+    def end(self, chunks: list[Chunk]) -> int:
+        """The position where the pass ends."""
+        # two tokens at least: one of each row is what a decode step computes, in other numbers of rows
+        end = chunks[0].start + max(2, *(chunk.count for chunk in chunks))
+        return min(self.context, -(-end // self.multiple) * self.multiple)
+
+    def tokens(self, chunks: list[Chunk]) -> int:
+        """How many tokens the pass computes."""
+        if self.skips_padding:
+            return sum(chunk.count for chunk in chunks)
+        return len(chunks) * (self.end(chunks) - chunks[0].start)
+
+
+class Scheduler:
+    """Sequences by status: `waiting`; `running`, those with a row, the one that is served next first; `finishing`.
+
+    Every sequence that is not FINISHED is in one of the three, so whoever ends them all forgets none.
+    """
+
+    def __init__(self, rows: int, chunk: int, shape: PassShape):
+        """rows: the most sequences that run at once; chunk: the most tokens that a pass of prompts computes."""
+        self.rows = rows
+        self.chunk = chunk
+        self.shape = shape
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.finishing: list[Sequence] = []
+        self._largest_chunk = chunk
+        # two multiples: wherever a chunk starts, there is an end for it that needs no padding
+        self._smallest_chunk = min(chunk, max(2 * shape.multiple, chunk // SMALLEST_PART))
+        self._passes_with_memory = 0
+        self._waits_for_a_row = False
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.running or self.finishing)
+
+    @property
+    def unfinished(self) -> list[Sequence]:
+        """Those with a row, or with ids on their way."""
+        return self.running + self.finishing
+
+    @property
+    def decoding(self) -> list[Sequence]:
+        return [sequence for sequence in self.running if sequence.status is Status.DECODING]
+
+    @property
+    def cancelled(self) -> list[Sequence]:
+        return [sequence for sequence in self.unfinished if sequence.cancelled]
+
+    def admit(self) -> Sequence | None:
+        """The sequence that gets a free row now, the longest waiting first, if there are both."""
+        while self.waiting and len(self.running) < self.rows and not self._waits_for_a_row:
+            sequence = self.waiting.popleft()
+            if sequence.cancelled:
+                sequence.status = Status.FINISHED
+                continue
+            sequence.admitted = time.perf_counter()
+            sequence.status = Status.PREFILLING
+            self.running.append(sequence)
+            return sequence
+        return None
+
+    def next_pass(self) -> list[Chunk]:
+        """The next chunk of the first prompt in line, and those of the prompts that fit into the same pass."""
+        prefilling = [sequence for sequence in self.running if sequence.status is Status.PREFILLING]
+        chunks: list[Chunk] = []
+        for sequence in prefilling:
+            first = prefilling[0]
+            # an end that needs no padding
+            end = (sequence.cached + self.chunk) // self.shape.multiple * self.shape.multiple
+            chunk = Chunk(sequence, sequence.cached, min(len(sequence.prompt), end) - sequence.cached)
+            beside = sequence.cached == first.cached and not (sequence.alone or first.alone)
+            if sequence is first or (beside and self.shape.tokens([*chunks, chunk]) <= self.chunk):
+                chunks.append(chunk)
+        return chunks
+
+    def prefilled(self, chunks: list[Chunk]) -> None:
+        """Note that a pass has read these."""
+        for chunk in chunks:
+            if chunk.is_last:
+                chunk.sequence.status = Status.DECODING
+            else:
+                # behind those that have come meanwhile: a long prompt does not keep the short ones waiting
+                self.running.remove(chunk.sequence)
+                self.running.append(chunk.sequence)
+        self._passes_with_memory += 1
+        if self._passes_with_memory >= PASSES_TO_GROW:
+            self._passes_with_memory = 0
+            self.chunk = min(self._largest_chunk, 2 * self.chunk)
+
+    def schedule(self, sequence: Sequence) -> None:
+        """Note that one more token of this sequence is on its way. After the last one the sequence is FINISHING."""
+        sequence.scheduled += 1
+        if sequence.scheduled == sequence.budget:
+            self._leave(sequence)
+            sequence.status = Status.FINISHING
+            self.finishing.append(sequence)
+
+    def finish(self, sequence: Sequence) -> None:
+        """Note that the client has been sent the end."""
+        self._leave(sequence)
+        sequence.status = Status.FINISHED
+
+    def read_less(self, chunks: list[Chunk]) -> bool:
+        """After a pass that lacked memory: read its prompts one by one, in smaller chunks.
+
+        Returns whether that is possible: False for one prompt in the smallest chunk.
+        """
+        possible = len(chunks) > 1 or self.chunk > self._smallest_chunk
+        self.chunk = max(self._smallest_chunk, self.chunk // 4)
+        self._passes_with_memory = 0
+        for chunk in chunks:
+            chunk.sequence.alone = True
+        return possible
+
+    def wait_for_a_row(self, sequence: Sequence) -> bool:
+        """Queue a sequence again, first, until another one gives its row back. False where no other has one."""
+        if len(self.running) < 2:
+            return False
+        self._leave(sequence)
+        sequence.status = Status.WAITING
+        sequence.cached = 0
+        self.waiting.appendleft(sequence)
+        self._waits_for_a_row = True
+        return True
+
+    def _leave(self, sequence: Sequence) -> None:
+        for place in (self.running, self.finishing):
+            if sequence in place:
+                place.remove(sequence)
+        self._waits_for_a_row = False

@@ -1,0 +1,159 @@
+"""A request on its way: the engine's side, a Sequence, and the client's, a Generation. Pure Python."""
+
+import time
+from asyncio import CancelledError
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from queue import SimpleQueue
+from typing import Literal
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How one request chooses its tokens. temperature 0 is greedy; top_p 1, top_k 0, repetition_penalty 1 are off."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to generate from: the ids of a prompt, the most new tokens, and how to choose them."""
+
+    prompt: list[int]
+    max_tokens: int
+    sampling: Sampling
+
+
+class Status(Enum):
+    """Where a sequence is on its way. It only moves down this list; a cancel or an error ends it from anywhere."""
+
+    WAITING = auto()
+    """Queued: no row yet. A prompt without memory comes back here until another sequence gives its row back."""
+    PREFILLING = auto()
+    """It has a row, and its prompt is being read."""
+    DECODING = auto()
+    """It has a row, and each decode step adds a token."""
+    FINISHING = auto()
+    """Its last token is scheduled and its row may be another's; the last ids are on their way to the host."""
+    FINISHED = auto()
+    """Its client has been sent the end, whichever."""
+
+
+@dataclass(frozen=True)
+class Token:
+    """One token of an answer, or its end where there is a reason."""
+
+    id: int
+    time: float
+    """time.perf_counter() when the host had it, in seconds."""
+    reason: FinishReason | None = None
+
+
+@dataclass(eq=False)
+class Sequence:
+    """What the engine knows of one request. Only the engine's thread changes it, but for `cancelled`."""
+
+    request: Request
+    budget: int
+    """The most new tokens: fewer than asked for where the context ends first."""
+    status: Status = Status.WAITING
+    row: int | None = None
+    """Its place in the cache, from when it is admitted. A decode step may move it."""
+    cached: int = 0
+    """Tokens whose keys and values are in the row, or will be after the steps on their way."""
+    scheduled: int = 0
+    """New tokens asked of the device: those sent to the client, and those on their way."""
+    sent: int = 0
+    """Tokens sent to the client."""
+    alone: bool = False
+    """A pass that read its prompt beside others lacked memory."""
+    cancelled: bool = False
+    created: float = field(default_factory=time.perf_counter)
+    admitted: float | None = None
+    """When it was asked for, and when it got a row, in seconds."""
+    events: SimpleQueue[Token | BaseException] = field(default_factory=SimpleQueue)
+
+    @property
+    def prompt(self) -> list[int]:
+        return self.request.prompt
+
+    @property
+    def sampling(self) -> Sampling:
+        return self.request.sampling
+
+    @property
+    def place(self) -> int:
+        """`row`, once it has one."""
+        assert self.row is not None
+        return self.row
+
+    @property
+    def prefilled(self) -> bool:
+        """The whole prompt is in the cache."""
+        return self.cached >= len(self.prompt)
+
+
+class Generation:
+    """The tokens of one request, for the thread that asked: iterate, and get each as soon as a step has made it.
+
+    The iteration raises UserError if the engine fails, and CancelledError once `cancel` is called.
+    """
+
+    def __init__(self, sequence: Sequence):
+        self._sequence = sequence
+        self.request = sequence.request
+        self.budget = sequence.budget
+        self.consumed = 0
+        """Tokens taken: the answer may end before all that were sent are used."""
+        self.finish_reason: FinishReason | None = None
+        self._first: float | None = None
+        self._last: float | None = None
+
+    def __iter__(self) -> Iterator[int]:
+        while True:
+            event = self._sequence.events.get()
+            if isinstance(event, BaseException):
+                raise event
+            self._first = self._first or event.time
+            if event.reason:
+                self.finish_reason = event.reason
+                return
+            self._last = event.time
+            self.consumed += 1
+            yield event.id
+
+    @property
+    def created(self) -> float:
+        return self._sequence.created
+
+    @property
+    def queue_time(self) -> float:
+        """Seconds that it waited for a row."""
+        return (self._sequence.admitted or time.perf_counter()) - self.created
+
+    @property
+    def time_to_first_token(self) -> float:
+        """Seconds from asking to the first token, its prompt read."""
+        return (self._first or time.perf_counter()) - self.created
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Over the whole time from asking to the last token that was taken."""
+        return self.consumed / ((self._last or time.perf_counter()) - self.created)
+
+    def cancel(self) -> None:
+        """End it, from any thread, once or again. Its row is free at the next step."""
+        if not self._sequence.cancelled:
+            self._sequence.cancelled = True
+            self._sequence.events.put(CancelledError())

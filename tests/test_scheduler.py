@@ -1,0 +1,170 @@
+"""The scheduler: who has a row and what a pass reads, in numbers alone."""
+
+import subprocess
+import sys
+
+import pytest
+
+from llm.engine.scheduler import PASSES_TO_GROW, Chunk, PassShape, Scheduler
+from llm.engine.sequence import Request, Sampling, Sequence, Status
+from llm.weights.settings import ROOT
+
+
+def scheduler(rows: int = 4, chunk: int = 64, multiple: int = 1, skips_padding: bool = False) -> Scheduler:
+    return Scheduler(rows, chunk, PassShape(2048, multiple, skips_padding))
+
+
+def arrive(scheduler: Scheduler, prompt: int, budget: int = 5) -> Sequence:
+    sequence = Sequence(Request([1] * prompt, budget, Sampling()), budget)
+    scheduler.waiting.append(sequence)
+    return sequence
+
+
+def admit(scheduler: Scheduler) -> list[Sequence]:
+    return list(iter(scheduler.admit, None))
+
+
+def read(scheduler: Scheduler) -> list[int]:
+    """Do the next pass. Returns how many tokens it reads of each prompt."""
+    chunks = scheduler.next_pass()
+    for chunk in chunks:
+        chunk.sequence.cached += chunk.count
+    scheduler.prefilled(chunks)
+    return [chunk.count for chunk in chunks]
+
+
+def test_it_needs_no_torch() -> None:
+    program = "import sys, llm.engine.scheduler; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+
+
+def test_a_sequence_goes_from_waiting_to_finished() -> None:
+    s = scheduler()
+    sequence = arrive(s, prompt=100, budget=2)
+    steps = (
+        (lambda: admit(s), Status.PREFILLING),
+        (lambda: read(s), Status.PREFILLING),
+        (lambda: read(s), Status.DECODING),
+        (lambda: s.schedule(sequence), Status.DECODING),
+        (lambda: s.schedule(sequence), Status.FINISHING),
+        (lambda: s.finish(sequence), Status.FINISHED),
+    )
+    statuses = [sequence.status]
+    for step, status in steps:
+        assert s.has_work
+        step()
+        statuses.append(sequence.status)
+        assert (sequence in s.running) == (status in (Status.PREFILLING, Status.DECODING))
+        assert (sequence in s.unfinished) == (status is not Status.FINISHED)
+    assert not s.has_work
+    assert statuses == [Status.WAITING, *(status for _, status in steps)]
+
+
+def test_rows_go_to_those_who_wait_longest_and_never_to_a_cancelled_one() -> None:
+    s = scheduler(rows=2)
+    first, second, third, fourth = (arrive(s, 5) for _ in range(4))
+    second.cancelled = True
+    assert admit(s) == [first, third]
+    assert second.status is Status.FINISHED and fourth.status is Status.WAITING
+    s.finish(first)
+    assert admit(s) == [fourth]
+
+
+@pytest.mark.parametrize("budget", [1, 3])
+def test_a_row_is_free_once_the_last_token_is_scheduled(budget: int) -> None:
+    s = scheduler(rows=1)
+    first, second = arrive(s, 5, budget), arrive(s, 5)
+    assert admit(s) == [first]
+    read(s)
+    for _ in range(budget):
+        assert admit(s) == []
+        s.schedule(first)
+    assert admit(s) == [second] and s.unfinished == [second, first]
+
+
+@pytest.mark.parametrize(
+    ("options", "prompts", "passes"),
+    [
+        # what is computed counts: as many tokens for each as the longest has
+        ({"chunk": 52}, (4, 9, 6, 13), [[4, 9, 6, 13]]),
+        ({"chunk": 51}, (4, 9, 6, 13), [[4, 9, 6], [13]]),
+        ({"chunk": 51, "skips_padding": True}, (4, 9, 6, 13), [[4, 9, 6, 13]]),
+        ({"chunk": 64}, (60, 2, 2), [[60], [2, 2]]),
+        ({"chunk": 64, "multiple": 8}, (4, 9, 6, 13), [[4, 9, 6, 13]]),
+        ({"chunk": 63, "multiple": 8}, (4, 9, 6, 13), [[4, 9, 6], [13]]),
+        # a long prompt lets those pass that have come meanwhile
+        ({"chunk": 32}, (70, 5), [[32], [5], [32], [6]]),
+        # chunks end at a multiple
+        ({"chunk": 30, "multiple": 8}, (50,), [[24], [24], [2]]),
+    ],
+)
+def test_what_a_pass_reads(options: dict[str, int], prompts: tuple[int, ...], passes: list[list[int]]) -> None:
+    s = scheduler(**options)  # type: ignore[arg-type]
+    for prompt in prompts:
+        arrive(s, prompt)
+    admit(s)
+    assert [read(s) for _ in passes] == passes
+    assert s.next_pass() == []
+
+
+def test_prompts_that_start_at_other_positions_are_read_in_passes_of_their_own() -> None:
+    s = scheduler()
+    first, second = arrive(s, 30), arrive(s, 30)
+    admit(s)
+    second.cached = 10
+    assert s.next_pass() == [Chunk(first, 0, 30)]
+    read(s)
+    assert s.next_pass() == [Chunk(second, 10, 20)]
+
+
+@pytest.mark.parametrize(
+    ("start", "count", "multiple", "end"),
+    [(0, 1, 8, 8), (0, 13, 8, 16), (16, 24, 8, 40), (0, 2047, 8, 2048), (0, 1, 1, 2), (7, 1, 1, 9), (7, 3, 1, 10)],
+)
+def test_where_a_pass_ends(start: int, count: int, multiple: int, end: int) -> None:
+    sequence = Sequence(Request([1] * 2047, 1, Sampling()), 1)
+    assert PassShape(2048, multiple, skips_padding=False).end([Chunk(sequence, start, count)]) == end
+
+
+def test_without_memory_prompts_are_read_one_by_one_in_smaller_chunks_down_to_a_smallest() -> None:
+    s = scheduler(chunk=64)
+    first, second = arrive(s, 30), arrive(s, 30)
+    admit(s)
+    assert s.read_less(s.next_pass())
+    assert s.next_pass() == [Chunk(first, 0, 16)]
+    assert s.read_less(s.next_pass())
+    assert s.next_pass() == [Chunk(first, 0, 4)]
+    assert not s.read_less(s.next_pass())
+    s.finish(first)
+    assert s.next_pass() == [Chunk(second, 0, 4)]
+
+
+def test_a_chunk_grows_back_after_passes_with_memory() -> None:
+    s = scheduler(chunk=64)
+    arrive(s, 2000)
+    admit(s)
+    s.read_less(s.next_pass())
+    assert [read(s) for _ in range(PASSES_TO_GROW)] == [[16]] * PASSES_TO_GROW
+    assert [read(s) for _ in range(PASSES_TO_GROW)] == [[32]] * PASSES_TO_GROW
+    assert [read(s) for _ in range(PASSES_TO_GROW + 1)] == [[64]] * (PASSES_TO_GROW + 1)
+
+
+def test_a_sequence_without_memory_waits_first_in_line_until_a_row_is_given_back() -> None:
+    s = scheduler(rows=3)
+    first, second, third = (arrive(s, 30) for _ in range(3))
+    assert admit(s) == [first, second, third]
+    second.cached = 8
+    fourth = arrive(s, 30)
+    assert s.wait_for_a_row(second)
+    assert (second.status, second.cached) == (Status.WAITING, 0)
+    assert admit(s) == [], "there is a row, and no memory for it"
+    s.finish(third)
+    assert admit(s) == [second, fourth]
+
+
+def test_the_only_sequence_with_a_row_has_nothing_to_wait_for() -> None:
+    s = scheduler()
+    arrive(s, 30)
+    (only,) = admit(s)
+    assert not s.wait_for_a_row(only)
+    assert s.running == [only]
