@@ -16,7 +16,7 @@ import traceback
 from asyncio import CancelledError
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Literal
@@ -27,6 +27,7 @@ from llm.devices.gpu import Capture, cuda_capture
 from llm.devices.model import Model
 from llm.engine.runner import MULTIPLE, PendingIds, Row, Runner
 from llm.engine.sampling import NOT_A_NUMBER, Sampling
+from llm.engine.trial import agreeing_context
 from llm.errors import UserError
 from llm.words import decimal
 
@@ -117,6 +118,9 @@ class Engine:
         self._prefill_chunk = prefill_chunk or model.prefill_chunk()
         # two multiples: wherever a chunk starts, there is an end for it that needs no padding
         self._smallest_chunk = min(self._prefill_chunk, max(2 * MULTIPLE, self._prefill_chunk // SMALLEST_PART))
+        # on a thread that ends: see Model.load
+        with ThreadPoolExecutor(1) as thread:
+            model.context = thread.submit(agreeing_context, model).result()
         self.most_rows = model.rows(most_rows, self._prefill_chunk)
         self.context = model.context
         self.lost: str | None = None
