@@ -34,9 +34,9 @@ BOUNDARIES = {"attention_chunk_size", "original_max_position_embeddings", "slidi
 """Names in a configuration of the number of tokens after which a model computes in another way."""
 CPU_WORK = 4e10
 GPU_WORK = 7e13
-"""The most tokens times parameters of a prompt past a boundary: about a second on a fast GPU, two on a slow CPU."""
+"""The most multiplications that a prompt past a boundary may take in one pass: an estimate of a second or two in all."""
 
-ROUNDINGS = 4
+ROUNDINGS = 3
 """The error allowed, in errors of one rounding of each module's output: the passes round within modules too."""
 LEAST_ERROR = 1e-3
 """The error allowed in any case, in standard deviations of the logits."""
@@ -60,7 +60,7 @@ def agreeing_context(model: Model) -> int:
     boundaries = sorted(set(_boundaries(model.network.config.get_text_config().to_dict(), context)))
     try:
         with torch.inference_mode():
-            if not _agree(model, min(LONG, *(most - DECODED for most in (context, *boundaries)))):
+            if not _agree(model, min(LONG, *(most - DECODED - 1 for most in (context, *boundaries)))):
                 raise UserError(
                     f"{name} calcula otro texto cuando atiende varias preguntas a la vez: use otro modelo "
                     "(Falcon, Llama...)"
@@ -88,7 +88,9 @@ def _reason_to_end_at(model: Model, boundary: int) -> str | None:
     """Why the context ends at a boundary, in Spanish; None where the passes agree past it."""
     past = boundary + SHORT
     most_work = GPU_WORK if model.device.type == "cuda" else CPU_WORK
-    if past + DECODED > model.context or past * model.network.num_parameters() > most_work:
+    attention = 2 * past * model.network.config.get_text_config().hidden_size * model.layers
+    work = past * (model.network.num_parameters() + attention)
+    if past + DECODED >= model.context or work > most_work:
         return "no se puede comprobar al cargar"
     return None if _agree(model, past) else "calcula otro texto cuando atiende varias preguntas a la vez"
 
