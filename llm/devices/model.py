@@ -220,7 +220,8 @@ def _probe(network: PreTrainedModel) -> list[DynamicLayer]:
     with torch.inference_mode():
         ids = torch.zeros(1, 1, dtype=torch.long, device=network.device)
         cache = getattr(network(input_ids=ids, use_cache=True), "past_key_values", None)
-    cached = getattr(cache, "layers", [])
+    # BART's cache has a layer for each of an encoder that a causal model lacks
+    cached = [layer for layer in getattr(cache, "layers", []) if layer.is_initialized]
     layers = [layer for layer in cached if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)]
     if not layers or len(layers) < len(cached):
         name = type(network).__name__
@@ -244,7 +245,10 @@ def _context(network: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, layer
     context = getattr(config, "max_position_embeddings", None) or min(tokenizer.model_max_length, 2048)
     # up to its window's length, sliding-window attention is full attention
     windows = [layer.sliding_window for layer in layers if isinstance(layer, DynamicSlidingWindowLayer)]
-    return min([context, *windows])
+    if not windows or min(windows) >= context:
+        return context
+    print(f"La atención del modelo ve una ventana de {min(windows)} tokens: el contexto acaba ahí y no en {context}")
+    return min(windows)
 
 
 def _stop_ids(network: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:

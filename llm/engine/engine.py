@@ -9,7 +9,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
@@ -20,6 +20,7 @@ from llm.engine.runner import PendingIds, Runner, pass_shape
 from llm.engine.sampling import NOT_A_NUMBER
 from llm.engine.scheduler import Chunk, Scheduler
 from llm.engine.sequence import Generation, Request, Sampling, Sequence, Status, Token
+from llm.engine.trial import agreeing_context
 from llm.errors import UserError
 from llm.words import decimal
 
@@ -38,6 +39,9 @@ class Engine:
         if model.device.type == "cuda" and not model.spread:
             capture = capture or cuda_capture()
         self._prefill_chunk = prefill_chunk or model.prefill_chunk()
+        # on a thread that ends: see Model.load
+        with ThreadPoolExecutor(1) as thread:
+            model.context = thread.submit(agreeing_context, model).result()
         self.most_rows = model.rows(most_rows, self._prefill_chunk)
         self.context = model.context
         self.lost: str | None = None

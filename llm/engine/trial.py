@@ -1,0 +1,185 @@
+"""A model is tried before it serves: the engine's own passes against the model's plain forward, on random prompts.
+
+Some architectures compute something else in a pass of several rows: attention that counts from the cache's length, a
+rotary embedding that the longest row decides, positions that the forward does not take. Their text is fluent and wrong.
+
+Two right passes differ by rounding alone. How far rounding moves the logits depends on the model and its dtype, so the
+trial measures that: the plain forward computes one row twice, the second time with each module's output rounded anew.
+"""
+
+import gc
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from statistics import median_low
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llm.devices.model import Model
+from llm.engine.runner import Runner
+from llm.engine.scheduler import Chunk
+from llm.engine.sequence import Request, Sampling, Sequence
+from llm.errors import UserError
+
+SHORT, LONG = 8, 32
+"""Tokens of the two prompts, where the context and the boundaries leave room."""
+DECODED = 3
+"""Decode steps of both rows, and then as many of the short one alone."""
+SPARE = 64
+"""Positions that the cache has beyond the longest row."""
+
+BOUNDARIES = {"attention_chunk_size", "original_max_position_embeddings", "sliding_window", "window_size"}
+"""Names in a configuration of the number of tokens after which a model computes in another way."""
+CPU_WORK = 4e10
+GPU_WORK = 7e13
+"""The most multiplications that a prompt past a boundary may take in one pass: one or two seconds in all, estimated."""
+
+ROUNDINGS = 3
+"""The error allowed, in errors of one rounding of each module's output: the passes round within modules too."""
+LEAST_ERROR = 1e-3
+"""The error allowed in any case, in standard deviations of the logits."""
+
+
+class _Recording(Runner):
+    """Keeps the logits of its last pass, (rows, vocabulary) float32."""
+
+    def _logits(self, *args: Any, **kwargs: Any) -> Tensor:
+        self.last = super()._logits(*args, **kwargs)
+        return self.last
+
+
+def agreeing_context(model: Model) -> int:
+    """The longest context, at most `model.context`, in which the engine's passes agree with the model's forward.
+
+    Prints one line where that is less. Raises UserError where there is none. Computes on the thread that calls: see
+    Model.load.
+    """
+    name, context = type(model.network).__name__, model.context
+    boundaries = sorted(set(_boundaries(model.network.config.get_text_config().to_dict(), context)))
+    try:
+        with torch.inference_mode():
+            if not _agree(model, min(LONG, *(most - DECODED - 1 for most in (context, *boundaries)))):
+                raise UserError(
+                    f"{name} calcula otro texto cuando atiende varias preguntas a la vez: use otro modelo "
+                    "(Falcon, Llama...)"
+                )
+            for boundary in boundaries:
+                reason = _reason_to_end_at(model, boundary)
+                if reason:
+                    print(f"El contexto acaba en {boundary} tokens y no en {context}: más allá, {name} {reason}")
+                    return boundary
+    except torch.OutOfMemoryError:
+        raise
+    except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"{name} no sabe atender varias preguntas a la vez ({reason}): use otro modelo (Falcon, Llama...)"
+        ) from error
+    finally:
+        if model.device.type == "cuda":
+            gc.collect()  # a cache and its layers refer to each other
+            torch.cuda.empty_cache()
+    return context
+
+
+def _reason_to_end_at(model: Model, boundary: int) -> str | None:
+    """Why the context ends at a boundary, in Spanish; None where the passes agree past it."""
+    past = boundary + SHORT
+    most_work = GPU_WORK if model.device.type == "cuda" else CPU_WORK
+    attention = 2 * past * model.network.config.get_text_config().hidden_size * model.layers
+    work = past * (model.network.num_parameters() + attention)
+    if past + DECODED >= model.context or work > most_work:
+        return "no se puede comprobar al cargar"
+    return None if _agree(model, past) else "calcula otro texto cuando atiende varias preguntas a la vez"
+
+
+def _boundaries(config: dict[str, Any], context: int) -> Iterator[int]:
+    for name, value in config.items():
+        if isinstance(value, dict):
+            yield from _boundaries(value, context)
+        elif name in BOUNDARIES and isinstance(value, int) and SHORT <= value < context:
+            yield value
+
+
+def _agree(model: Model, long: int) -> bool:
+    """Whether the logits agree for a short prompt and one of `long` tokens: read in one pass with padding, the long one
+    in two chunks; decoded together, with spare capacity; the short one decoded alone."""
+    runner = _Recording(replace(model, context=min(model.context, long + DECODED + SPARE)), rows=2)
+    short = min(SHORT, long // 2)
+    requests = [Request(prompt, 1, Sampling(temperature=0)) for prompt in _prompts(model, short, long)]
+    a, b = (Sequence(request, budget=1) for request in requests)
+    logits: dict[Sequence, list[Tensor]] = {a: [], b: []}
+    for sequence in (a, b):
+        runner.put(sequence)
+    runner.prefill([Chunk(a, 0, short), Chunk(b, 0, long // 2)])
+    logits[a].append(runner.last[0])
+    runner.prefill([Chunk(b, long // 2, long - long // 2)])
+    logits[b].append(runner.last[0])
+    for _ in range(DECODED):
+        runner.decode()
+        for sequence in (a, b):
+            logits[sequence].append(runner.last[sequence.place])
+    long_ids = runner.history[b.place, : b.cached].clone()
+    runner.release(b)
+    for _ in range(DECODED):
+        runner.decode()
+        logits[a].append(runner.last[a.place])
+    short_ids = runner.history[a.place, : a.cached]
+    together = 1 + DECODED
+    with _rounded_anew(model.network):
+        plain, rounded = _plain(runner, short_ids.expand(2, -1), together + DECODED)
+    (plain_long,) = _plain(runner, long_ids[None], together)
+    allowed = max(LEAST_ERROR, ROUNDINGS * median_low(_errors(rounded, plain)))
+    errors, long_errors = _errors(torch.stack(logits[a]), plain), _errors(torch.stack(logits[b]), plain_long)
+    # the median: where a mixture of experts has a tie, rounding alone sends a token to another expert
+    return all(median_low(some) <= allowed for some in (errors[:together], errors[together:], long_errors))
+
+
+def _prompts(model: Model, *lengths: int) -> Iterator[list[int]]:
+    """Random ids of ordinary tokens."""
+    control = {*model.tokenizer.all_special_ids, *model.tokenizer.added_tokens_decoder}
+    ordinary = [id for id in range(model.vocabulary) if id not in control]
+    rng = random.Random(0)
+    return (rng.choices(ordinary, k=length) for length in lengths)
+
+
+def _plain(runner: Runner, ids: Tensor, last: int) -> Tensor:
+    """The logits of the model's forward over whole sequences, without a cache. ids (rows, tokens) int64. Returns those
+    of the last tokens, (rows, last, vocabulary) float32."""
+    model = runner.model
+    positions = torch.arange(ids.shape[1], device=ids.device).expand(len(ids), -1)
+    extra = {"position_ids": positions} if runner.takes_positions else {}
+    logits: Tensor = model.network(input_ids=ids, use_cache=False, logits_to_keep=last, **extra).logits
+    return logits[:, -last:, : model.vocabulary].float().to(ids.device)
+
+
+@contextmanager
+def _rounded_anew(network: nn.Module) -> Iterator[None]:
+    """In a pass of two rows, multiply the second row of each module's output by 1 plus at most half an epsilon."""
+    generator = torch.Generator().manual_seed(0)
+
+    def hook(module: nn.Module, inputs: object, output: object) -> Tensor | None:
+        if not (isinstance(output, Tensor) and output.is_floating_point() and len(output) == 2):
+            return None
+        noise = torch.rand(output[1].shape, generator=generator).to(output.device) - 0.5
+        second = output[1] * (1 + noise * torch.finfo(output.dtype).eps)
+        return torch.stack([output[0], second.to(output.dtype)])
+
+    leaves = [module for module in network.modules() if next(module.children(), None) is None]
+    handles = [module.register_forward_hook(hook) for module in leaves]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _errors(logits: Tensor, expected: Tensor) -> list[float]:
+    """Of each row of (rows, vocabulary), in standard deviations of what is expected. An expected row that is not finite
+    has error 0; for logits that are not, infinity."""
+    spread = expected.std(-1)
+    errors = (logits - expected).std(-1) / spread.clamp(min=torch.finfo(torch.float32).tiny)
+    return errors.nan_to_num(torch.inf).where(spread.isfinite(), 0).tolist()

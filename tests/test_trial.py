@@ -1,0 +1,218 @@
+"""Before it serves, a model is tried: where the engine would compute another text than `generate`, a line says so."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import (
+    AutoModelForCausalLM,
+    BartConfig,
+    BartForCausalLM,
+    CpmAntConfig,
+    CpmAntForCausalLM,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from llm.devices.model import Model
+from llm.engine.engine import Engine
+from llm.engine.sequence import Request, Sampling
+from llm.errors import UserError
+from tests import checkpoints
+
+BOUNDARY, CONTEXT, WORDS = 64, 256, 300
+
+SIZE: dict[str, Any] = {
+    "vocab_size": WORDS,
+    "initializer_range": 0.3,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": CONTEXT,
+    "pad_token_id": None,
+}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "short_factor": [1.0] * 8,
+    "long_factor": [4.0] * 8,
+}
+
+
+def gpt_neo(boundary: int = BOUNDARY) -> PreTrainedModel:
+    layers: Any = [[["global", "local"], 1]]
+    return GPTNeoForCausalLM(
+        GPTNeoConfig(
+            vocab_size=WORDS,
+            initializer_range=0.3,
+            hidden_size=64,
+            num_layers=2,
+            num_heads=4,
+            attention_types=layers,
+            window_size=boundary,
+            max_position_embeddings=CONTEXT,
+        )
+    )
+
+
+def llama(context: int = CONTEXT, boundary: int = BOUNDARY, **rope: Any) -> PreTrainedModel:
+    parameters: Any = {"rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": boundary, **rope}
+    return LlamaForCausalLM(LlamaConfig(**{**SIZE, "max_position_embeddings": context}, rope_parameters=parameters))
+
+
+def phi3() -> PreTrainedModel:
+    rope: Any = {**LONGROPE, "original_max_position_embeddings": BOUNDARY}
+    return Phi3ForCausalLM(Phi3Config(**SIZE, original_max_position_embeddings=BOUNDARY, rope_parameters=rope))
+
+
+def bart() -> PreTrainedModel:
+    return BartForCausalLM(
+        BartConfig(
+            vocab_size=WORDS,
+            init_std=0.3,
+            d_model=64,
+            decoder_layers=2,
+            decoder_attention_heads=4,
+            decoder_ffn_dim=96,
+            max_position_embeddings=CONTEXT,
+        )
+    )
+
+
+def saved(folder: Path, network: PreTrainedModel) -> Path:
+    network.save_pretrained(folder)
+    words = Tokenizer(WordLevel({str(number): number for number in range(WORDS)}, unk_token="0"))
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="0", eos_token="1").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def assert_company_keeps_texts(folder: Path, engine: Engine, *lengths: int) -> None:
+    """Prompts of these lengths, asked at once, get the texts that `generate` gives each of them."""
+    network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    rng = random.Random(0)
+    prompts = [[rng.randrange(WORDS) for _ in range(length)] for length in lengths]
+    generations = [engine.generate(Request(prompt, 12, Sampling(temperature=0))) for prompt in prompts]
+    engine.start()
+    for prompt, generation in zip(prompts, generations, strict=True):
+        ids = torch.tensor([prompt])
+        expected = network.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=12,
+            eos_token_id=list(engine._model.stop_ids),
+            pad_token_id=0,
+        )[0, len(prompt) :]
+        tokens = list(generation)
+        assert tokens == expected[: len(tokens)].tolist()
+
+
+DTYPES = pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=["float32", "bfloat16"]
+)
+
+
+@DTYPES
+@pytest.mark.parametrize("network", [gpt_neo, phi3, lambda: llama(**LONGROPE)], ids=["gpt-neo", "phi3", "llama"])
+def test_the_context_ends_where_company_would_change_a_text(
+    network: Any, dtype: torch.dtype, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """GPT-Neo's local attention counts from the cache's length; of a longrope the longest row decides the rotation."""
+    folder = saved(tmp_path / "model", network())
+    engine = Engine(Model.read(folder, dtype), 4)
+    assert engine.context == BOUNDARY
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "contexto" in line]
+    assert line.startswith(f"El contexto acaba en {BOUNDARY} tokens y no en {CONTEXT}: más allá, ")
+    assert line.endswith(" calcula otro texto cuando atiende varias preguntas a la vez")
+    if dtype == torch.float32:
+        assert_company_keeps_texts(folder, engine, 5, BOUNDARY - 12)
+
+
+@DTYPES
+def test_a_model_whose_forward_takes_no_positions_is_refused(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = Model.read(saved(tmp_path / "model", bart()), dtype)
+    with pytest.raises(UserError, match=r"^BartForCausalLM calcula otro texto .* a la vez: use otro modelo \(Falcon"):
+        Engine(model, 4)
+
+
+def test_a_model_whose_pass_fails_is_refused(tmp_path: Path) -> None:
+    """CPM-Ant puts tokens of its own before the prompt."""
+    config = CpmAntConfig(
+        vocab_size=WORDS,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        dim_head=16,
+        dim_ff=32,
+    )
+    model = Model.read(saved(tmp_path / "model", CpmAntForCausalLM(config)), torch.float32)
+    with pytest.raises(UserError, match=r"^CpmAntForCausalLM no sabe atender varias .* \(shape mismatch.*\): use otro"):
+        Engine(model, 4)
+
+
+def test_a_boundary_too_far_to_be_tried_ends_the_context(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    network = llama(context=1 << 20, boundary=1 << 16, rope_type="llama3", low_freq_factor=1.0, high_freq_factor=4.0)
+    engine = Engine(Model.read(saved(tmp_path / "model", network), torch.float32), 4)
+    assert engine.context == 1 << 16
+    line = (
+        "El contexto acaba en 65536 tokens y no en 1048576: más allá, LlamaForCausalLM no se puede comprobar al cargar"
+    )
+    assert line in capsys.readouterr().out.splitlines()
+
+
+@DTYPES
+@pytest.mark.parametrize("kind", ["falcon", "llama", "llama3"])
+def test_a_model_that_agrees_keeps_its_context(
+    kind: str, dtype: torch.dtype, falcon: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its frequencies scaled past a boundary, Llama 3 computes the same for each row."""
+    if kind == "falcon":
+        folder = falcon
+    elif kind == "llama":
+        folder = checkpoints.llama(tmp_path / "model")
+    else:
+        rope = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+        folder = saved(tmp_path / "model", llama(**rope))
+    model = Model.read(folder, dtype)
+    context = model.context
+    engine = Engine(model, 4)
+    assert engine.context == context
+    assert "contexto" not in capsys.readouterr().out
+    if kind == "llama3" and dtype == torch.float32:
+        assert_company_keeps_texts(folder, engine, 5, BOUNDARY + 40)
+
+
+def test_a_sliding_window_ends_the_context_and_a_line_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = saved(
+        tmp_path / "model", MistralForCausalLM(MistralConfig(**SIZE, num_key_value_heads=2, sliding_window=BOUNDARY))
+    )
+    engine = Engine(Model.read(folder, torch.float32), 4)
+    assert engine.context == BOUNDARY
+    assert (
+        capsys.readouterr()
+        .out.splitlines()
+        .count(f"La atención del modelo ve una ventana de {BOUNDARY} tokens: el contexto acaba ahí y no en {CONTEXT}")
+        == 1
+    )
+    assert_company_keeps_texts(folder, engine, 5, BOUNDARY - 12)
