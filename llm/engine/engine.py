@@ -117,7 +117,7 @@ class Engine:
         self._prefill_chunk = prefill_chunk or model.prefill_chunk()
         # two multiples: wherever a chunk starts, there is an end for it that needs no padding
         self._smallest_chunk = min(self._prefill_chunk, max(2 * MULTIPLE, self._prefill_chunk // SMALLEST_PART))
-        self.most_rows = model.rows(most_rows, self._prefill_chunk)
+        self.most_rows, model.context = model.rows(most_rows, self._prefill_chunk)
         self.context = model.context
         self.lost: str | None = None
         """Why no more predictions can be served, once that is so."""

@@ -72,6 +72,9 @@ class Runner:
 
     def __init__(self, model: Model, rows: int, capture: Capture | None = None):
         device = model.device
+        if device.type == "cuda":
+            # this thread's current device is another, where the model is not on the first
+            torch.cuda.set_device(device)
         self.model = model
         self.rows: dict[int, Row] = {}
         self.prefix: list[int] = []
