@@ -86,6 +86,8 @@ def running(
         **(environment or {}),
         "COG_PREDICT_TYPE_STUB": f"predict.py:{schema.TARGET}",
         "PORT": str(port),
+        # 2 strips the docstrings, without which transformers has no models.
+        "PYTHONOPTIMIZE": "",
         # The server starts its worker as `python`: another one would lack Cog.
         "PATH": os.pathsep.join([str(python.parent), os.environ.get("PATH", os.defpath)]),
         # _read takes its log as JSON, one line of each kind.

@@ -10,7 +10,6 @@ import psutil
 import pytest
 import torch
 from transformers import (
-    ByT5Tokenizer,
     MambaConfig,
     MambaForCausalLM,
     MistralConfig,
@@ -82,8 +81,10 @@ def test_a_tokenizer_written_in_python_is_refused(tmp_path: Path) -> None:
     folder = checkpoints.llama(tmp_path / "llama")
     for path in folder.glob("tokenizer*"):
         path.unlink()
-    ByT5Tokenizer().save_pretrained(folder)
-    with pytest.raises(UserError, match=r"^El tokenizador ByT5Tokenizer no se admite: .*tokenizer\.json$"):
+    (folder / "vocab.json").write_text('{"<unk>": 0, "a": 1}')
+    (folder / "merges.txt").write_text("#version\n")
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "CTRLTokenizer"}')
+    with pytest.raises(UserError, match=r"^El tokenizador CTRLTokenizer no se admite: .*tokenizer\.json$"):
         Model.read(folder, torch.float32)
 
 
@@ -136,9 +137,54 @@ def test_a_context_that_does_not_fit_is_shortened(
     token = model.token_bytes[CPU]
     free = SimpleNamespace(available=token * 900 / model_module.CPU_SHARE)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
-    assert model.rows(32, chunk=256) == 1
-    assert model.context == 768
+    assert model.rows(32, chunk=256) == (1, 768)
     assert "contexto de 2048 tokens: se usan 768" in capsys.readouterr().out
     free.available = token * 200 / model_module.CPU_SHARE
     with pytest.raises(UserError, match="No queda memoria para el contexto"):
         model.rows(32, chunk=256)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "most", "expected"),
+    [
+        # all fit
+        (32 * 131_072, 32, (32, 131_072)),
+        (4 * 131_072, 32, (4, 131_072)),
+        # four do not: steps of 256 tokens
+        (3 * 131_072, 32, (4, 98_048)),
+        (131_072, 32, (4, 32_768)),
+        (50_000, 32, (4, 12_288)),
+        (4 * 2048, 32, (4, 2048)),
+        # whoever wants two has two
+        (131_072, 2, (2, 65_536)),
+        # four would have less than 2,048
+        (4 * 2048 - 1, 32, (1, 7936)),
+    ],
+)
+def test_a_long_context_is_shortened_until_four_rows_fit(
+    falcon: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tokens: int,
+    most: int,
+    expected: tuple[int, int],
+) -> None:
+    model = Model.read(falcon, torch.float32)
+    model.context = 131_072
+    free = SimpleNamespace(available=tokens * model.token_bytes[CPU] / model_module.CPU_SHARE)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
+    assert model.rows(most, chunk=256) == expected
+    lines = capsys.readouterr().out.splitlines()
+    assert [f"se usan {expected[1]}" in line for line in lines] == [True] * (expected[1] < 131_072)
+
+
+def test_a_context_that_the_user_chose_is_not_shortened_for_more_rows(
+    falcon: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert Model.read(falcon, torch.float32, max_context=100_000).context == 2048
+    model = Model.read(falcon, torch.float32, max_context=300)
+    assert model.context == 300
+    model.context = 100_000
+    free = SimpleNamespace(available=150_000 * model.token_bytes[CPU] / model_module.CPU_SHARE)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
+    assert model.rows(32, chunk=256) == (1, 100_000)

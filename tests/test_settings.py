@@ -2,6 +2,8 @@
 
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +19,7 @@ NAMES = (
     "HUGGINGFACE_HUB_TOKEN",
     "HF_TOKEN",
     "DTYPE",
+    "MAX_CONTEXT",
     "REPLICATE_API_TOKEN",
 )
 
@@ -88,6 +91,14 @@ def test_an_env_that_is_no_file_is_named(tmp_path: Path, make: Callable[[Path], 
         ("MODEL_ID", "/datos/modelo", "weights/NOMBRE"),
         ("MODEL_ID", "a/b/c", "MODEL_ID=a/b/c no es un nombre"),
         ("DTYPE", "fp16", "bfloat16, float16, float32"),
+        ("MAX_CONTEXT", "1", "MAX_CONTEXT=1 no vale: ponga cuántos tokens"),
+        ("MAX_CONTEXT", "0", "MAX_CONTEXT=0 no vale"),
+        ("MAX_CONTEXT", "-8192", "MAX_CONTEXT=-8192 no vale"),
+        ("MAX_CONTEXT", "8k", "MAX_CONTEXT=8k no vale"),
+        ("MAX_CONTEXT", "8192.0", "MAX_CONTEXT=8192.0 no vale"),
+        ("MAX_CONTEXT", "²", "MAX_CONTEXT=² no vale"),
+        ("MAX_CONTEXT", "9" * 5000, "no vale"),
+        ("MAX_CONTEXT", "8\n192", "MAX_CONTEXT lleva caracteres que no se ven"),
         ("MODEL_REVISION", "uno\ndos", "MODEL_REVISION lleva caracteres que no se ven"),
         ("WEIGHTS_DIR", "~nadie-asi/x", "WEIGHTS_DIR=~nadie-asi/x no lleva a ninguna carpeta"),
         ("HF_TOKEN", "hf_uno dos", "HF_TOKEN lleva espacios"),
@@ -118,3 +129,36 @@ def test_copying_the_example_changes_nothing(tmp_path: Path) -> None:
     (tmp_path / ".env").write_text(example)
     assert Settings.read(tmp_path) == before
     assert all(re.search(rf"^#?\s?{name}=", example, re.MULTILINE) for name in NAMES if name != "HF_TOKEN")
+
+
+def test_a_context_is_a_number_of_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / ".env").write_text("MAX_CONTEXT=8192\n")
+    assert Settings.read(tmp_path).max_context == 8192
+    monkeypatch.setenv("MAX_CONTEXT", "2")
+    assert Settings.read(tmp_path).max_context == 2
+    # as in cog.yaml: empty, it leaves the choice to the machine whatever .env says
+    monkeypatch.setenv("MAX_CONTEXT", "")
+    assert Settings.read(tmp_path).max_context is None
+
+
+@pytest.mark.parametrize("model_id", ["MiModelo", "alguien/MiModelo"])
+def test_a_folder_is_found_as_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_id: str) -> None:
+    monkeypatch.setenv("MODEL_ID", model_id)
+    weights = tmp_path / "weights"
+    # where script/weights puts the hub's models
+    assert Settings.read(tmp_path).folder == weights / "mimodelo"
+    (weights / "mimodelo").mkdir(parents=True)
+    assert Settings.read(tmp_path).folder == weights / "mimodelo"
+    (weights / "MIMODELO").mkdir()
+    assert Settings.read(tmp_path).folder == weights / "mimodelo"
+    # of both, the one that is written
+    (weights / "MiModelo").mkdir()
+    assert Settings.read(tmp_path).folder == weights / "MiModelo"
+
+
+def test_without_docstrings_the_reason_is_said() -> None:
+    code = "from llm.weights.settings import Settings; Settings.read()"
+    run = subprocess.run([sys.executable, "-OO", "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert run.stderr.splitlines()[-1].endswith(
+        "UserError: Con PYTHONOPTIMIZE=2 transformers no carga ningún modelo: quite esa variable y repita"
+    )

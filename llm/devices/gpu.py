@@ -3,6 +3,7 @@
 Knows devices and shapes, nothing of rows or requests.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,6 +20,8 @@ GRAPH_BYTES = 4 << 20
 """The driver's copy of a graph of some 400 kernels, estimated."""
 WORKSPACE_BYTES = 128 << 20
 """Of cuBLAS and cuBLASLt on two streams: 32 MiB each on Hopper, 8 on others."""
+WEIGHTS_SHARE = 0.8
+"""Of a GPU's free memory, what a model may take there: the rest is for the cache and the steps."""
 SAMPLING_TENSORS = 11
 """Choosing the next ids takes as much memory as this many (rows, vocabulary) float32 tensors at its peak."""
 
@@ -64,6 +67,12 @@ def reserve(network: PreTrainedModel, chunk: int, rows: int, context: int, fused
     )
 
 
+def roomiest(size: int) -> torch.device | None:
+    """The GPU with the most free memory, if weights of `size` bytes fit on it."""
+    free, index = max((torch.cuda.mem_get_info(index)[0], -index) for index in range(torch.cuda.device_count()))
+    return torch.device("cuda", -index) if size <= free * WEIGHTS_SHARE else None
+
+
 def is_ampere(gpu: torch.device) -> bool:
     """Whether a GPU is of that generation or newer: it computes in bfloat16, and has kernels for all attention."""
     return torch.cuda.get_device_capability(gpu) >= (8, 0)
@@ -76,11 +85,12 @@ def avoid_cudnn_attention() -> None:
 
 def cuda_capture() -> Capture:
     """Capture as CUDA graphs that share one memory pool and one stream: one runs at a time."""
-    # for each stream that it meets, cuBLAS keeps a workspace for good
-    pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+    pool = torch.cuda.graph_pool_handle()
+    # one, for cuBLAS keeps a workspace for good for each that it meets; of the device of the thread that captures
+    only_stream = functools.cache(torch.cuda.Stream)
 
     def capture(step: Callable[[], None]) -> Replay:
-        current = torch.cuda.current_stream()
+        current, stream = torch.cuda.current_stream(), only_stream()
         # once outside: kernels are chosen and libraries make their workspaces, which a capture must not do
         stream.wait_stream(current)
         with torch.cuda.stream(stream):

@@ -1,18 +1,30 @@
 """A lack of memory, as torch and the libraries below it report it; memory that is given back."""
 
 import ctypes
+import errno
 import sys
 
 import torch
 
-_ALLOCATORS = ("DefaultCPUAllocator: ", "MPS backend out of memory", "could not create a memory object")
+# What torch, cuBLAS, the C++ library, the system's loader and transformers say where there is no errno.
+_NO_MEMORY = (
+    "out of memory",
+    "allocate memory",
+    "not enough memory",
+    "alloc_failed",
+    "bad_alloc",
+    "failed to map segment",
+    "offload_folder",
+)
 
 
-def is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
     """Whether an allocation failed, on a GPU or on the host."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _ALLOCATORS)
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        return True
+    return any(words in str(error).lower() for words in _NO_MEMORY)
 
 
 def trim() -> None:

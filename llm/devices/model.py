@@ -1,19 +1,18 @@
 """A folder of weights to a model on its devices, fit for the processor, and what the engine has to know of it."""
 
 import time
+from bisect import bisect_right
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from pickle import UnpicklingError
 
 import psutil
 import torch
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from llm.devices import attention, gpu, linear
+from llm.devices import attention, gpu, linear, loading
 from llm.devices.threads import use_physical_cores
 from llm.errors import UserError
 from llm.weights import checkpoint, hub
@@ -22,6 +21,9 @@ from llm.words import decimal
 
 CPU_SHARE = 0.5
 """Of the free RAM, for the cache: the rest is the laptop owner's."""
+FEWEST_ROWS, SHORTEST_CONTEXT = 4, 2048
+"""A context is shortened so that so many rows fit, while it has so many tokens left: one row of 131,072 tokens serves
+one request at a time."""
 GPU_SHARE = 0.95
 """Of a GPU's free memory, for the cache and the steps: the rest is lost between the blocks that torch hands out."""
 
@@ -50,6 +52,8 @@ class Model:
     layers: int
     token_bytes: Counter[torch.device]
     """What one token of one row takes in the key/value cache, in bytes, on each device."""
+    context_chosen: bool = False
+    """The user chose it: it is not shortened so that more rows fit."""
     packed: bool = False
     """Its linear layers are PackedLinear, which skip the padding."""
     tile: int | None = None
@@ -65,7 +69,7 @@ class Model:
         found = hub.ensure(settings)
         # OpenMP keeps a pool of threads for each thread that ever computed. The pool that loads would stay beside the
         # engine's, and with more threads than processors all sleep, instead of spinning, between two operations.
-        with ThreadPoolExecutor(1) as thread:
+        with loading.memory(found.folder), ThreadPoolExecutor(1) as thread:
             return thread.submit(cls._load, found, settings).result()
 
     @classmethod
@@ -73,7 +77,7 @@ class Model:
         threads = use_physical_cores()
         dtype = getattr(torch, settings.dtype) if settings.dtype else best_dtype()
         start = time.perf_counter()
-        model = cls.read(found.folder, dtype)
+        model = cls.read(found.folder, dtype, settings.max_context)
         model.seconds["load"] = time.perf_counter() - start
         where = ", ".join(sorted({str(device) for device in model.token_bytes}))
         cores = f" con {threads} hilos" if model.device.type == "cpu" else ""
@@ -95,37 +99,25 @@ class Model:
         return model
 
     @classmethod
-    def read(cls, folder: Path, dtype: torch.dtype) -> "Model":
-        """Read a folder onto the devices that accelerate chooses. Raises UserError if it is no language model."""
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-            network = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, device_map="auto", trust_remote_code=False, local_files_only=True
-            ).eval()
-        except UnpicklingError as error:
-            raise UserError(
-                f"Los .bin de {checkpoint.shown(folder)} no llevan solo pesos: pueden llevar código, así que no se "
-                "abren; use un modelo con safetensors"
-            ) from error
-        except (OSError, ValueError, KeyError, RuntimeError, EOFError, SafetensorError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UserError(
-                f"transformers no puede cargar {checkpoint.shown(folder)}: mueva o borre esa carpeta, o cambie "
-                f"MODEL_ID ({reason})"
-            ) from error
-        if not isinstance(tokenizer, PreTrainedTokenizerFast):
-            raise UserError(
-                f"El tokenizador {type(tokenizer).__name__} no se admite: elija un modelo que traiga tokenizer.json"
-            )
+    def read(cls, folder: Path, dtype: torch.dtype, max_context: int | None = None) -> "Model":
+        """Read a folder onto one GPU, or onto the devices that accelerate chooses.
+
+        max_context: tokens of prompt and answer together, where the model's own context is longer. Raises UserError
+        where the folder does not hold a whole causal language model that this project can serve.
+        """
+        with loading.explained(folder):
+            tokenizer, network = loading.load(folder, dtype)
+            cached = _probe(network)
         devices = {torch.device(d if d != "disk" else "cpu") for d in getattr(network, "hf_device_map", {}).values()}
         gpus = sorted((d for d in devices if d.type != "cpu"), key=str)
-        cached = _probe(network)
+        context = _context(network, tokenizer, cached)
         return cls(
             network=network,
             tokenizer=tokenizer,
             device=gpus[0] if gpus else torch.device(network.device),
             spread=len(devices) > 1,
-            context=_context(network, tokenizer, cached),
+            context=min(context, max_context or context),
+            context_chosen=max_context is not None,
             vocabulary=min(max(tokenizer.get_vocab().values()) + 1, network.get_output_embeddings().weight.shape[0]),
             stop_ids=_stop_ids(network, tokenizer),
             layers=len(cached),
@@ -162,28 +154,50 @@ class Model:
             return CPU_PREFILL_CHUNK
         return GPU_PREFILL_CHUNK if all(map(gpu.is_ampere, self._gpus)) else OLD_GPU_PREFILL_CHUNK
 
-    def rows(self, most: int, chunk: int) -> int:
-        """How many contexts the key/value cache can hold, `most` at the most, given the memory that is free now.
+    def rows(self, most: int, chunk: int) -> tuple[int, int]:
+        """How many rows the key/value cache can hold, `most` at the most, and of how many tokens each, given the
+        memory that is free now.
 
-        chunk: the tokens that a prefill pass computes. Where not one context fits, it is shortened to what does.
-        Raises UserError where that is next to nothing.
+        chunk: the tokens that a prefill pass computes. A context of which few rows fit is shortened, and the log says
+        so: to what FEWEST_ROWS leave, unless that is below SHORTEST_CONTEXT or the user chose the context; where not
+        one row fits, to what does. Raises UserError where that is next to nothing.
         """
         free = {device: int(psutil.virtual_memory().available * CPU_SHARE) for device in self.token_bytes}
+        free |= {device: int(torch.cuda.mem_get_info(device)[0] * GPU_SHARE) for device in self._gpus}
+
+        def fit(context: int) -> int:
+            kept = self._reserve(chunk, most, context).total if self._gpus else 0
+            left = free | {device: max(0, free[device] - kept) for device in self._gpus}
+            return rows_that_fit(self.token_bytes, left, context, most)
+
+        def longest(rows: int) -> int:
+            """The longest context, in steps of 256 tokens, of which so many rows fit; 0 if there is none."""
+            contexts = range(256, self.context, 256)
+            count = bisect_right(contexts, -rows, key=lambda context: -fit(context))
+            return contexts[count - 1] if count else 0
+
+        context, wanted = self.context, min(FEWEST_ROWS, most)
+        if not self.context_chosen and fit(context) < wanted and (shorter := longest(wanted)) >= SHORTEST_CONTEXT:
+            context = shorter
+            print(
+                f"La memoria libre no alcanza para {wanted} contextos de {self.context} tokens: se usan {context}; con "
+                "MAX_CONTEXT elige usted"
+            )
+        elif not fit(context):
+            context = longest(1)
+            if not context:
+                raise UserError("No queda memoria para el contexto: cierre otros programas o use un modelo más pequeño")
+            print(f"La memoria libre no alcanza para un contexto de {self.context} tokens: se usan {context}")
         if self._gpus:
-            kept = gpu.reserve(self.network, chunk, most, self.context, fused=all(map(gpu.is_ampere, self._gpus)))
+            kept = self._reserve(chunk, most, context)
             print(
                 f"De cada GPU se apartan {_mega(kept.prefill)} para leer preguntas, {_mega(kept.graphs)} para los "
                 f"grafos y {_mega(kept.workspaces)} para las bibliotecas"
             )
-            free |= {d: max(0, int(torch.cuda.mem_get_info(d)[0] * GPU_SHARE) - kept.total) for d in self._gpus}
-        if rows := rows_that_fit(self.token_bytes, free, self.context, most):
-            return rows
-        fits = min(free[device] // size for device, size in self.token_bytes.items()) // 256 * 256
-        if not fits:
-            raise UserError("No queda memoria para el contexto: cierre otros programas o use un modelo más pequeño")
-        print(f"La memoria libre no alcanza para un contexto de {self.context} tokens: se usan {fits}")
-        self.context = fits
-        return 1
+        return fit(context), context
+
+    def _reserve(self, chunk: int, most: int, context: int) -> gpu.Reserve:
+        return gpu.reserve(self.network, chunk, most, context, fused=all(map(gpu.is_ampere, self._gpus)))
 
     @property
     def _gpus(self) -> list[torch.device]:

@@ -10,6 +10,7 @@ import time
 import traceback
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 
 import torch
 
@@ -41,9 +42,9 @@ class Engine:
         self._prefill_chunk = prefill_chunk or model.prefill_chunk()
         # on a thread that ends: see Model.load
         with ThreadPoolExecutor(1) as thread:
-            model.context = thread.submit(agreeing_context, model).result()
-        self.most_rows = model.rows(most_rows, self._prefill_chunk)
-        self.context = model.context
+            model = replace(model, context=thread.submit(agreeing_context, model).result())
+        self.most_rows, self.context = model.rows(most_rows, self._prefill_chunk)
+        model = replace(model, context=self.context)
         self.lost: str | None = None
         """Why no more predictions can be served, once that is so."""
         self.seconds = model.seconds

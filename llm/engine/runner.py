@@ -66,6 +66,9 @@ class Runner:
 
     def __init__(self, model: Model, rows: int, capture: Capture | None = None):
         device = model.device
+        if device.type == "cuda":
+            # this thread's current device is another, where the model is not on the first
+            torch.cuda.set_device(device)
         self.model = model
         self.shape = pass_shape(model, graphs=capture is not None)
         self.cuda = device.type == "cuda"

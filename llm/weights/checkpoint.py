@@ -20,6 +20,7 @@ from pathlib import Path, PurePosixPath
 from stat import S_ISREG
 
 from llm.errors import UserError
+from llm.weights import formats
 from llm.weights.settings import ROOT, Settings
 from llm.words import about, one_line, reason
 
@@ -73,12 +74,7 @@ def _verify(settings: Settings, thorough: bool) -> Weights:
     folder, name = settings.folder, shown(settings.folder)
     manifest = _read_manifest(folder)
     if manifest is None:
-        has_weights = any(folder.glob("*.safetensors")) or any(folder.glob("pytorch_model*.bin"))
-        if not (folder / "config.json").is_file() or not has_weights:
-            raise UserError(
-                f"{name} no es un modelo, le falta config.json o los pesos (.safetensors): "
-                f"mueva o borre esa carpeta y se descargará {settings.model_id}, o cambie MODEL_ID"
-            )
+        formats.check_folder(name, folder)
         return Weights(folder, None, f"{name} (carpeta propia)", verified=False)
 
     if manifest.id != settings.model_id:

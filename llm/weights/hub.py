@@ -7,7 +7,7 @@ import re
 import shutil
 import time
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from llm.errors import UserError
-from llm.weights import checkpoint
+from llm.weights import checkpoint, formats
 from llm.weights.checkpoint import COMMIT, Weights, is_folder, publish, room, sha256, shown, workspace
 from llm.weights.settings import Settings
 from llm.words import about
@@ -34,7 +34,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 # What transformers reads beside the weights. Never code: trust_remote_code is false everywhere.
 _TEXT_FILES = re.compile(
     r"(generation_)?config\.json|chat_template\.(jinja|json)|additional_chat_templates/[\w-]{1,99}\.jinja"
-    r"|tokenizer(_config)?\.json|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt"
+    r"|tokenizer(_config)?\.json|tekken\.json|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt"
     r"|[\w.]{1,99}\.model",
     re.ASCII,
 )
@@ -102,7 +102,8 @@ def _listing(settings: Settings) -> tuple[str, list[_HubFile]]:
             settings.model_id, revision=settings.revision, files_metadata=True, timeout=_SECONDS_TO_ANSWER
         )
         siblings = {sibling.rfilename: sibling for sibling in info.siblings or []}
-        weights_files = _weights_files(siblings)
+        weights_files = formats.hub_weights(siblings)
+        formats.check_files(settings.model_id, siblings, weights_files)
         if "config.json" not in siblings or not weights_files:
             raise UserError(
                 f"{settings.model_id} no tiene pesos que se puedan usar, config.json con model.safetensors o "
@@ -125,20 +126,6 @@ def _listing(settings: Settings) -> tuple[str, list[_HubFile]]:
         raise UserError(
             f"{_hub()} no responde como Hugging Face: compruebe HF_ENDPOINT y MODEL_ID, o pruebe más tarde"
         ) from error
-
-
-def _weights_files(names: Mapping[str, Any]) -> list[str]:
-    """Safetensors before .bin, one file before shards, as transformers prefers them."""
-    for single, shard, index in (
-        ("model.safetensors", r"model-\d{1,9}-of-\d{1,9}\.safetensors", ["model.safetensors.index.json"]),
-        ("pytorch_model.bin", r"pytorch_model-\d{1,9}-of-\d{1,9}\.bin", []),
-    ):
-        if single in names:
-            return [single]
-        shards = sorted(name for name in names if re.fullmatch(shard, name, re.ASCII))
-        if shards and all(name in names for name in index):
-            return index + shards
-    return []
 
 
 def _missing(files: list[_HubFile], work: Path) -> list[_HubFile]:
@@ -212,15 +199,27 @@ def _download(settings: Settings, commit: str, files: list[_HubFile], missing: l
                 part.unlink()
                 raise UserError(f"{file.name} llegó cambiado de {_hub()}: ejecute script/weights otra vez")
             part.rename(work / file.name)
-            if file.name == "config.json" and _converted_bytes(files):
-                # before gigabytes are brought that nobody can convert
-                _empty_model(settings, work)
+            if file.name == "config.json":
+                _check_config(settings, work)
 
 
 def _without_delay(response: "httpx2.Response") -> None:
     """Leave how often a busy hub is asked again to the client: the hub may say a day, waited for without a word."""
     for header in ("Retry-After", "RateLimit"):
         response.headers.pop(header, None)
+
+
+def _check_config(settings: Settings, work: Path) -> None:
+    """Before gigabytes are brought that nobody can load. Raises UserError, and then removes `work`."""
+    config = work / "config.json"
+    try:
+        formats.check_config(settings.model_id, config)
+    except UserError:
+        shutil.rmtree(work)
+        raise
+    # without a type transformers guesses it from the folder's name, which is not yet the final one
+    if b'"model_type"' in config.read_bytes():
+        _empty_model(settings, work)
 
 
 def _empty_model(settings: Settings, work: Path) -> "PreTrainedModel":
@@ -230,6 +229,9 @@ def _empty_model(settings: Settings, work: Path) -> "PreTrainedModel":
 
     try:
         config = AutoConfig.from_pretrained(work, trust_remote_code=False)
+        if config.is_encoder_decoder:
+            # of some, as BART, transformers would make a causal model: the decoder alone
+            raise ValueError(config.model_type)
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:  # a stranger's config.json may break any line of transformers

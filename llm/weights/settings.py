@@ -3,6 +3,7 @@
 import io
 import os
 import re
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +21,7 @@ FALCON_COMMIT = "e4b9872bb803165eb22f0a867d4e6a64d34fce19"
 DTYPES = ("bfloat16", "float16", "float32")
 
 _MODEL_ID = re.compile(r"(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*", re.ASCII)
+_NUMBER = re.compile(r"\d{1,18}", re.ASCII)
 _TOKEN = re.compile(r"[!-~]+")
 
 
@@ -35,11 +37,19 @@ class Settings:
     """Hugging Face's. Passed to the hub's client, never printed."""
     dtype: str | None
     """One of DTYPES; None leaves the choice to the processor."""
+    max_context: int | None = None
+    """Tokens of prompt and answer together, at the most; None leaves the choice to the model and the memory."""
 
     @property
     def folder(self) -> Path:
-        """weights/NAME: the last part of the id, in lower case."""
-        return self.weights_dir / self.model_id.split("/")[-1].lower()
+        """weights/NAME, the last part of the id: as it is written where there is such a folder, else in lower case."""
+        name = self.model_id.split("/")[-1]
+        try:
+            # in the list of names: a file system that ignores case has a folder under any
+            as_written = name in os.listdir(self.weights_dir)
+        except OSError:  # whoever opens the folder meets it too, and says so
+            as_written = False
+        return self.weights_dir / (name if as_written else name.lower())
 
     @classmethod
     def read(cls, root: Path = ROOT) -> "Settings":
@@ -47,8 +57,11 @@ class Settings:
 
         Raises UserError for a value that cannot be.
         """
+        if sys.flags.optimize > 1:
+            # its model classes are made from their docstrings
+            raise UserError("Con PYTHONOPTIMIZE=2 transformers no carga ningún modelo: quite esa variable y repita")
         written = values(root)
-        for name in ("MODEL_ID", "MODEL_REVISION", "WEIGHTS_DIR", "DTYPE"):
+        for name in ("MODEL_ID", "MODEL_REVISION", "WEIGHTS_DIR", "DTYPE", "MAX_CONTEXT"):
             # it would stand in a path, and in the one line of an error
             if not written.get(name, "").isprintable():
                 raise UserError(f"{name} lleva caracteres que no se ven: escríbalo de nuevo")
@@ -66,6 +79,10 @@ class Settings:
         if dtype is not None and dtype not in DTYPES:
             raise UserError(f"DTYPE={dtype} no vale: use {', '.join(DTYPES)}, o déjelo vacío")
 
+        max_context = written.get("MAX_CONTEXT")
+        if max_context is not None and not (_NUMBER.fullmatch(max_context) and int(max_context) > 1):
+            raise UserError(f"MAX_CONTEXT={max_context} no vale: ponga cuántos tokens, como 8192, o déjelo vacío")
+
         try:
             weights_dir = root / Path(written.get("WEIGHTS_DIR", "weights")).expanduser()
         except RuntimeError as error:
@@ -79,6 +96,7 @@ class Settings:
             weights_dir=weights_dir,
             token=token(written, token_name, "https://huggingface.co/settings/tokens"),
             dtype=dtype,
+            max_context=int(max_context) if max_context else None,
         )
 
 
