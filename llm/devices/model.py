@@ -47,7 +47,7 @@ class Model:
     context: int
     """Tokens of prompt and answer together."""
     vocabulary: int
-    """How many ids are tokens. Some models have logits for more."""
+    """How many ids are tokens that the model reads. Some models have logits for more."""
     stop_ids: frozenset[int]
     layers: int
     token_bytes: Counter[torch.device]
@@ -118,7 +118,7 @@ class Model:
             spread=len(devices) > 1,
             context=min(context, max_context or context),
             context_chosen=max_context is not None,
-            vocabulary=min(max(tokenizer.get_vocab().values()) + 1, network.get_output_embeddings().weight.shape[0]),
+            vocabulary=min(max(tokenizer.get_vocab().values()) + 1, network.get_input_embeddings().weight.shape[0]),
             stop_ids=_stop_ids(network, tokenizer),
             layers=len(cached),
             token_bytes=_token_bytes(cached),

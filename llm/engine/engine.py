@@ -208,7 +208,7 @@ class Engine:
             step = f"token {sequence.sent + 1} de la respuesta"
             line = f"El modelo no calculó ningún número en el {step}: repita la pregunta, o cargue con DTYPE=float32"
             self._finish(sequence, UserError(line))
-        elif id in self._model.stop_ids:
+        elif id in self._model.stop_ids or id in sequence.request.stop_ids:
             self._finish(sequence, Token(id, now, "stop"))
         else:
             sequence.sent += 1

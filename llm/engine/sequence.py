@@ -28,11 +28,13 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Request:
-    """What to generate from: the ids of a prompt, the most new tokens, and how to choose them."""
+    """What to generate from: the ids of a prompt, the most new tokens, how to choose them, and the ids that end the
+    text beside the model's own."""
 
     prompt: list[int]
     max_tokens: int
     sampling: Sampling
+    stop_ids: frozenset[int] = frozenset()
 
 
 class Status(Enum):
