@@ -601,7 +601,7 @@ def test_a_clone_whose_git_ends_lines_as_windows_does_has_the_same_files(project
     identity = ["-c", "user.name=Ana", "-c", "user.email=ana@example.com"]
     for arguments in (["init"], ["add", "--force", "."], [*identity, "commit", "--message", "Todo"]):
         subprocess.run(["git", *arguments], cwd=origin, check=True, capture_output=True)
-    command = ["git", "clone", "-c", "core.autocrlf=true", origin, clone]
+    command = ["git", "clone", "-c", "core.autocrlf=true", str(origin), str(clone)]
     subprocess.run(command, check=True, capture_output=True)
     files = [path.relative_to(clone) for path in clone.rglob("*") if path.is_file() and ".git" not in path.parts]
     assert Path("script/setup") in files and Path("imagen.png") in files
