@@ -127,7 +127,7 @@ def test_cog_predict_answers_as_the_image_whatever_dotenv_says(
 
 def test_cog_predict_leaves_no_bytecode(config: dict[str, Any], tmp_path: Path) -> None:
     shutil.copy(ROOT / "llm" / "errors.py", tmp_path)
-    environment = {**os.environ, **dict(line.split("=", 1) for line in config["environment"])}
+    environment = dict(line.split("=", 1) for line in config["environment"])
     subprocess.run([sys.executable, "-c", "import errors"], cwd=tmp_path, env=environment, check=True)
     assert [path.name for path in tmp_path.iterdir()] == ["errors.py"]
 

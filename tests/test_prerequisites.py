@@ -94,7 +94,8 @@ def test_docker_that_hangs(programs: Programs, monkeypatch: pytest.MonkeyPatch) 
 def keeps(programs: Programs, store: str) -> None:
     """Make a store of Docker's have the login."""
     answer = '{"ServerURL":"r8.im","Username":"usuario","Secret":"secreto"}'
-    programs.write(f"docker-credential-{store}", f"#!/bin/sh\n[ \"$1 $(cat)\" = 'get r8.im' ] && echo '{answer}'\n")
+    asked = "read -r host; [ \"$1 $host\" = 'get r8.im' ]"
+    programs.write(f"docker-credential-{store}", f"#!/bin/sh\n{asked} && echo '{answer}'\n")
 
 
 def login() -> None:
@@ -163,14 +164,13 @@ def test_of_three_stores_cog_takes_one(
     store: str,
 ) -> None:
     monkeypatch.setattr("sys.platform", platform)
-    monkeypatch.setenv("PATH", f"{programs.folder}:/bin" if programs_there else str(programs.folder))
+    monkeypatch.setenv("PATH", str(programs.folder))
     programs.login(config)
     for name in programs_there:
         programs.write(name, "#!/bin/sh\n")
     for other in {"osxkeychain", "pass", "secretservice"} - {store}:
         keeps(programs, other)
     assert refused(login) == "No ha entrado en r8.im: cog login"
-    monkeypatch.setenv("PATH", f"{programs.folder}:/bin")
     keeps(programs, store)
     assert prerequisites.login("r8.im") == ("usuario", "secreto")
 
