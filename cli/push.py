@@ -234,7 +234,8 @@ def _git(*arguments: str) -> str:
     """What git prints in the project's folder; empty where it fails, or is not there."""
     if shutil.which("git") is None:
         return ""
-    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, errors="replace").stdout
+    result = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, errors="replace")
+    return result.stdout if result.returncode == 0 else ""
 
 
 def _first(paths: list[str]) -> str:

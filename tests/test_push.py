@@ -471,11 +471,16 @@ def test_the_commit_is_the_projects_wherever_the_weights_are(
         return subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout.strip()
 
     unset = {"GITHUB_SHA": "", "GITHUB_REF_NAME": ""}
+    weights_dir = str(tmp_path / "otra")
     for folder in (project, tmp_path / "otra"):
         git(folder, "init")
+    push(NAME, WEIGHTS_DIR=weights_dir, **unset)
+    # there is none yet
+    assert noted(notes)["variables"]["GITHUB_SHA"] == ""
+
+    for folder in (project, tmp_path / "otra"):
         git(folder, "commit", "--allow-empty", "--message", folder.name)
     git(project, "tag", "v1")
-    weights_dir = str(tmp_path / "otra")
     push(NAME, WEIGHTS_DIR=weights_dir, **unset)
     assert weights_dir in noted(notes)["folder"]
     variables = noted(notes)["variables"]
