@@ -1,24 +1,24 @@
-"""What a push needs beside the project: the programs cog and docker, and a login at Replicate's registry.
+"""What a push needs on this computer beside the project: the programs cog and docker, and what `cog login` stored.
 
-Each check raises a UserError of one line, with the command that mends what is missing.
+Each function raises a UserError of one line, with the command that mends what is missing.
 """
 
+import base64
 import json
 import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
+from cli.registry import Login
 from llm.errors import UserError
 from llm.words import one_line, reason
 
-REGISTRY = "r8.im"
-
 _INSTALL_COG = "brew install replicate/tap/cog (macOS) o sh <(curl -fsSL https://cog.run/install.sh) (Linux)"
 _UPGRADE_COG = _INSTALL_COG.replace("brew install", "brew upgrade")
-# The stores that Docker's client looks for by itself, while its configuration says nothing.
-_STORES = ("osxkeychain", "pass", "secretservice")
+_OLDEST_DOCKER = 23
 _SECONDS = 30
 
 
@@ -36,38 +36,70 @@ def check_cog(needed: str) -> None:
 
 
 def check_docker() -> None:
-    """Docker is there, running, and lets this user in."""
+    """Docker is there, running, lets this user in, and can build what cog asks of it."""
     if shutil.which("docker") is None:
         raise UserError("Falta Docker: instálelo como dice https://docs.docker.com/get-started/get-docker/")
-    result = _run(["docker", "info"])
+    result = _run(["docker", "version", "--format", "{{.Server.Version}}"])
     if result.returncode == 0:
+        version = result.stdout.strip()
+        # an older one fails once all is built, where cog adds its labels
+        if _numbers(version) and _numbers(version)[0] < _OLDEST_DOCKER:
+            raise UserError(
+                f"Docker es el {one_line(version)} y Cog necesita el {_OLDEST_DOCKER} o más nuevo: instálelo como dice "
+                "https://docs.docker.com/engine/install/"
+            )
         return
     if "permission denied" in result.stderr:
         raise UserError("Docker no le deja entrar: sudo usermod -aG docker $USER, y abra otra sesión")
     raise UserError("Docker no contesta: abra Docker Desktop, o sudo systemctl start docker")
 
 
-def check_login() -> None:
-    """`cog login` was done, which leaves its token where Docker's client does. Whether it still holds is not asked."""
+def login(host: str) -> Login:
+    """What `cog login` stored for a registry, read where cog reads it for a push. Whether it holds is not asked."""
     path = Path(os.environ.get("DOCKER_CONFIG") or Path.home() / ".docker") / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         silent = not any(config.get(key) for key in ("credsStore", "credHelpers", "auths"))
-        stores = _STORES if silent else filter(None, [config.get("credsStore")])
-        logged_in = any(config.get("auths", {}).get(REGISTRY, {}).values()) or any(map(_has_login, stores))
-    except (OSError, ValueError, AttributeError) as error:
+        store = _default_store() if silent else config.get("credsStore")
+        stored = (_stored(store, host) if store else None) or _written(config.get("auths", {}).get(host, {}))
+    except (OSError, ValueError, AttributeError, TypeError) as error:
         raise UserError(f"{one_line(str(path))} no se entiende: corríjalo o bórrelo, y cog login") from error
-    if not logged_in:
-        raise UserError(f"No ha entrado en {REGISTRY}: cog login")
+    if stored is None:
+        raise UserError(f"No ha entrado en {host}: cog login")
+    return stored
 
 
-def _has_login(store: str) -> bool:
+def _default_store() -> str:
+    """The one store that Docker's client takes by itself, while its configuration says nothing."""
+    if sys.platform == "darwin":
+        return "osxkeychain"
+    return "pass" if shutil.which("pass") else "secretservice"
+
+
+def _stored(store: str, host: str) -> Login | None:
     program = shutil.which(f"docker-credential-{store}")
-    return program is not None and _run([program, "get"], stdin=REGISTRY).returncode == 0
+    result = _run([program, "get"], stdin=host) if program else None
+    if result is None or result.returncode:
+        return None
+    answer = json.loads(result.stdout)
+    return Login(answer.get("Username", ""), answer.get("Secret", ""))
+
+
+def _written(entry: dict[str, str]) -> Login | None:
+    """What stands in the configuration itself. An entry without a password only says that a store has it."""
+    if "auth" in entry:
+        username, _, secret = base64.b64decode(entry["auth"]).decode().partition(":")
+    else:
+        username, secret = entry.get("username", ""), entry.get("password", "")
+    return Login(username, secret) if secret else None
 
 
 def image_id(name: str) -> str:
-    """The id of the image that Docker has under this name; empty where it has none."""
+    """The id of the image that Docker has under this name; empty where it has none.
+
+    Only this computer is asked. Where Docker keeps its images in containerd, as Docker Desktop and Engine 29 do, the
+    build asks the registry first, which has none of this name unless somebody pushed one there.
+    """
     result = _run(["docker", "image", "inspect", "--format", "{{.Id}}", name])
     return result.stdout.strip() if result.returncode == 0 else ""
 

@@ -1,6 +1,7 @@
 """script/push: `cog push --separate-weights`, after a look at all that it needs and at what callers would miss."""
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -8,10 +9,11 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import yaml
 
-from cli import changes, hosted, prerequisites, schema, staging
+from cli import changes, hosted, prerequisites, registry, schema, staging
 from cli.hosted import Reference
 from cli.schema import Schema
 from cli.terminal import Parser, agree, command
@@ -23,6 +25,33 @@ from llm.words import about, one_line
 _TOKEN = "REPLICATE_API_TOKEN"
 _MOST_SHOWN = 5
 _SECONDS_TO_STOP = 5
+
+# Cog's own variable for it.
+_REGISTRY = "COG_REGISTRY_HOST"
+_REPLICATE = "r8.im"
+# A name with its registry: Replicate's, or one on this computer.
+_NAMED = re.compile(r"(r8\.im|127\.0\.0\.1:\d+)/(.*)", re.DOTALL)
+# What would have cog push to another name, or another interface or server than those of this project.
+_NOT_COGS = (
+    "COG_MODEL",
+    "COG_MODEL_REGISTRY",
+    "COG_MODEL_REPO",
+    "COG_MODEL_TAG",
+    "COG_OPENAPI_SCHEMA",
+    "COG_SDK_WHEEL",
+)
+_BASE = "cog-base"
+
+
+class Image(NamedTuple):
+    """What cog.yaml and requirements.txt say of the image."""
+
+    settings: Settings
+    cog: str
+    coglet: str | None
+    """Its pin, which cog itself does not read."""
+    base: str | None
+    """The tag of Cog's base image; None where cog.yaml leaves it to Cog."""
 
 
 @command
@@ -38,24 +67,33 @@ def main() -> int:
     parser.add_argument("--yes", action="store_true", help="no pregunta, aunque cambie algo para quien ya lo usa")
     parser.add_argument_group("...", "lo demás, como --no-cache, pasa a cog push; sus archivos, con la ruta entera")
     arguments, options = parser.parse_known_args()
-    return push(Reference.parse(arguments.name), options, dry_run=arguments.dry_run, yes=arguments.yes)
+    match = _NAMED.fullmatch(arguments.name)
+    host, name = match.groups() if match else (os.environ.get(_REGISTRY) or _REPLICATE, arguments.name)
+    return push(host, Reference.parse(name), options, dry_run=arguments.dry_run, yes=arguments.yes)
 
 
-def push(model: Reference, options: list[str], *, dry_run: bool, yes: bool) -> int:
-    """Push the image to `model`; return what cog returned, or 1 after a line for each thing that is missing.
+def push(host: str, model: Reference, options: list[str], *, dry_run: bool, yes: bool) -> int:
+    """Push the image to `model` in a registry; return what cog returned, or 1 after a line for each thing missing.
 
     Raises UserError for what leaves nothing else to look at, and where the user does not agree.
     """
-    name = f"{prerequisites.REGISTRY}/{model.model}"
+    name = f"{host}/{model.model}"
     own = Settings.read()
-    cog_version, settings = image_config()
+    wanted = image_config()
+    settings = wanted.settings
     missing: list[str] = []
     with _noted(missing):
-        prerequisites.check_cog(cog_version)
+        prerequisites.check_cog(wanted.cog)
     with _noted(missing):
         prerequisites.check_docker()
     with _noted(missing):
-        prerequisites.check_login()
+        login = prerequisites.login(host)
+        registry.check_push(host, model.model, login)
+        if wanted.base and not registry.has(host, _BASE, wanted.base, login):
+            print(
+                f"Aviso: {host} no tiene la imagen base {_BASE}:{wanted.base}, y sin ella Cog parte de otra: la imagen "
+                "ocupa varios GB más y arranca en frío más despacio"
+            )
     with _noted(missing):
         _check_dockerignore(staging.place(settings))
     with _noted(missing):
@@ -85,9 +123,38 @@ def push(model: Reference, options: list[str], *, dry_run: bool, yes: bool) -> i
             print(f"No falta nada: script/push {model.model}")
             return 0
         print(f"Publicando {origin} en {name}", flush=True)
-        status = _run(["cog", "push", "--separate-weights", name, *options], folder)
+        status = _run(["cog", "push", "--separate-weights", name, *options], folder, _environment(host, wanted.coglet))
         staging.note(folder, prerequisites.image_id(image))
-        return status
+    if status:
+        print(_meaning(host, model), file=sys.stderr)
+    return status
+
+
+def _environment(host: str, coglet: str | None) -> dict[str, str]:
+    """What cog runs with: the registry, coglet's version in the image, and the commit for its labels."""
+    variables = {name: value for name, value in os.environ.items() if name not in _NOT_COGS}
+    variables[_REGISTRY] = host
+    if coglet:
+        variables["COGLET_WHEEL"] = f"pypi:{coglet}"
+    # where cog looks first: the folder it runs in may be in no repository, or in another
+    for name, arguments in (
+        ("GITHUB_SHA", ["rev-parse", "HEAD"]),
+        ("GITHUB_REF_NAME", ["describe", "--tags", "--dirty"]),
+    ):
+        variables[name] = variables.get(name) or _git(*arguments).strip()
+    return variables
+
+
+def _meaning(host: str, model: Reference) -> str:
+    """What a push that failed means: what the registry says now, or else what its English most often is."""
+    try:
+        registry.check_push(host, model.model, prerequisites.login(host))
+    except UserError as error:
+        return one_line(str(error))
+    return (
+        "No se publicó, y Cog dice arriba por qué: con «authorization failed», repita cog login; con «repository name "
+        f"not known to registry», cree {model.model} en https://replicate.com/create"
+    )
 
 
 @contextmanager
@@ -98,12 +165,13 @@ def _noted(missing: list[str]) -> Iterator[None]:
         missing.append(str(error))
 
 
-def image_config() -> tuple[str, Settings]:
-    """Cog's version in the image, and the settings there: cog.yaml names the model, and .env does not go there."""
+def image_config() -> Image:
+    """What goes into the image: cog.yaml names the model, and .env does not go there."""
     try:
         config = yaml.safe_load((ROOT / "cog.yaml").read_text(encoding="utf-8"))
         variables = dict(line.split("=", 1) for line in config.get("environment") or [])
-        cog_version = str(config["build"]["sdk_version"])
+        build = config["build"]
+        cog, requirements = str(build["sdk_version"]), ROOT / str(build.get("python_requirements", "requirements.txt"))
     except (yaml.YAMLError, ValueError, AttributeError, LookupError, TypeError) as error:
         raise UserError(
             "cog.yaml no se entiende: en build lleva sdk_version, y en environment cada línea es - NOMBRE=valor"
@@ -111,7 +179,22 @@ def image_config() -> tuple[str, Settings]:
     for name in ("MODEL_ID", "MODEL_REVISION"):
         # empty, it also hides what .env says
         os.environ[name] = variables.get(name, "")
-    return cog_version, Settings.read()
+    text = requirements.read_text(encoding="utf-8") if requirements.is_file() else ""
+    pins = dict(re.findall(r"^([\w-]+)==([\w.]+)", text, re.MULTILINE))
+    return Image(Settings.read(), cog, pins.get("coglet"), _base(build, pins.get("torch")))
+
+
+def _base(build: dict[str, object], torch: str | None) -> str | None:
+    """The tag of the base image that Cog looks for."""
+    versions = [("python", build.get("python_version")), ("torch", torch)]
+    if build.get("gpu"):
+        versions.insert(0, ("cuda", build.get("cuda")))
+    if not all(version for _, version in versions):
+        return None
+    # of CUDA and Python two numbers
+    return "-".join(
+        f"{name}{version if name == 'torch' else '.'.join(str(version).split('.')[:2])}" for name, version in versions
+    )
 
 
 def _check_dockerignore(place: Path) -> None:
@@ -143,11 +226,16 @@ def _published(model: Reference) -> Schema | None:
 
 def _uncommitted() -> list[str]:
     """The paths that are not as in git's last commit. None where the project is no repository."""
+    status = _git("--no-optional-locks", "status", "--porcelain", "--no-renames", "-z", "--", ".")
+    return [entry[3:] for entry in status.split("\0") if entry]
+
+
+def _git(*arguments: str) -> str:
+    """What git prints in the project's folder; empty where it fails, or is not there."""
     if shutil.which("git") is None:
-        return []
-    command = ["git", "--no-optional-locks", "status", "--porcelain", "--no-renames", "-z", "--", "."]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, errors="replace")
-    return [entry[3:] for entry in result.stdout.split("\0") if entry]
+        return ""
+    result = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, errors="replace")
+    return result.stdout if result.returncode == 0 else ""
 
 
 def _first(paths: list[str]) -> str:
@@ -166,9 +254,9 @@ def _size(path: Path) -> int:
     return sum(file.stat().st_size for file in (path, *path.rglob("*")) if file.is_file())
 
 
-def _run(command: list[str], folder: Path) -> int:
+def _run(command: list[str], folder: Path, variables: dict[str, str]) -> int:
     """The exit status of a command run in `folder`; it ends with this process."""
-    with subprocess.Popen(command, cwd=folder) as process:
+    with subprocess.Popen(command, cwd=folder, env=variables) as process:
         try:
             return process.wait()
         finally:

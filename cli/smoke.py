@@ -257,7 +257,7 @@ def _here(wants_demo: bool, local: bool) -> dict[str, str]:
     if wants_demo:
         return ensured(True)
     # what was published is cog.yaml's, whatever .env says
-    settings = Settings.read() if local else image_config()[1]
+    settings = Settings.read() if local else image_config().settings
     if not settings.folder.is_dir():
         raise UserError("este ordenador no tiene los pesos: descárguelos con script/weights")
     return {}

@@ -24,6 +24,7 @@ if build:
     cache.parent.mkdir(parents=True, exist_ok=True)
     cache.write_text(json.dumps(weights))
 notes = {"arguments": sys.argv[1:], "folder": os.getcwd(), "files": files, "built": build, "image": image.exists()}
+notes["variables"] = dict(os.environ)
 pathlib.Path(os.environ["NOTES"]).write_text(json.dumps(notes))
 print("You are not logged in", file=sys.stderr)
 sys.exit(3)
@@ -32,7 +33,7 @@ sys.exit(3)
 DOCKER = """\
 #!/bin/sh
 case "$1 $2" in
-"info ") echo Server: ;;
+"version --format") echo 29.0.1 ;;
 "image inspect") exec cat "$IMAGES/$(echo "$5" | tr / _)" ;;
 *) exit 125 ;;
 esac
@@ -40,9 +41,10 @@ esac
 
 
 class Programs:
-    """In a folder of their own; with `environment` they are found first. Someone is logged in."""
+    """In a folder of their own; with `environment` they are found first. Someone is logged in to a registry."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, registry: str = "r8.im") -> None:
+        self._registry = registry
         self.folder = folder / "bin"
         self.images = folder / "images"
         self._config = folder / "docker" / "config.json"
@@ -53,7 +55,7 @@ class Programs:
         # those that Docker would find by itself
         for store in ("osxkeychain", "pass", "secretservice"):
             self.write(f"docker-credential-{store}", "#!/bin/sh\necho 'credentials not found'; exit 1\n")
-        self.login({"auths": {"r8.im": {"auth": "dXN1YXJpbzpzZWNyZXRv"}}})
+        self.login({"auths": {registry: {"auth": "dXN1YXJpbzpzZWNyZXRv"}}})
 
     @property
     def environment(self) -> dict[str, str]:
@@ -61,6 +63,7 @@ class Programs:
             "PATH": os.pathsep.join([str(self.folder), os.environ["PATH"]]),
             "IMAGES": str(self.images),
             "DOCKER_CONFIG": str(self._config.parent),
+            "COG_REGISTRY_HOST": self._registry,
         }
 
     def read(self, name: str) -> str:

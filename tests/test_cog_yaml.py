@@ -5,7 +5,11 @@ and pkg/dockerfile/base.go.
 """
 
 import fnmatch
+import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +18,7 @@ import yaml
 from pathspec import GitIgnoreSpec
 
 from cli import schema, server
-from llm.weights.settings import FALCON, ROOT
+from llm.weights.settings import FALCON, ROOT, Settings
 
 # keys and types of what is used here; any other is an error
 ALLOWED: dict[str, Any] = {
@@ -105,6 +109,35 @@ def test_the_environment(config: dict[str, Any]) -> None:
     assert server.LIBRARIES.items() <= variables.items()
 
 
+def test_cog_predict_answers_as_the_image_whatever_dotenv_says(
+    config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It mounts the project's folder, .env included, where the image has its own."""
+    for name in os.environ.keys() & {"MODEL_REVISION", "WEIGHTS_DIR", "DTYPE", "HF_TOKEN", "HUGGINGFACE_HUB_TOKEN"}:
+        monkeypatch.delenv(name)
+    for line in config["environment"]:
+        monkeypatch.setenv(*line.split("=", 1))
+    image = Settings.read(tmp_path)
+    names = re.findall(r"^(\w+)=", (ROOT / ".env.example").read_text(encoding="utf-8"), re.MULTILINE)
+    (tmp_path / ".env").write_text("".join(f"{name}=otra\n" for name in names))
+    assert "WEIGHTS_DIR" in names and Settings.read(tmp_path) == image
+    (tmp_path / ".env").write_text("esto no es una línea")
+    assert Settings.read(tmp_path) == image
+
+
+def test_cog_predict_leaves_no_bytecode(config: dict[str, Any], tmp_path: Path) -> None:
+    shutil.copy(ROOT / "llm" / "errors.py", tmp_path)
+    environment = dict(line.split("=", 1) for line in config["environment"])
+    subprocess.run([sys.executable, "-c", "import errors"], cwd=tmp_path, env=environment, check=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["errors.py"]
+
+
+def test_the_comment_pins_coglet_as_the_requirements_do(pins: dict[str, str]) -> None:
+    for name in ("cog.yaml", "README.md", "README.en.md"):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        assert set(re.findall(r"COGLET_WHEEL=pypi:([\d.]*\d)", text)) == {pins["coglet"]}, name
+
+
 def test_a_reserved_name_is_seen() -> None:
     assert reserved("HF_ENDPOINT") and reserved("CUDA_VISIBLE_DEVICES")
     assert not reserved("MODEL_ID") and not reserved("HF_HOME")
@@ -128,6 +161,7 @@ def ignored() -> GitIgnoreSpec:
         ".env",
         ".env.example",
         ".git/config",
+        ".gitattributes",
         ".venv/bin/python",
         ".venv-image/bin/python",
         ".ci/run",

@@ -57,8 +57,17 @@ def test_a_cog_that_is_no_program(programs: Programs) -> None:
     assert "bin/cog, no es un programa: instálelo de nuevo" in refused(check_cog)
 
 
-def test_docker_that_answers(programs: Programs) -> None:
+# the last as somebody's own build has it
+@pytest.mark.parametrize("version", ["23.0.0", "28.5.2+dfsg1", "29.0.1", "dev"])
+def test_docker_that_answers(programs: Programs, version: str) -> None:
+    programs.write("docker", f"#!/bin/sh\n[ \"$*\" = 'version --format {{{{.Server.Version}}}}' ] && echo {version}\n")
     prerequisites.check_docker()
+
+
+@pytest.mark.parametrize("version", ["20.10.24+dfsg1", "19.03.15"])
+def test_docker_that_is_too_old(programs: Programs, version: str) -> None:
+    programs.write("docker", f"#!/bin/sh\necho {version}\n")
+    assert refused(prerequisites.check_docker).startswith(f"Docker es el {version} y Cog necesita el 23 o más nuevo: ")
 
 
 @pytest.mark.parametrize(
@@ -85,26 +94,38 @@ def test_docker_that_hangs(programs: Programs, monkeypatch: pytest.MonkeyPatch) 
 def keeps(programs: Programs, store: str) -> None:
     """Make a store of Docker's have the login."""
     answer = '{"ServerURL":"r8.im","Username":"usuario","Secret":"secreto"}'
-    programs.write(f"docker-credential-{store}", f"#!/bin/sh\n[ \"$1 $(cat)\" = 'get r8.im' ] && echo '{answer}'\n")
+    asked = "read -r host; [ \"$1 $host\" = 'get r8.im' ]"
+    programs.write(f"docker-credential-{store}", f"#!/bin/sh\n{asked} && echo '{answer}'\n")
+
+
+def login() -> None:
+    prerequisites.login("r8.im")
 
 
 @pytest.mark.parametrize(
-    "config",
+    ("config", "login"),
     [
-        {"auths": {"r8.im": {"auth": "eDp5"}}},
-        {"auths": {"r8.im": {"auth": "eDp5"}}, "credsStore": "falta"},
+        ({"auths": {"r8.im": {"auth": "eDp5Og=="}}}, ("x", "y:")),
+        ({"auths": {"r8.im": {"auth": "eDp5"}}, "credsStore": "falta"}, ("x", "y")),
+        ({"auths": {"r8.im": {"username": "x", "password": "y"}}}, ("x", "y")),
+        # the store is asked first
+        ({"auths": {"r8.im": {"auth": "eDp5"}}, "credsStore": "tiene"}, ("usuario", "secreto")),
         # as Docker Desktop has it
-        {"auths": {"r8.im": {}}, "credsStore": "tiene"},
+        ({"auths": {"r8.im": {}}, "credsStore": "tiene"}, ("usuario", "secreto")),
         # which Docker finds by itself
-        {},
-        None,
+        ({}, ("usuario", "secreto")),
+        (None, ("usuario", "secreto")),
     ],
 )
-def test_the_login_is_where_cog_leaves_it(programs: Programs, config: Any, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_login_is_where_cog_leaves_it(
+    programs: Programs, monkeypatch: pytest.MonkeyPatch, config: Any, login: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.platform", "linux")
     programs.login(config)
+    programs.write("pass", "#!/bin/sh\n")
     for store in ("tiene", "pass"):
         keeps(programs, store)
-    prerequisites.check_login()
+    assert prerequisites.login("r8.im") == login
     assert capfd.readouterr() == ("", "")
 
 
@@ -122,16 +143,41 @@ def test_the_login_is_where_cog_leaves_it(programs: Programs, config: Any, capfd
 def test_a_login_elsewhere_is_none(programs: Programs, config: Any) -> None:
     programs.login(config)
     keeps(programs, "pass")
-    assert refused(prerequisites.check_login) == "No ha entrado en r8.im: cog login"
+    assert refused(login) == "No ha entrado en r8.im: cog login"
 
 
+@pytest.mark.parametrize(
+    ("platform", "programs_there", "store"),
+    [
+        ("linux", ["pass"], "pass"),
+        ("linux", [], "secretservice"),
+        ("darwin", ["pass"], "osxkeychain"),
+    ],
+)
 @pytest.mark.parametrize("config", [{}, None])
-def test_nobody_has_logged_in_yet(programs: Programs, config: Any) -> None:
+def test_of_three_stores_cog_takes_one(
+    programs: Programs,
+    monkeypatch: pytest.MonkeyPatch,
+    config: Any,
+    platform: str,
+    programs_there: list[str],
+    store: str,
+) -> None:
+    monkeypatch.setattr("sys.platform", platform)
+    monkeypatch.setenv("PATH", str(programs.folder))
     programs.login(config)
-    assert refused(prerequisites.check_login) == "No ha entrado en r8.im: cog login"
+    for name in programs_there:
+        programs.write(name, "#!/bin/sh\n")
+    for other in {"osxkeychain", "pass", "secretservice"} - {store}:
+        keeps(programs, other)
+    assert refused(login) == "No ha entrado en r8.im: cog login"
+    keeps(programs, store)
+    assert prerequisites.login("r8.im") == ("usuario", "secreto")
 
 
-@pytest.mark.parametrize("config", [[], {"auths": []}, {"auths": {"r8.im": "x"}}])
+@pytest.mark.parametrize(
+    "config", [[], {"auths": []}, {"auths": {"r8.im": "x"}}, {"auths": {"r8.im": {"auth": "/w="}}}]
+)
 def test_a_configuration_that_is_none(programs: Programs, config: Any) -> None:
     programs.login(config)
-    assert "config.json no se entiende: corríjalo o bórrelo, y cog login" in refused(prerequisites.check_login)
+    assert "config.json no se entiende: corríjalo o bórrelo, y cog login" in refused(login)

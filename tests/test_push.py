@@ -22,12 +22,13 @@ from tests.hub import Hub
 from tests.processes import FINALLY, Marked
 from tests.programs import Programs
 from tests.project import copied
+from tests.registry import Registry
 
 pytestmark = pytest.mark.slow
 
 Push = Callable[..., subprocess.CompletedProcess[str]]
 
-NAME = "r8.im/usuario/modelo"
+NAME = "usuario/modelo"
 LARGE = 11 * 2**20
 """Bytes of a file for which Cog makes a layer."""
 
@@ -72,8 +73,20 @@ def notes(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def programs(tmp_path: Path) -> Programs:
-    return Programs(tmp_path / "programs")
+def registry() -> Iterator[Registry]:
+    with Registry() as registry:
+        yield registry
+
+
+@pytest.fixture
+def image(registry: Registry) -> str:
+    """The name that cog gets."""
+    return f"{registry.host}/{NAME}"
+
+
+@pytest.fixture
+def programs(tmp_path: Path, registry: Registry) -> Programs:
+    return Programs(tmp_path / "programs", registry.host)
 
 
 @pytest.fixture
@@ -120,13 +133,15 @@ def pushed(notes: Path) -> tuple[list[str], dict[str, Any]]:
     return content["arguments"], content["files"]
 
 
-def test_cog_gets_what_the_image_needs_and_nothing_else(project: Path, push: Push, notes: Path) -> None:
+def test_cog_gets_what_the_image_needs_and_nothing_else(
+    project: Path, push: Push, notes: Path, image: str, registry: Registry
+) -> None:
     falcon = model(project / "weights", FALCON, FALCON_COMMIT)
     (project / "mi_modulo.py").write_text("")
     result = push(NAME, "--no-cache", "--progress", "plain")
 
     arguments, files = pushed(notes)
-    assert arguments == ["push", "--separate-weights", NAME, "--no-cache", "--progress", "plain"]
+    assert arguments == ["push", "--separate-weights", image, "--no-cache", "--progress", "plain"]
     code = {path.relative_to(ROOT).as_posix() for path in (ROOT / "llm").rglob("*.py")}
     texts = {"config.json", "model.safetensors", "manifest.json"}
     expected = {".dockerignore", "cog.yaml", "predict.py", "requirements.txt", "mi_modulo.py"}
@@ -135,8 +150,9 @@ def test_cog_gets_what_the_image_needs_and_nothing_else(project: Path, push: Pus
     weight = (falcon / "model.safetensors").stat()
     assert files["weights/falcon-rw-1b/model.safetensors"] == [weight.st_size, weight.st_ino]
     # what cog says, and its exit status, are its own
-    assert (result.returncode, result.stderr) == (3, "You are not logged in\n")
-    assert f"Publicando weights/falcon-rw-1b ({FALCON}, {FALCON_COMMIT[:7]}) en {NAME}" in result.stdout
+    assert result.returncode == 3 and result.stderr.startswith("You are not logged in\n")
+    assert f"Publicando weights/falcon-rw-1b ({FALCON}, {FALCON_COMMIT[:7]}) en {image}" in result.stdout
+    assert not registry.uploads and "Aviso" not in result.stdout
     assert sorted(path.name for path in (project / "weights").iterdir()) == [
         ".otro.partial",
         ".push",
@@ -286,11 +302,11 @@ def test_a_name_that_is_none(push: Push, notes: Path, name: str) -> None:
     refused(push(name), notes, "no es un nombre de Replicate: se escribe USUARIO/NOMBRE, en minúsculas")
 
 
-def test_a_name_without_the_registry(project: Path, push: Push, notes: Path) -> None:
+def test_a_name_with_its_registry(project: Path, push: Push, notes: Path, image: str) -> None:
     model(project / "weights", FALCON, FALCON_COMMIT)
-    push("usuario/modelo")
-    arguments, _ = pushed(notes)
-    assert arguments == ["push", "--separate-weights", NAME]
+    # nobody listens where the environment says
+    push(image, COG_REGISTRY_HOST="127.0.0.1:1")
+    assert pushed(notes)[0] == ["push", "--separate-weights", image]
 
 
 def test_without_a_name(push: Push, notes: Path) -> None:
@@ -309,7 +325,9 @@ def lines(result: subprocess.CompletedProcess[str], notes: Path) -> list[str]:
     return result.stderr.splitlines()
 
 
-def test_all_that_is_missing_is_named_at_once(project: Path, push: Push, notes: Path, programs: Programs) -> None:
+def test_all_that_is_missing_is_named_at_once(
+    project: Path, push: Push, notes: Path, programs: Programs, registry: Registry
+) -> None:
     for name in ("cog", "docker"):
         (programs.folder / name).unlink()
     programs.login({})
@@ -319,17 +337,17 @@ def test_all_that_is_missing_is_named_at_once(project: Path, push: Push, notes: 
         if path.name not in ("cog", "docker") and not os.path.lexists(programs.folder / path.name):
             (programs.folder / path.name).symlink_to(path)
     *found, unread = lines(push(NAME, "--dry-run", PATH=str(programs.folder)), notes)
-    assert [line.partition(":")[0] for line in found] == [
+    assert [line.rpartition(": ")[0] for line in found] == [
         "Falta cog",
         "Falta Docker",
-        "No ha entrado en r8.im",
+        f"No ha entrado en {registry.host}",
         f"Faltan los pesos de {FALCON}",
     ]
     assert unread.startswith("predict.py, línea ") and "2 * 64" in unread
     assert not staged(project).exists()
 
 
-def test_a_dry_run_says_what_would_go(project: Path, push: Push, notes: Path) -> None:
+def test_a_dry_run_says_what_would_go(project: Path, push: Push, notes: Path, image: str, registry: Registry) -> None:
     model(project / "weights", FALCON, FALCON_COMMIT)
     (project / "datos").mkdir()
     (project / "datos" / "tabla.csv").write_bytes(bytes(2_000_000))
@@ -337,11 +355,12 @@ def test_a_dry_run_says_what_would_go(project: Path, push: Push, notes: Path) ->
     assert (result.returncode, result.stderr) == (0, "")
     no_token, total, *entries, last = result.stdout.splitlines()
     assert no_token == "Sin REPLICATE_API_TOKEN en .env no se compara con la versión publicada"
-    assert total.startswith(f"Lo que va a {NAME}, 13,")
+    assert total.startswith(f"Lo que va a {image}, 13,")
     sizes = {name: size.strip() for size, _, name in (entry.rpartition("  ") for entry in entries)}
     assert (sizes["weights"], sizes["datos"]) == ("11,5 MB", "2,0 MB")
     assert sizes.keys() == {".dockerignore", "cog.yaml", "datos", "llm", "predict.py", "requirements.txt", "weights"}
     assert last == "No falta nada: script/push usuario/modelo"
+    assert not registry.uploads
     assert not notes.exists() and not list(staged(project).iterdir())
 
 
@@ -364,6 +383,112 @@ def test_what_git_does_not_have_is_a_warning(project: Path, push: Push, notes: P
     warning = "Aviso: no está en git tal como es aquí: LICENCIA, LICENSE, predict.py, año 0.py, año 1.py y 1 más\n"
     assert warning in push(NAME).stdout
     assert notes.exists()
+
+
+# The registry, and what cog runs with
+
+
+def test_a_login_that_no_longer_holds(project: Path, push: Push, notes: Path, registry: Registry) -> None:
+    model(project / "weights", FALCON, FALCON_COMMIT)
+    registry.password = "otro"
+    refused(push(NAME), notes, f"{registry.host} no reconoce lo que guardó cog login: repita cog login")
+
+
+def test_a_page_that_is_not_there(project: Path, push: Push, notes: Path, registry: Registry) -> None:
+    model(project / "weights", FALCON, FALCON_COMMIT)
+    registry.models.clear()
+    refused(push(NAME, "--dry-run"), notes, f"{registry.host} no tiene usuario/modelo, o la cuenta con que entró")
+
+
+def test_a_registry_that_is_away(project: Path, push: Push, notes: Path, registry: Registry) -> None:
+    model(project / "weights", FALCON, FALCON_COMMIT)
+    registry.close()
+    refused(push(NAME), notes, "Sin conexión con 127.0.0.1: compruebe la red y repita")
+
+
+def test_a_base_image_that_is_not_there_is_a_warning(
+    project: Path, push: Push, notes: Path, registry: Registry
+) -> None:
+    model(project / "weights", FALCON, FALCON_COMMIT)
+    registry.bases.clear()
+    warning = f"Aviso: {registry.host} no tiene la imagen base cog-base:cuda12.8-python3.13-torch2.11.0, y sin ella"
+    assert warning in push(NAME).stdout and notes.exists()
+
+
+@pytest.mark.parametrize(
+    ("happens", "line"),
+    [
+        ("", "No se publicó, y Cog dice arriba por qué: con «authorization failed», repita cog login; con «repo"),
+        ("models.clear()", "no tiene usuario/modelo, o la cuenta con que entró no puede publicar en él: créelo"),
+        ("fails.update({'/token': 401})", "no reconoce lo que guardó cog login: repita cog login"),
+    ],
+)
+def test_a_push_that_is_refused_is_explained(
+    project: Path, push: Push, notes: Path, programs: Programs, registry: Registry, happens: str, line: str
+) -> None:
+    model(project / "weights", FALCON, FALCON_COMMIT)
+    go_on = notes.with_name("go on")
+    os.mkfifo(go_on)
+    programs.write("cog", programs.read("cog").replace("sys.exit(3)", f"open({str(go_on)!r}).read(); sys.exit(3)"))
+    with ThreadPoolExecutor() as pool:
+        result = pool.submit(push, NAME)
+        while not notes.exists():
+            assert not result.done(), result.result()
+        exec(f"registry.{happens}" if happens else "")
+        go_on.write_text("")
+        errors = result.result(FINALLY).stderr.splitlines()
+    assert result.result().returncode == 3
+    assert errors[0] == "You are not logged in" and line in errors[1] and len(errors) == 2
+
+
+def test_what_cog_runs_with(project: Path, push: Push, notes: Path, registry: Registry) -> None:
+    model(project / "weights", FALCON, FALCON_COMMIT)
+    names = (
+        "COG_MODEL",
+        "COG_MODEL_REGISTRY",
+        "COG_MODEL_REPO",
+        "COG_MODEL_TAG",
+        "COG_OPENAPI_SCHEMA",
+        "COG_SDK_WHEEL",
+    )
+    push(NAME, **dict.fromkeys((*names, "COGLET_WHEEL"), "otro"), COG_NO_COLOR="1")
+    variables = noted(notes)["variables"]
+    assert not variables.keys() & {*names}
+    # coglet as here
+    assert f"coglet=={variables['COGLET_WHEEL'].removeprefix('pypi:')}" in (ROOT / "requirements.txt").read_text()
+    assert (variables["COG_REGISTRY_HOST"], variables["COG_NO_COLOR"]) == (registry.host, "1")
+
+
+def test_the_commit_is_the_projects_wherever_the_weights_are(
+    project: Path, push: Push, notes: Path, tmp_path: Path
+) -> None:
+    shutil.rmtree(project / ".git")
+    model(tmp_path / "otra", FALCON, FALCON_COMMIT)
+
+    def git(folder: Path, *arguments: str) -> str:
+        identity = ["-c", "user.name=Ana", "-c", "user.email=ana@example.com"]
+        command = ["git", *identity, *arguments]
+        return subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout.strip()
+
+    unset = {"GITHUB_SHA": "", "GITHUB_REF_NAME": ""}
+    weights_dir = str(tmp_path / "otra")
+    for folder in (project, tmp_path / "otra"):
+        git(folder, "init")
+    push(NAME, WEIGHTS_DIR=weights_dir, **unset)
+    # there is none yet
+    assert noted(notes)["variables"]["GITHUB_SHA"] == ""
+
+    for folder in (project, tmp_path / "otra"):
+        git(folder, "commit", "--allow-empty", "--message", folder.name)
+    git(project, "tag", "v1")
+    push(NAME, WEIGHTS_DIR=weights_dir, **unset)
+    assert weights_dir in noted(notes)["folder"]
+    variables = noted(notes)["variables"]
+    assert (variables["GITHUB_SHA"], variables["GITHUB_REF_NAME"]) == (git(project, "rev-parse", "HEAD"), "v1")
+
+    # what GitHub's own machines say wins
+    push(NAME, WEIGHTS_DIR=weights_dir, GITHUB_SHA="abc", GITHUB_REF_NAME="main")
+    assert noted(notes)["variables"]["GITHUB_SHA"] == "abc"
 
 
 # The folder that stays
@@ -469,12 +594,12 @@ def test_a_version_that_takes_no_more(project: Path, push: Push, notes: Path, ga
     published(gateway, maximum=4096)
     published(gateway, maximum=1024)
     result = push(NAME, **gateway.environment)
-    assert result.stderr == "You are not logged in\n" and notes.exists()
+    assert result.stderr.startswith("You are not logged in\n") and notes.exists()
     assert "no se compara" not in result.stdout and gateway.token not in result.stdout
 
 
 def test_without_a_terminal_what_breaks_a_caller_is_not_pushed(
-    project: Path, push: Push, notes: Path, gateway: Gateway
+    project: Path, push: Push, notes: Path, gateway: Gateway, image: str
 ) -> None:
     model(project / "weights", FALCON, FALCON_COMMIT)
     published(gateway, maximum=4096)
@@ -486,7 +611,7 @@ def test_without_a_terminal_what_breaks_a_caller_is_not_pushed(
     assert (dry.returncode, dry.stdout.splitlines()[-3:-1]) == (0, BROKEN) and not notes.exists()
 
     assert push(NAME, "--yes", "--no-cache", **gateway.environment).stderr.splitlines()[:2] == BROKEN
-    assert pushed(notes)[0] == ["push", "--separate-weights", NAME, "--no-cache"]
+    assert pushed(notes)[0] == ["push", "--separate-weights", image, "--no-cache"]
 
 
 @pytest.mark.parametrize(("answer", "goes_on"), [("s", True), ("", False)])

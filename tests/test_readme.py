@@ -127,7 +127,7 @@ def test_every_command_is_run_or_listed(text: str) -> None:
 
 
 def test_both_have_the_same_commands_and_programs() -> None:
-    for language in ("bash", "python", "ini", "yaml"):
+    for language in ("bash", "python", "ini", "yaml", "json"):
         assert blocks(SPANISH, language) == blocks(ENGLISH, language)
 
 
@@ -174,6 +174,15 @@ def test_the_local_server_answers_curl(execute: Execute, demo_server: Client) ->
     answer = execute(curl.replace(address, demo_server.server.url))
     assert '"status":"succeeded"' in answer
     assert "".join(json.loads(chunk)["chunk"] for chunk in re.findall(r"event: output\ndata: (.*)", answer)) == ANSWER
+
+
+@pytest.mark.slow
+def test_cog_predict_prints_the_pieces(demo_server: Client) -> None:
+    """As its source says: the prediction's output, as JSON with two blanks for each level."""
+    (shown,) = blocks(SPANISH, "json")
+    output = demo_server.predict(pregunta="What is the capital of France?", temperature=0).json()["output"]
+    assert json.dumps(output, indent=2, ensure_ascii=False) + "\n" == shown
+    assert "".join(output) == ANSWER
 
 
 @pytest.mark.slow

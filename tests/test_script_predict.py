@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import uuid
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -554,6 +555,57 @@ def test_a_venv_is_kept_when_the_requirements_change(bare: Path) -> None:
     (bare / "requirements-dev.txt").write_text("cog==1\n")
     assert setup(bare).stderr.startswith("Preparando .venv con Python 3.12.1")
     assert (bare / ".venv/lib/torch").exists()
+
+
+def wheel(folder: Path, version: str) -> None:
+    """A package of that version, without anything in it."""
+    info = f"prueba-{version}.dist-info"
+    with zipfile.ZipFile(folder / f"prueba-{version}-py3-none-any.whl", "w") as file:
+        file.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: prueba\nVersion: {version}\n")
+        file.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        file.writestr(f"{info}/RECORD", "")
+
+
+def test_pip_installs_into_venv_or_setup_says_that_it_did_not(bare: Path, tmp_path: Path) -> None:
+    requirements, config = bare / "requirements-dev.txt", tmp_path / "pip.conf"
+    variables = {
+        "PYTHON": sys.executable,
+        "PIP_NO_INDEX": "1",
+        "PIP_FIND_LINKS": str(tmp_path),
+        "PIP_CONFIG_FILE": str(config),
+    }
+    for version in ("1.0", "2.0"):
+        wheel(tmp_path, version)
+    requirements.write_text("prueba==1.0\notra==1.0 ; sys_platform == 'win32'\n")
+    elsewhere = {name: str(tmp_path / "otra") for name in ("PIP_TARGET", "PIP_PREFIX", "PIP_ROOT", "PIP_PYTHON")}
+    result = setup(bare, **variables, **elsewhere, PIP_USER="1", PIP_DRY_RUN="1")
+    assert (result.returncode, result.stderr.splitlines()[-1]) == (0, "Listo"), result.stderr
+    assert list(bare.glob(".venv/lib/*/site-packages/prueba-1.0.dist-info"))
+
+    requirements.write_text("prueba==2.0\n")
+    config.write_text(f"[install]\ntarget = {tmp_path / 'otra'}\n")
+    for _ in range(2):
+        result = setup(bare, **variables)
+        assert result.returncode == 1
+        *_, reason, line = result.stderr.splitlines()
+        assert reason == "prueba" and line.startswith("pip no lo instaló en .venv: quite target, user, prefix")
+    config.unlink()
+    assert setup(bare, **variables).returncode == 0
+    assert setup(bare, **variables).stderr == ""
+
+
+def test_a_clone_whose_git_ends_lines_as_windows_does_has_the_same_files(project: Path, tmp_path: Path) -> None:
+    origin, clone = tmp_path / "origin", tmp_path / "clone"
+    shutil.copytree(project, origin, ignore=shutil.ignore_patterns(".venv", ".cog"))
+    (origin / "imagen.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    identity = ["-c", "user.name=Ana", "-c", "user.email=ana@example.com"]
+    for arguments in (["init"], ["add", "--force", "."], [*identity, "commit", "--message", "Todo"]):
+        subprocess.run(["git", *arguments], cwd=origin, check=True, capture_output=True)
+    command = ["git", "clone", "-c", "core.autocrlf=true", str(origin), str(clone)]
+    subprocess.run(command, check=True, capture_output=True)
+    files = [path.relative_to(clone) for path in clone.rglob("*") if path.is_file() and ".git" not in path.parts]
+    assert Path("script/setup") in files and Path("imagen.png") in files
+    assert [file for file in files if (clone / file).read_bytes() != (origin / file).read_bytes()] == []
 
 
 @pytest.mark.parametrize("link", [False, True])

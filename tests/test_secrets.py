@@ -17,6 +17,7 @@ from tests.gateway import Gateway
 from tests.hub import Hub, files_of
 from tests.processes import FINALLY, Marked
 from tests.programs import Programs
+from tests.registry import Registry
 
 pytestmark = pytest.mark.slow
 
@@ -38,11 +39,11 @@ print(*sys.argv)
 class Home:
     """A computer's folder, with the project in it. Whatever is run writes below it, its output included."""
 
-    def __init__(self, folder: Path, variables: dict[str, str]) -> None:
+    def __init__(self, folder: Path, registry: str, variables: dict[str, str]) -> None:
         self.folder = folder
         self.project = project.copied(folder / "project")
         self.outputs = folder / "outputs"
-        programs = Programs(folder / "programs")
+        programs = Programs(folder / "programs", registry)
         programs.write("cog", f"#!{sys.executable}\n{COG}")
         for path in (self.outputs, folder / "home", folder / "tmp"):
             path.mkdir()
@@ -90,8 +91,14 @@ def hub(falcon: Path) -> Iterator[Hub]:
         yield hub
 
 
-def test_a_token_is_in_nothing_that_is_written(hub: Hub, tmp_path: Path, processes: Marked) -> None:
-    home = Home(tmp_path, {"HF_ENDPOINT": hub.endpoint, **processes.environment})
+@pytest.fixture
+def registry() -> Iterator[Registry]:
+    with Registry() as registry:
+        yield registry
+
+
+def test_a_token_is_in_nothing_that_is_written(hub: Hub, registry: Registry, tmp_path: Path, processes: Marked) -> None:
+    home = Home(tmp_path, registry.host, {"HF_ENDPOINT": hub.endpoint, **processes.environment})
     repository = hub.repositories[MODEL]
 
     # what the hub answers to it

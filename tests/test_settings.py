@@ -56,6 +56,15 @@ def test_env_file_is_read_and_the_environment_wins(tmp_path: Path, monkeypatch: 
     assert Settings.read(tmp_path) == Settings("org/dos", None, Path("/datos"), "hf_c", "float32")
 
 
+@pytest.mark.parametrize(("value", "read"), [("1", False), ("True", False), ("0", True), ("", True)])
+def test_an_env_file_that_is_switched_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str, read: bool
+) -> None:
+    (tmp_path / ".env").write_text("MODEL_ID=org/uno\n")
+    monkeypatch.setenv("PYTHON_DOTENV_DISABLED", value)
+    assert Settings.read(tmp_path).model_id == ("org/uno" if read else FALCON)
+
+
 def test_env_file_saved_by_windows(tmp_path: Path) -> None:
     (tmp_path / ".env").write_bytes("MODEL_ID=org/uno\r\n".encode("utf-8-sig"))
     assert Settings.read(tmp_path).model_id == "org/uno"

@@ -503,6 +503,32 @@ def test_a_link_to_the_folder_is_followed(fetched: Path, tmp_path: Path) -> None
     assert ensure(settings(tmp_path / "otra"), thorough=True).verified
 
 
+def weights_dir(place: Path) -> Path:
+    return place / "weights"
+
+
+def folder(place: Path) -> Path:
+    return place / "weights" / NAME
+
+
+def file(place: Path) -> Path:
+    return place / "weights" / NAME / "model.safetensors"
+
+
+@pytest.mark.parametrize("link", [weights_dir, folder, file])
+def test_a_link_that_leads_nowhere_is_told_before_anything_is_asked(
+    hub: Hub, small: Repository, tmp_path: Path, link: Callable[[Path], Path]
+) -> None:
+    """As in an image that `cog build` made of a folder with links to the weights."""
+    path = link(tmp_path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix:
+        (path.parent / "config.json").write_text("{}")
+    path.symlink_to("/datos/otro")
+    line = f"{path} es un enlace a /datos/otro, que aquí no existe: ponga en su lugar lo que enlaza (script/push sigue"
+    assert refused(hub, tmp_path / "weights").startswith(line)
+
+
 def test_a_name_that_the_disk_cannot_hold_is_missing(fetched: Path) -> None:
     manifest = json.loads((fetched / "manifest.json").read_text())
     manifest["files"]["n" * 300] = {"size": 2, "sha256": HASH}

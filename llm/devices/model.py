@@ -6,6 +6,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -111,6 +112,7 @@ class Model:
         devices = {torch.device(d if d != "disk" else "cpu") for d in getattr(network, "hf_device_map", {}).values()}
         gpus = sorted((d for d in devices if d.type != "cpu"), key=str)
         context = _context(network, tokenizer, cached)
+        embeddings: Any = network.get_input_embeddings()
         return cls(
             network=network,
             tokenizer=tokenizer,
@@ -118,7 +120,7 @@ class Model:
             spread=len(devices) > 1,
             context=min(context, max_context or context),
             context_chosen=max_context is not None,
-            vocabulary=min(max(tokenizer.get_vocab().values()) + 1, network.get_input_embeddings().weight.shape[0]),
+            vocabulary=min(max(tokenizer.get_vocab().values()) + 1, embeddings.weight.shape[0]),
             stop_ids=_stop_ids(network, tokenizer),
             layers=len(cached),
             token_bytes=_token_bytes(cached),

@@ -70,10 +70,23 @@ def verify(settings: Settings, *, thorough: bool = False) -> Weights:
         ) from error
 
 
+def check_links(*paths: Path) -> None:
+    """Raises UserError for a link that leads nowhere, as a link to weights does in an image of `cog build`."""
+    for path in paths:
+        if os.path.islink(path) and not os.path.exists(path):
+            raise UserError(
+                f"{shown(path)} es un enlace a {one_line(os.readlink(path))}, que aquí no existe: ponga en su lugar lo "
+                "que enlaza (script/push sigue los enlaces; cog build y cog predict, no)"
+            )
+
+
 def _verify(settings: Settings, thorough: bool) -> Weights:
     folder, name = settings.folder, shown(settings.folder)
+    check_links(folder)
     manifest = _read_manifest(folder)
     if manifest is None:
+        # but those of editors
+        check_links(*folder.rglob("[!.]*"))
         formats.check_folder(name, folder)
         return Weights(folder, None, f"{name} (carpeta propia)", verified=False)
 

@@ -66,6 +66,7 @@ def ensure(settings: Settings, *, thorough: bool = False) -> Weights:
 
     Prints, in Spanish, what it does. Raises UserError; a folder that is there is never changed.
     """
+    checkpoint.check_links(settings.weights_dir)
     there = os.path.lexists(settings.folder)
     if not there:
         _fetch(settings)

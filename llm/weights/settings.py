@@ -103,9 +103,11 @@ class Settings:
 def values(root: Path = ROOT) -> dict[str, str]:
     """What the environment says, and root/.env where the environment is silent. Raises UserError.
 
-    An empty value counts as unset: in the environment it also unsets .env's.
+    An empty value counts as unset: in the environment it also unsets .env's. With python-dotenv's own variable
+    PYTHON_DOTENV_DISABLED the file is not read.
     """
-    written = {**_dotenv(root / ".env"), **os.environ}
+    disabled = os.environ.get("PYTHON_DOTENV_DISABLED", "").lower() in ("1", "t", "true", "y", "yes")
+    written = {**({} if disabled else _dotenv(root / ".env")), **os.environ}
     return {name: value.strip() for name, value in written.items() if value and value.strip()}
 
 
