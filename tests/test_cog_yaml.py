@@ -130,6 +130,7 @@ def ignored() -> GitIgnoreSpec:
         ".git/config",
         ".venv/bin/python",
         ".venv-image/bin/python",
+        ".venv-registry/bin/python",
         ".ci/run",
         "tests/test_engine.py",
         "cli/server.py",
