@@ -1,6 +1,7 @@
 """.ci/image and .ci/registry, with programs that only note what they were told: when each makes its environment."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -76,6 +77,21 @@ def test_an_installation_that_fails_is_not_taken_for_whole(checkout: Path) -> No
     requirements.write_text(pinned)
     assert image(checkout).returncode == 0
     assert pip.read_text()
+
+
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").iterdir())
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=[path.name for path in WORKFLOWS])
+def test_a_workflow_names_actions_by_commit_and_says_their_version(path: Path) -> None:
+    uses = re.findall(r"uses: (.*)", path.read_text())
+    assert uses
+    assert [use for use in uses if not re.fullmatch(r"[\w-]+/[\w-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", use)] == []
+
+
+def test_what_publishes_takes_nothing_from_a_cache() -> None:
+    text = (ROOT / ".github" / "workflows" / "push.yml").read_text()
+    assert not re.search(r"actions/cache|^ +cache", text, re.MULTILINE)
 
 
 def test_the_registrys_torch_is_tested_by_itself_where_another_is_installed() -> None:
