@@ -19,7 +19,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from datetime import date
-from importlib.metadata import version
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -161,10 +160,7 @@ def measure(settings: Settings, rounds: int, tokens: int) -> Figures:
             "gpus": facts["gpus"],
             "system": platform.platform(terse=True),
         },
-        "versions": {
-            "python": platform.python_version(),
-            **{package: version(package) for package in ("torch", "transformers", "cog")},
-        },
+        "versions": facts["versions"],
         "rounds": rounds,
         "tokens": tokens,
         "prompt_lengths": PROMPT_LENGTHS,

@@ -5,6 +5,7 @@ Says a line of JSON for each turn. Knows ids and seconds, nothing of rounds.
 
 import json
 import os
+import platform
 import random
 import resource
 import subprocess
@@ -13,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from importlib.metadata import version
 from itertools import cycle, islice
 from typing import Any
 
@@ -93,7 +95,16 @@ def contend(name: str, turns: list[tuple[int, bool]], lengths: list[int], tokens
     most = max(requests for requests, _ in turns)
     prompts = [ids.choices(range(256), k=length) for length in islice(cycle(lengths), most)]
     gpus = range(torch.cuda.device_count())
-    facts |= {"threads": torch.get_num_threads(), "gpus": [torch.cuda.get_device_name(gpu) for gpu in gpus]}
+    facts |= {
+        "versions": {
+            "python": platform.python_version(),
+            # the metadata of the package registry's CUDA build has no +cu130
+            "torch": torch.__version__,
+            **{package: version(package) for package in ("transformers", "cog")},
+        },
+        "threads": torch.get_num_threads(),
+        "gpus": [torch.cuda.get_device_name(gpu) for gpu in gpus],
+    }
 
     def run(requests: int, tokens: int) -> tuple[int, float]:
         start = time.perf_counter()

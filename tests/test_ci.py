@@ -1,8 +1,10 @@
-""".ci/image, with a Python that only notes what it was told: which one it takes, and when it makes its environment."""
+""".ci/image and .ci/registry, with programs that only note what they were told: when each makes its environment."""
 
 import os
+import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,8 +14,8 @@ from llm.weights.settings import ROOT
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """The files that it reads, with a script/test that says its arguments."""
-    for name in (".ci/image", "cog.yaml", "requirements.txt"):
+    """The files that they read, with a script/test that says its arguments."""
+    for name in (".ci/image", ".ci/registry", "cog.yaml", "requirements.txt", "requirements-dev.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     program(tmp_path / "script" / "test", 'echo "$@"')
@@ -75,3 +77,68 @@ def test_an_installation_that_fails_is_not_taken_for_whole(checkout: Path) -> No
     requirements.write_text(pinned)
     assert image(checkout).returncode == 0
     assert pip.read_text()
+
+
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").iterdir())
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=[path.name for path in WORKFLOWS])
+def test_a_workflow_names_actions_by_commit_and_says_their_version(path: Path) -> None:
+    uses = re.findall(r"uses: (.*)", path.read_text())
+    assert uses
+    assert [use for use in uses if not re.fullmatch(r"[\w-]+/[\w-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", use)] == []
+
+
+def test_what_publishes_takes_nothing_from_a_cache() -> None:
+    text = (ROOT / ".github" / "workflows" / "push.yml").read_text()
+    assert not re.search(r"actions/cache|^ +cache", text, re.MULTILINE)
+
+
+def test_the_registrys_torch_is_tested_by_itself_where_another_is_installed() -> None:
+    assert (ROOT / ".ci" / "run").read_text().splitlines()[-1] == ".ci/registry"
+
+
+def registry(checkout: Path, installed: str, brought: str = "2.13.0") -> subprocess.CompletedProcess[str]:
+    """With these versions of torch in .venv, and in what uv makes. The file notes has what uv was told."""
+    program(checkout / "script" / "setup", "true")
+    for folder, torch in ((".venv", installed), ("made", brought)):
+        # it runs what it is given as a program, and says its arguments to what it is given as a module
+        asked = f"""*version*torch*) exec {sys.executable} -c 'import sys; sys.exit("+" in "{torch}")'"""
+        program(checkout / folder / "bin" / "python", f'case "$*" in {asked};; *) echo "$@";; esac')
+    uv = """echo "$1 $2" >>notes
+case $1 in venv) rm -rf .venv-registry && cp -r made .venv-registry;; pip) [ ! -e fails ];; esac"""
+    program(checkout / ".venv" / "bin" / "uv", uv)
+    environment = {"PATH": os.environ["PATH"]}
+    return subprocess.run([checkout / ".ci" / "registry"], env=environment, capture_output=True, text=True)
+
+
+def test_the_registrys_torch_is_not_installed_where_script_test_had_it(checkout: Path) -> None:
+    run = registry(checkout, installed="2.13.0")
+    assert (run.returncode, run.stdout) == (0, "")
+    assert run.stderr == "El torch de .venv es el del registro de paquetes: ya se ha probado con él\n"
+    assert not (checkout / "notes").exists()
+
+
+def test_the_environment_of_the_registrys_torch_is_made_once_for_each_requirements_dev_txt(checkout: Path) -> None:
+    for changed in (False, False, True):
+        if changed:
+            with (checkout / "requirements-dev.txt").open("a") as file:
+                file.write("# otra\n")
+        run = registry(checkout, installed="2.13.0+cpu")
+        assert run.returncode == 0, run.stderr
+        assert run.stdout.startswith("-m pytest ") and run.stdout.endswith(" -m not slow\n")
+    assert (checkout / "notes").read_text().splitlines() == ["venv --no-config", "pip install"] * 2
+
+
+def test_another_torch_is_not_taken_for_the_registrys(checkout: Path) -> None:
+    for _ in range(2):
+        run = registry(checkout, installed="2.13.0+cpu", brought="2.13.0+cpu")
+        assert (run.returncode, run.stdout) == (1, "")
+        assert run.stderr.endswith("no es el del registro de paquetes: quite las variables UV_… del entorno y repita\n")
+
+
+def test_an_installation_of_the_registrys_torch_that_fails_is_not_taken_for_whole(checkout: Path) -> None:
+    (checkout / "fails").touch()
+    assert registry(checkout, installed="2.13.0+cpu").returncode != 0
+    (checkout / "fails").unlink()
+    assert registry(checkout, installed="2.13.0+cpu").returncode == 0

@@ -164,6 +164,7 @@ def ignored() -> GitIgnoreSpec:
         ".gitattributes",
         ".venv/bin/python",
         ".venv-image/bin/python",
+        ".venv-registry/bin/python",
         ".ci/run",
         "tests/test_engine.py",
         "cli/server.py",

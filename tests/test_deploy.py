@@ -1,5 +1,6 @@
 """deploy/: its files against their schemas, its probes against a genuine server, and HAProxy with the configuration
-that ships before genuine servers, which it finds by name as it would Docker's or Kubernetes'. Neither of those is here.
+that ships before genuine servers, which it finds by name as it would Docker's or Kubernetes'. Neither of those is here:
+tests/test_docker.py has the first.
 """
 
 import http.client
@@ -125,6 +126,73 @@ def test_the_files_agree() -> None:
     policy = resource("NetworkPolicy", "falcon-cog")
     assert policy["podSelector"]["matchLabels"] == {"app": "falcon-cog"}
     assert policy["ingress"][0]["from"] == [{"podSelector": {"matchLabels": {"app": "falcon"}}}]
+
+
+CONTAINERS = {
+    one["metadata"]["name"]: (one["spec"]["template"]["spec"], *one["spec"]["template"]["spec"]["containers"])
+    for one in KUBERNETES
+    if one["kind"] == "Deployment"
+}
+
+
+@pytest.mark.parametrize("name", sorted(COMPOSE["services"]))
+def test_what_docker_runs_is_confined(name: str) -> None:
+    service = COMPOSE["services"][name]
+    assert service["read_only"] is True
+    assert service["cap_drop"] == ["ALL"] and "cap_add" not in service
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    assert service["pids_limit"] and service["mem_limit"]
+    assert not {"privileged", "pid", "ipc", "network_mode", "devices"} & service.keys()
+    # the server writes there
+    assert name == "proxy" or [path.partition(":")[0] for path in service["tmpfs"]] == ["/tmp"]
+
+
+@pytest.mark.parametrize("name", sorted(CONTAINERS))
+def test_what_kubernetes_runs_is_confined(name: str) -> None:
+    pod, *containers = CONTAINERS[name]
+    assert pod["automountServiceAccountToken"] is False
+    assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert not {"hostNetwork", "hostPID", "hostIPC"} & pod.keys()
+    for container in containers:
+        assert container["securityContext"] == {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        }
+        resources = container["resources"]
+        assert {"cpu", "memory"} <= resources["requests"].keys() and "memory" in resources["limits"]
+        volumes = {volume["name"]: volume for volume in pod["volumes"]}
+        mounts = {mount["mountPath"]: volumes[mount["name"]] for mount in container["volumeMounts"]}
+        # the server writes there
+        assert name == "falcon" or mounts["/tmp"]["emptyDir"]["medium"] == "Memory"
+
+
+def test_each_pod_has_its_policy_and_the_servers_their_budget() -> None:
+    for name in CONTAINERS:
+        policy = resource("NetworkPolicy", name)
+        assert policy["podSelector"]["matchLabels"] == {"app": name}
+        assert set(policy["policyTypes"]) == {"Ingress", "Egress"}
+        # an entry without `from` would let in anybody
+        assert all(entry["from"] for entry in policy["ingress"])
+    to_servers, to_dns = resource("NetworkPolicy", "falcon")["egress"]
+    assert to_servers["to"] == [{"podSelector": {"matchLabels": {"app": "falcon-cog"}}}]
+    assert {port["port"] for port in to_dns["ports"]} == {53}
+    assert resource("PodDisruptionBudget", "falcon-cog")["selector"]["matchLabels"] == {"app": "falcon-cog"}
+
+
+def test_what_is_started_listens_on_this_machine_alone() -> None:
+    published = [port for service in COMPOSE["services"].values() for port in service.get("ports", [])]
+    documents = [ROOT / "README.md", ROOT / "README.en.md", ROOT / "CONTRIBUTING.md", DEPLOY / "README.md"]
+    text = "".join(path.read_text(encoding="utf-8") for path in documents)
+    runs = re.findall(r"docker run (?:.*\\\n)*.*", text)
+    published += [port for run in runs for port in re.findall(r"(?:-p|--publish)[ =](\S+)", run)]
+    # compose.yaml, and with and without a GPU in two languages
+    assert len(published) >= 5 and {port.split(":")[0] for port in published} == {server.HOST}
+    # Docker would end a running stream after 10 s
+    assert all("--stop-timeout 600 " in run for run in runs)
+    # a port-forward listens there too, where no --address says otherwise
+    assert not re.search(r"--address|--host|0\.0\.0\.0", text)
+    assert all(one["spec"].get("type", "ClusterIP") == "ClusterIP" for one in KUBERNETES if one["kind"] == "Service")
 
 
 # The probes
