@@ -182,6 +182,8 @@ def ignored() -> GitIgnoreSpec:
         ".hypothesis/constants/x",
         "requirements.in",
         "CONTRIBUTING.md",
+        "CHANGELOG.md",
+        "SECURITY.md",
         ".github/workflows/ci.yml",
         "weights/.push/predict.py",
         "weights/README.md",
