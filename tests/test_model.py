@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
-import psutil
 import pytest
 import torch
 from transformers import (
@@ -18,6 +17,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from llm.devices import memory
 from llm.devices import model as model_module
 from llm.devices.model import Model, rows_that_fit
 from llm.errors import UserError
@@ -135,7 +135,7 @@ def test_a_context_that_does_not_fit_is_shortened(
     model = Model.read(falcon, torch.float32)
     token = model.token_bytes[CPU]
     free = SimpleNamespace(available=token * 900 / model_module.CPU_SHARE)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
+    monkeypatch.setattr(memory, "available", lambda: free.available)
     assert model.rows(32, chunk=256) == 1
     assert model.context == 768
     assert "contexto de 2048 tokens: se usan 768" in capsys.readouterr().out

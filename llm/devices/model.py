@@ -7,13 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
 
-import psutil
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from llm.devices import cpu, gpu
+from llm.devices import cpu, gpu, memory
 from llm.devices.threads import use_physical_cores
 from llm.errors import UserError
 from llm.weights import checkpoint, hub
@@ -160,7 +159,7 @@ class Model:
         chunk: the tokens that a prefill pass computes. Where not one context fits, it is shortened to what does.
         Raises UserError where that is next to nothing.
         """
-        free = {device: int(psutil.virtual_memory().available * CPU_SHARE) for device in self.token_bytes}
+        free = {device: int(memory.available() * CPU_SHARE) for device in self.token_bytes}
         if self._gpus:
             kept = gpu.reserve(self.network, chunk, most, self.context, fused=all(map(gpu.is_ampere, self._gpus)))
             print(
