@@ -395,6 +395,22 @@ def test_the_cache_of_falcon_leaves_room_for_what_a_gpu_computes(
         assert f"{part / 1e6:.0f} MB" in said
 
 
+def test_the_reserve_is_the_sum_of_its_parts() -> None:
+    """For 4,096 tokens a pass and 32 contexts of 2,048 of falcon-rw-1b in bfloat16, computed by hand."""
+    kept = gpu.reserve(network("falcon", layers=1, width=2048, heads=32), 4096, 32, CONTEXT, fused=True)
+    # 6 x 2,048 and 3 x 8,192 numbers of two bytes
+    activations = 73_728
+    # ALiBi's bias, of each position for each head
+    scores = 131_072
+    # 11 tensors of 32 x 50,304 float32
+    sampling = 70_828_032
+    assert kept.prefill == 4096 * (activations + scores) + sampling == 909_688_832
+    # 42 copies of 4 MiB; a step; its choice; a history of int64 and the logits in float32
+    assert kept.graphs == 176_160_768 + 32 * (activations + scores) + sampling + 32 * (16_384 + 201_216)
+    assert kept.workspaces == 134_217_728
+    assert kept.total == 1_304_412_160
+
+
 def test_scores_that_no_kernel_fuses_are_left_room_for() -> None:
     """As on a T4 with grouped queries, and of models that transformers computes step by step."""
     llama = network("llama", layers=24, width=2048, heads=32)

@@ -31,7 +31,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from llm.devices import cpu, gpu, loading
+from llm.devices import gpu, linear, loading
 from llm.devices.model import Model
 from llm.errors import UserError
 from llm.weights import hub
@@ -401,8 +401,8 @@ def test_without_memory_the_reason_is_said(llama: Path, monkeypatch: pytest.Monk
             patch.setattr(target, name, raising(error))
             assert re.search(says, refused(llama))
     with monkeypatch.context() as patch:
-        patch.setattr(cpu, "computes_in_bfloat16", lambda: True)
-        patch.setattr(cpu, "pack", raising(error))
+        patch.setattr(linear, "computes_in_bfloat16", lambda: True)
+        patch.setattr(linear, "pack", raising(error))
         assert re.search(says, refused(llama, "bfloat16"))
 
 

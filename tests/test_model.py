@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
-import psutil
 import pytest
 import torch
 from transformers import (
@@ -17,6 +16,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from llm.devices import memory
 from llm.devices import model as model_module
 from llm.devices.model import Model, rows_that_fit
 from llm.errors import UserError
@@ -136,7 +136,7 @@ def test_a_context_that_does_not_fit_is_shortened(
     model = Model.read(falcon, torch.float32)
     token = model.token_bytes[CPU]
     free = SimpleNamespace(available=token * 900 / model_module.CPU_SHARE)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
+    monkeypatch.setattr(memory, "available", lambda: free.available)
     assert model.rows(32, chunk=256) == (1, 768)
     assert "contexto de 2048 tokens: se usan 768" in capsys.readouterr().out
     free.available = token * 200 / model_module.CPU_SHARE
@@ -172,7 +172,7 @@ def test_a_long_context_is_shortened_until_four_rows_fit(
     model = Model.read(falcon, torch.float32)
     model.context = 131_072
     free = SimpleNamespace(available=tokens * model.token_bytes[CPU] / model_module.CPU_SHARE)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
+    monkeypatch.setattr(memory, "available", lambda: free.available)
     assert model.rows(most, chunk=256) == expected
     lines = capsys.readouterr().out.splitlines()
     assert [f"se usan {expected[1]}" in line for line in lines] == [True] * (expected[1] < 131_072)
@@ -186,5 +186,5 @@ def test_a_context_that_the_user_chose_is_not_shortened_for_more_rows(
     assert model.context == 300
     model.context = 100_000
     free = SimpleNamespace(available=150_000 * model.token_bytes[CPU] / model_module.CPU_SHARE)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
+    monkeypatch.setattr(memory, "available", lambda: free.available)
     assert model.rows(32, chunk=256) == (1, 100_000)

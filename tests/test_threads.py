@@ -1,10 +1,21 @@
 """How many threads compute beside other programs."""
 
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
 import pytest
 import torch
 
-from llm.devices import threads
-from llm.devices.threads import Threads
+from llm.devices import cgroups, threads
+from llm.devices.threads import Threads, use_physical_cores
+from tests.cgroups import genuine, python, written
+from tests.processes import until
 
 CORES = 4
 
@@ -14,30 +25,31 @@ class Processors:
 
     def __init__(self) -> None:
         self.time = 100.0
-        self.all = 50.0
-        self.own = 10.0
+        self.others = 50.0
 
-    def read(self) -> tuple[float, float, float]:
-        return self.time, self.all, self.own
+    def read(self) -> tuple[float, float]:
+        return self.time, self.others
 
-    def work(self, seconds: float, others: float, own: float = CORES / 2) -> None:
+    def work(self, seconds: float, others: float) -> None:
         self.time += seconds
-        self.all += (others + own) * seconds
-        self.own += own * seconds
+        self.others += others * seconds
 
 
 @pytest.fixture
 def processors(thread_count: None, monkeypatch: pytest.MonkeyPatch) -> Processors:
     processors = Processors()
-    monkeypatch.setattr(threads, "_used", processors.read)
+    monkeypatch.setattr(threads, "_others", processors.read)
     monkeypatch.setattr(threads, "_allowed", lambda: set(range(CORES)))
     monkeypatch.setattr("psutil.cpu_count", lambda logical=True: CORES)
     monkeypatch.setattr("time.monotonic", lambda: processors.time)
+    monkeypatch.setattr(cgroups, "processors", lambda: math.inf)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     return processors
 
 
 def test_there_are_as_many_as_others_leave_processors_for(processors: Processors) -> None:
-    fitted = Threads(keeps_bits=lambda most: True)
+    fitted = Threads()
+    fitted.ask(lambda most: True)
     for others, number in [(0, 4), (0.4, 4), (0.6, 3), (1, 3), (2.4, 2), (3.9, 1), (9, 1), (0.1, 4)]:
         processors.work(seconds=1, others=others)
         fitted.fit()
@@ -45,7 +57,8 @@ def test_there_are_as_many_as_others_leave_processors_for(processors: Processors
 
 
 def test_a_moment_says_nothing(processors: Processors) -> None:
-    fitted = Threads(keeps_bits=lambda most: True)
+    fitted = Threads()
+    fitted.ask(lambda most: True)
     processors.work(seconds=0.1, others=4)
     fitted.fit()
     assert fitted.number == CORES
@@ -54,16 +67,179 @@ def test_a_moment_says_nothing(processors: Processors) -> None:
     assert fitted.number == CORES
 
 
-def test_a_number_that_changes_bits_is_asked_once_and_never_taken(processors: Processors) -> None:
+def test_a_number_that_changes_bits_is_asked_at_start_and_never_taken(processors: Processors) -> None:
     asked = []
 
-    def keeps_bits(most: int) -> bool:
+    def agrees(most: int) -> bool:
         asked.append((torch.get_num_threads(), most))
         return torch.get_num_threads() != 3
 
-    fitted = Threads(keeps_bits)
-    for others, number in [(1, 4), (1, 4), (2, 2), (1, 2), (2, 2), (0, 4)]:
+    fitted = Threads()
+    fitted.ask(agrees)
+    assert asked == [(1, CORES), (2, CORES), (3, CORES)]
+    for others, number in [(1, 2), (2, 2), (3, 1), (0, 4)]:
         processors.work(seconds=1, others=others)
         fitted.fit()
         assert (fitted.number, torch.get_num_threads()) == (number, number)
-    assert asked == [(3, CORES), (2, CORES)]
+    assert len(asked) == CORES - 1
+
+
+def test_where_every_smaller_number_changes_bits_all_are_taken(processors: Processors) -> None:
+    fitted = Threads()
+    fitted.ask(lambda most: False)
+    processors.work(seconds=1, others=3)
+    fitted.fit()
+    assert (fitted.number, torch.get_num_threads()) == (CORES, CORES)
+
+
+def test_only_some_numbers_are_asked_of_many_processors(
+    processors: Processors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(threads, "_allowed", lambda: set(range(16)))
+    monkeypatch.setattr("psutil.cpu_count", lambda logical=True: 16)
+    asked = []
+    fitted = Threads()
+    fitted.ask(lambda most: not asked.append(torch.get_num_threads()))
+    assert asked == [1, 2, 4, 8, 15]
+    processors.work(seconds=1, others=5)
+    fitted.fit()
+    assert fitted.number == 8
+
+
+# What the process may use
+
+
+@pytest.mark.parametrize(
+    ("cores", "quota", "setting", "number"),
+    [
+        (4, math.inf, None, 4),
+        # two processors on each core
+        (2, math.inf, None, 2),
+        (None, math.inf, None, 4),
+        (4, 2.0, None, 2),
+        (4, 2.9, None, 2),
+        (4, 0.5, None, 1),
+        (2, 64.0, None, 2),
+        (4, math.inf, "1", 1),
+        (4, math.inf, " 3 ", 3),
+        (4, math.inf, "3,2", 3),
+        (2, math.inf, "4", 4),
+        (4, math.inf, "64", 4),
+        (4, 2.0, "3", 2),
+        (4, 2.0, "1", 1),
+        *((4, math.inf, nonsense, 4) for nonsense in ("", "0", "-1", "x", "2x", "2.5", ",2", "2,", "2,x", "1 2")),
+    ],
+)
+def test_there_are_no_more_than_the_process_may_use(
+    processors: Processors,
+    monkeypatch: pytest.MonkeyPatch,
+    cores: int | None,
+    quota: float,
+    setting: str | None,
+    number: int,
+) -> None:
+    monkeypatch.setattr("psutil.cpu_count", lambda logical=True: CORES if logical else cores)
+    monkeypatch.setattr(cgroups, "processors", lambda: quota)
+    if setting is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", setting)
+    assert (use_physical_cores(), torch.get_num_threads()) == (number, number)
+    fitted = Threads()
+    fitted.ask(lambda most: True)
+    for others, left in [(0, number), (CORES - 1, 1), (0, number)]:
+        processors.work(seconds=1, others=others)
+        fitted.fit()
+        assert (fitted.number, torch.get_num_threads()) == (left, left)
+
+
+V1 = "/ /sys/fs/cgroup/cpu,cpuacct cgroup cpu,cpuacct"
+V2 = "/ /sys/fs/cgroup cgroup2 rw"
+
+
+def v1(folder: str, quota: int, period: int = 100_000) -> dict[str, str]:
+    folder = f"/sys/fs/cgroup/cpu,cpuacct{folder}"
+    return {f"{folder}/cpu.cfs_quota_us": str(quota), f"{folder}/cpu.cfs_period_us": str(period)}
+
+
+@pytest.mark.parametrize(
+    ("groups", "mounts", "files", "processors"),
+    [
+        ("0::/", V2, {"/sys/fs/cgroup/cpu.max": "200000 100000"}, 2),
+        ("0::/", V2, {"/sys/fs/cgroup/cpu.max": "75000 50000"}, 1.5),
+        ("0::/", V2, {"/sys/fs/cgroup/cpu.max": "max 100000"}, math.inf),
+        (
+            "0::/a/b",
+            V2,
+            {"/sys/fs/cgroup/a/b/cpu.max": "max 100000", "/sys/fs/cgroup/a/cpu.max": "300000 100000"},
+            3,
+        ),
+        (
+            "0::/a/b",
+            V2,
+            {"/sys/fs/cgroup/a/b/cpu.max": "200000 100000", "/sys/fs/cgroup/a/cpu.max": "300000 100000"},
+            2,
+        ),
+        ("4:cpu,cpuacct:/docker/x\n0::/", V1, v1("/docker/x", 200_000), 2),
+        ("4:cpu,cpuacct:/docker/x", V1, v1("/docker/x", -1), math.inf),
+        ("4:cpu,cpuacct:/docker/x", V1, v1("/docker/x", -1) | v1("", 100_000), 1),
+        ("4:cpu,cpuacct:/docker/x", V1.replace("/ ", "/docker/x ", 1), v1("", 50_000), 0.5),
+        ("4:cpuset:/", V1, v1("", 100_000), math.inf),
+        ("0::/", V2, {}, math.inf),
+    ],
+)
+def test_the_tightest_quota_counts(
+    tmp_path: Path, groups: str, mounts: str, files: dict[str, str], processors: float
+) -> None:
+    assert cgroups.processors(written(tmp_path, groups, mounts, files)) == processors
+
+
+def test_a_genuine_quota_counts() -> None:
+    with genuine("cpu", {"cpu.max": "150000 100000", "cpu.cfs_quota_us": "150000"}) as group:
+        assert python(group, "from llm.devices import cgroups; print(cgroups.processors())") == "1.5"
+
+
+# The measure of other programs
+
+BUSY = """
+zeros = open("/dev/zero", "rb", buffering=0)
+while True:
+    sum(range(20_000))
+    zeros.read(1 << 22)
+"""
+"""Computes, in its own code and in the system's."""
+
+
+@pytest.fixture
+def core() -> Iterator[int]:
+    """The one processor on which this thread may run."""
+    if not hasattr(os, "sched_setaffinity"):
+        pytest.skip("only Linux lets a process choose its processors")
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(before)})
+    yield min(before)
+    os.sched_setaffinity(0, before)
+
+
+def test_only_the_processors_allowed_count(core: int) -> None:
+    assert threads._allowed() == {core}
+
+
+def test_what_others_compute_is_measured(core: int) -> None:
+    """A nice process that is busy on this processor, beside whatever else runs there."""
+    with subprocess.Popen(["nice", "-n", "5", sys.executable, "-c", BUSY]) as process:
+        try:
+            busy = psutil.Process(process.pid)
+
+            def computed() -> float:
+                return sum(busy.cpu_times()[:2])
+
+            start, own = time.monotonic(), time.process_time()
+            (_, others), before = threads._others(), computed()
+            # this process computes too, which does not count
+            until(lambda: sum(range(300_000)) and min(busy.cpu_times()[:2]) > 0.2)
+            known = computed() - before
+            measured = threads._others()[1] - others
+            left = (time.monotonic() - start) - (time.process_time() - own)
+        finally:
+            process.kill()
+    # the system counts in samples, of a hundredth of a second
+    assert 0.8 * known <= measured <= left + 0.05

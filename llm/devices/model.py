@@ -8,12 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from llm.devices import attention, gpu, linear, loading
+from llm.devices import attention, gpu, linear, loading, memory
 from llm.devices.threads import use_physical_cores
 from llm.errors import UserError
 from llm.weights import checkpoint, hub
@@ -164,7 +163,7 @@ class Model:
         so: to what FEWEST_ROWS leave, unless that is below SHORTEST_CONTEXT or the user chose the context; where not
         one row fits, to what does. Raises UserError where that is next to nothing.
         """
-        free = {device: int(psutil.virtual_memory().available * CPU_SHARE) for device in self.token_bytes}
+        free = {device: int(memory.available() * CPU_SHARE) for device in self.token_bytes}
         free |= {device: int(torch.cuda.mem_get_info(device)[0] * GPU_SHARE) for device in self._gpus}
 
         def fit(context: int) -> int:

@@ -262,6 +262,8 @@ class Engine:
         self._runner.release(sequence)
         if 0 < len(self._prefix) < self.context:
             self._runner.save_prefix(self._prefix, self._prefill_chunk)
+        if self._runner.threads:
+            self._runner.threads.ask(self._model.keeps_bits)
         self.seconds["warm_up"] = time.perf_counter() - start
         size = self.most_rows * self.context * sum(self._model.token_bytes.values())
         print(f"Caché: {self.most_rows} peticiones a la vez de {self.context} tokens, hasta {decimal(size / 1e9)} GB")

@@ -84,7 +84,7 @@ class Runner:
         self.chosen = torch.zeros(rows, dtype=torch.long, device=device)
         self.columns = torch.arange(model.context, device=device)
         self.takes_positions = "position_ids" in inspect.signature(model.network.forward).parameters
-        self.threads = Threads(model.keeps_bits) if device.type == "cpu" else None
+        self.threads = Threads() if device.type == "cpu" else None
         self.capture = capture
         self.forward_graphs: dict[tuple[int, int], Replay] = {}
         """By rows and length."""

@@ -20,6 +20,8 @@ FALCON_COMMIT = "e4b9872bb803165eb22f0a867d4e6a64d34fce19"
 
 DTYPES = ("bfloat16", "float16", "float32")
 
+# How many threads, and how many in each level of parallel regions below.
+_OPENMP_THREADS = re.compile(r"\s*\+?0*([1-9]\d*)\s*(,\s*\+?0*[1-9]\d*\s*)*", re.ASCII)
 _MODEL_ID = re.compile(r"(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*", re.ASCII)
 _NUMBER = re.compile(r"\d{1,18}", re.ASCII)
 _TOKEN = re.compile(r"[!-~]+")
@@ -109,6 +111,12 @@ def values(root: Path = ROOT) -> dict[str, str]:
     disabled = os.environ.get("PYTHON_DOTENV_DISABLED", "").lower() in ("1", "t", "true", "y", "yes")
     written = {**({} if disabled else _dotenv(root / ".env")), **os.environ}
     return {name: value.strip() for name, value in written.items() if value and value.strip()}
+
+
+def openmp_threads() -> int | None:
+    """OMP_NUM_THREADS of the environment; None where it is no positive number, which OpenMP ignores as well."""
+    match = _OPENMP_THREADS.fullmatch(os.environ.get("OMP_NUM_THREADS", ""))
+    return int(match[1]) if match else None
 
 
 def token(values: dict[str, str], name: str, page: str) -> str | None:
