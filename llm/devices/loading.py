@@ -24,7 +24,8 @@ from llm.weights import formats
 from llm.weights.checkpoint import shown
 from llm.words import one_line
 
-# What torch, cuBLAS, the C++ library, the system's loader and transformers say where there is no errno.
+# What torch, cuBLAS, the C++ library, the system's loader, Python (of a stack) and transformers say where there is no
+# errno.
 _NO_MEMORY = (
     "out of memory",
     "allocate memory",
@@ -32,6 +33,7 @@ _NO_MEMORY = (
     "alloc_failed",
     "bad_alloc",
     "failed to map segment",
+    "can't start new thread",
     "offload_folder",
 )
 
