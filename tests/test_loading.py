@@ -428,9 +428,9 @@ for more in sys.argv[2:]:
 @pytest.mark.skipif(sys.platform != "linux", reason="a limit that macOS does not keep")
 def test_a_process_with_too_little_memory_says_so(llama: Path) -> None:
     """Neither for the thread that loads, nor for the file of weights, nor for its numbers in float32."""
-    config = LlamaConfig(**TINY | {"hidden_size": 2048, "intermediate_size": 8192})
+    config = LlamaConfig(**TINY | {"hidden_size": 512, "intermediate_size": 8192})
     LlamaForCausalLM(config).bfloat16().save_pretrained(llama)
-    limits = [10**6, 10**8, 3 * 10**8]
+    limits = [10**6, 2 * 10**7, 8 * 10**7]
     command = [sys.executable, "-c", LOADING, str(llama), *map(str, limits)]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     line = f"Falta memoria para cargar {llama}: cierre otros programas o elija un modelo más pequeño"

@@ -173,7 +173,7 @@ def test_another_model_has_to_be_fetched_first(
         assert before in text
         (project / name).write_text(text.replace(before, after))
     with Hub() as hub:
-        hub.add("org/Otro", {"config.json": b"{}", "model.safetensors": bytes(LARGE)})
+        hub.add("org/Otro", {"config.json": b"{}", "tokenizer.json": b"{}", "model.safetensors": bytes(LARGE)})
         hub.tokens["hf_secreto"] = True
         # in the project, and not named in .dockerignore
         variables = {"HF_ENDPOINT": hub.endpoint, "WEIGHTS_DIR": "modelos"}

@@ -210,6 +210,7 @@ def test_sharded_safetensors_come_with_their_index(hub: Hub, tmp_path: Path) -> 
         "model-00001-of-00002.safetensors": b"1" * 1000,
         "model-00002-of-00002.safetensors": b"2" * 1000,
         "generation_config.json": b"",
+        "tekken.json": b"k",
     }
     hub.add(MODEL, {**files, **JUNK})
     fetch(hub, tmp_path)
@@ -274,7 +275,7 @@ def interrupted(hub: Hub, directory: Path, stop: signal.Signals, cut: int) -> su
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])
 def test_an_interrupted_run_is_continued(hub: Hub, tmp_path: Path, stop: signal.Signals) -> None:
-    files = {"config.json": b"{}", "model.safetensors": os.urandom(100_000)}
+    files = {"config.json": b"{}", "tokenizer.json": b"{}", "model.safetensors": os.urandom(100_000)}
     hub.add(MODEL, files)
     run = interrupted(hub, tmp_path, stop, 65_000)
     _, error = run.communicate()
@@ -292,16 +293,18 @@ def test_an_interrupted_run_is_continued(hub: Hub, tmp_path: Path, stop: signal.
 
 def test_what_an_older_revision_left_is_not_continued(hub: Hub, tmp_path: Path) -> None:
     size = 100_000
-    repository = hub.add(MODEL, {"config.json": b"{}", "merges.txt": b"", "model.safetensors": os.urandom(size)})
+    repository = hub.add(
+        MODEL, {"config.json": b"{}", "tokenizer.json": b"{}", "merges.txt": b"", "model.safetensors": os.urandom(size)}
+    )
     interrupted(hub, tmp_path, signal.SIGKILL, 65_000).communicate()
-    repository.files = {"config.json": b"[]", "model.safetensors": os.urandom(size)}
+    repository.files = {"config.json": b"[]", "tokenizer.json": b"{}", "model.safetensors": os.urandom(size)}
     fetch(hub, tmp_path)
     assert files_of(tmp_path / NAME).keys() == {*repository.files, "manifest.json"}
     assert files_of(tmp_path / NAME).items() >= repository.files.items()
 
 
 def test_each_cut_is_taken_up_where_it_was(hub: Hub, tmp_path: Path) -> None:
-    files = {"config.json": b"{}", "model.safetensors": os.urandom(100_003)}
+    files = {"config.json": b"{}", "tokenizer.json": b"{}", "model.safetensors": os.urandom(100_003)}
     tenth = 10_000
     hub.add(MODEL, files).cut_after["model.safetensors"] = [tenth] * 10
     fetch(hub, tmp_path, impatient=True)
@@ -311,7 +314,7 @@ def test_each_cut_is_taken_up_where_it_was(hub: Hub, tmp_path: Path) -> None:
 
 
 def test_a_hub_that_stalls_is_asked_again(hub: Hub, tmp_path: Path) -> None:
-    files = {"config.json": b"{}", "model.safetensors": os.urandom(100_000)}
+    files = {"config.json": b"{}", "tokenizer.json": b"{}", "model.safetensors": os.urandom(100_000)}
     hub.add(MODEL, files).stall_after["model.safetensors"] = [65_000]
     fetch(hub, tmp_path, HF_HUB_DOWNLOAD_TIMEOUT="1")
     assert (tmp_path / NAME / "model.safetensors").read_bytes() == files["model.safetensors"]
@@ -326,7 +329,7 @@ def test_a_hub_that_only_stalls(hub: Hub, small: Repository, tmp_path: Path, fil
 
 
 def test_a_hub_that_knows_no_parts(hub: Hub, tmp_path: Path) -> None:
-    files = {"config.json": b"{}", "model.safetensors": os.urandom(100_000)}
+    files = {"config.json": b"{}", "tokenizer.json": b"{}", "model.safetensors": os.urandom(100_000)}
     repository = hub.add(MODEL, files)
     repository.ranges = False
     repository.cut_after["model.safetensors"] = [65_000]
@@ -335,7 +338,9 @@ def test_a_hub_that_knows_no_parts(hub: Hub, tmp_path: Path) -> None:
 
 
 def test_a_hub_that_is_busy_is_asked_again(hub: Hub, tmp_path: Path) -> None:
-    hub.add(MODEL, {"config.json": b"{}", "model.safetensors": b"123"}).statuses["model.safetensors"] = [429, 429]
+    hub.add(MODEL, {"config.json": b"{}", "tokenizer.json": b"{}", "model.safetensors": b"123"}).statuses[
+        "model.safetensors"
+    ] = [429, 429]
     fetch(hub, tmp_path, impatient=True)
     assert hub.fetched.count("model.safetensors") == 3
 
@@ -350,7 +355,7 @@ def test_a_hub_that_does_not_want(hub: Hub, small: Repository, tmp_path: Path, f
 
 
 def test_more_than_the_hub_said_is_not_kept(hub: Hub, tmp_path: Path) -> None:
-    repository = hub.add(MODEL, {"config.json": b"{}", "model.safetensors": b"123"})
+    repository = hub.add(MODEL, {"config.json": b"{}", "tokenizer.json": b"{}", "model.safetensors": b"123"})
     # the rest never comes: who wants it waits
     repository.delivered["model.safetensors"] = b"123" + bytes(1_000_000)
     repository.stall_after["model.safetensors"] = [65_000]
@@ -382,7 +387,7 @@ def test_two_runs_do_not_mix(hub: Hub, safetensors: dict[str, bytes], tmp_path: 
 
 @pytest.fixture
 def fetched(hub: Hub, tmp_path: Path) -> Path:
-    hub.add(MODEL, {"config.json": b"{}", "model.safetensors": b"0123456789" * 1000})
+    hub.add(MODEL, {"config.json": b"{}", "tokenizer.json": b"{}", "model.safetensors": b"0123456789" * 1000})
     fetch(hub, tmp_path)
     hub.requests.clear()
     return tmp_path / NAME
@@ -628,12 +633,12 @@ def test_a_name_of_the_hubs_that_no_disk_holds_is_passed_over(hub: Hub, small: R
     for name in ("n" * 300 + ".model", f"model-{'1' * 300}-of-00001.safetensors", "../../x.model"):
         small.files[name] = b"x"
     fetch(hub, tmp_path)
-    assert sorted(hub.fetched) == ["config.json", "model.safetensors"]
+    assert sorted(hub.fetched) == ["config.json", "model.safetensors", "tokenizer.json"]
 
 
 @pytest.fixture
 def small(hub: Hub) -> Repository:
-    return hub.add(MODEL, {"config.json": b"{}", "model.safetensors": b"123"})
+    return hub.add(MODEL, {"config.json": b"{}", "tokenizer.json": b"{}", "model.safetensors": b"123"})
 
 
 @pytest.mark.parametrize("token", ["", GOOD])
@@ -674,11 +679,72 @@ def test_a_gated_model_comes_with_a_token(hub: Hub, small: Repository, tmp_path:
     assert (tmp_path / NAME / "model.safetensors").read_bytes() == b"123"
 
 
-@pytest.mark.parametrize("files", [{"config.json": b"{}", **JUNK}, {"model.safetensors": b"123"}, {}])
-def test_a_repository_without_usable_weights(hub: Hub, tmp_path: Path, files: dict[str, bytes]) -> None:
+TEXTS = {"config.json": b"{}", "tokenizer.json": b"{}"}
+WEIGHTS = {"model.safetensors": b"123"}
+
+
+@pytest.mark.parametrize(
+    ("files", "says"),
+    [
+        ({**TEXTS, **JUNK}, "no tiene pesos que se puedan usar, solo GGUF, los de llama.cpp: elija el modelo original"),
+        ({"README.md": b"---", "modelo-Q4_K_M.gguf": b"g"}, "no tiene pesos que se puedan usar, solo GGUF"),
+        ({**TEXTS, "tf_model.h5": b"h"}, "no tiene pesos que se puedan usar, config.json con model.safetensors"),
+        ({"tokenizer.json": b"{}", **WEIGHTS}, "no tiene pesos que se puedan usar, config.json con model.safetensors"),
+        ({}, "no tiene pesos que se puedan usar, config.json con model.safetensors"),
+        (
+            {"adapter_config.json": b"{}", "adapter_model.safetensors": b"1"},
+            "es un adaptador (LoRA) sin su modelo base",
+        ),
+        ({"config.json": b"{}", **WEIGHTS}, "no trae ningún tokenizador que se admita: hace falta tokenizer.json"),
+        (
+            {"config.json": b"{}", **WEIGHTS, "tokenizer.model": b"t", "tokenizer_config.json": b"{}"},
+            "no trae ningún tokenizador que se admita (solo tokenizer.model): hace falta tokenizer.json",
+        ),
+        ({**TEXTS, **WEIGHTS, "quantize_config.json": b"{}"}, "está cuantizado (gptq)"),
+    ],
+)
+def test_what_cannot_be_served_is_seen_in_the_list_of_files(
+    hub: Hub, tmp_path: Path, files: dict[str, bytes], says: str
+) -> None:
     hub.add(MODEL, files)
-    assert f"{MODEL} no tiene pesos que se puedan usar" in refused(hub, tmp_path)
+    assert f"{MODEL} {says}" in refused(hub, tmp_path)
     assert hub.fetched == []
+
+
+@pytest.mark.parametrize("names", [["vocab.json", "merges.txt"], ["vocab.txt"], ["tekken.json"]])
+def test_what_a_tokenizer_can_be_made_of_comes(hub: Hub, tmp_path: Path, names: list[str]) -> None:
+    hub.add(MODEL, {"config.json": b"{}", **WEIGHTS, **dict.fromkeys(names, b"x")})
+    fetch(hub, tmp_path)
+    assert sorted(hub.fetched) == sorted(["config.json", *WEIGHTS, *names])
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        (
+            {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+            "está cuantizado (gptq), y aquí los pesos van en",
+        ),
+        ({"quantization_config": {"load_in_4bit": True}}, "está cuantizado (bitsandbytes)"),
+        ({"model_type": "t5"}, "no es un modelo causal que transformers conozca"),
+        ({"model_type": "bart"}, "no es un modelo causal que transformers conozca"),
+        ({"model_type": "desconocido"}, "no es un modelo causal que transformers conozca"),
+    ],
+)
+def test_what_cannot_be_served_is_seen_in_the_config(
+    hub: Hub, tmp_path: Path, config: dict[str, object], says: str
+) -> None:
+    hub.add(MODEL, {**TEXTS, **WEIGHTS, "config.json": json.dumps(config).encode()})
+    assert f"{MODEL} {says}" in refused(hub, tmp_path)
+    # nothing else was brought, and nothing stays
+    assert hub.fetched == ["config.json"]
+    assert contents(tmp_path) == set()
+
+
+def test_a_folder_of_the_users_own_is_found_with_its_capitals(hub: Hub, tmp_path: Path) -> None:
+    folder = checkpoints.falcon(tmp_path / "MiModelo")
+    assert fetch(hub, tmp_path, MODEL_ID="MiModelo").startswith(f"{folder} (carpeta propia)")
+    assert hub.requests == []
 
 
 class Trap:
@@ -695,14 +761,21 @@ class Trap:
 def test_a_bin_that_carries_code_is_not_opened(hub: Hub, bin: dict[str, bytes], tmp_path: Path, zipped: bool) -> None:
     mark, path = tmp_path / "mark", tmp_path / "trap.bin"
     torch.save({"a": torch.zeros(2), "b": Trap(mark)}, path, _use_new_zipfile_serialization=zipped)
-    hub.add(MODEL, {"config.json": bin["config.json"], "pytorch_model.bin": path.read_bytes()})
+    hub.add(MODEL, {"config.json": bin["config.json"], "tokenizer.json": b"{}", "pytorch_model.bin": path.read_bytes()})
     assert f"pytorch_model.bin de {MODEL} no lleva solo pesos" in refused(hub, tmp_path)
     assert contents(tmp_path) == {"trap.bin"}
 
 
 def test_a_bin_that_holds_no_tensors(hub: Hub, bin: dict[str, bytes], tmp_path: Path) -> None:
     torch.save({"a": 1}, tmp_path / "one.bin")
-    hub.add(MODEL, {"config.json": bin["config.json"], "pytorch_model.bin": (tmp_path / "one.bin").read_bytes()})
+    hub.add(
+        MODEL,
+        {
+            "config.json": bin["config.json"],
+            "tokenizer.json": b"{}",
+            "pytorch_model.bin": (tmp_path / "one.bin").read_bytes(),
+        },
+    )
     assert f"pytorch_model.bin de {MODEL} no lleva solo pesos" in refused(hub, tmp_path)
 
 

@@ -20,7 +20,8 @@ from llm.devices.cgroups import ROOT
 STACK_BYTES = 32 * (8 << 20)
 """Of the threads that start later, one for each prediction: a limit on addresses counts a stack whole, used or not."""
 
-# What torch, cuBLAS, the C++ library, the system's loader and transformers say where there is no errno.
+# What torch, cuBLAS, the C++ library, the system's loader, Python (of a stack) and transformers say where there is no
+# errno.
 _NO_MEMORY = (
     "out of memory",
     "allocate memory",
@@ -28,6 +29,7 @@ _NO_MEMORY = (
     "alloc_failed",
     "bad_alloc",
     "failed to map segment",
+    "can't start new thread",
     "offload_folder",
 )
 
