@@ -28,8 +28,13 @@ class Predictor(BasePredictor):
         start = time.perf_counter()
         self.model = Model.load(Settings.read())
         self.engine = Engine(self.model, most_rows=32)
-        self.prompter = Prompter(self.model.tokenizer, self.engine.context)
-        self.engine.start(self.prompter.prefix())
+        self.prompter = Prompter(self.model.tokenizer, self.engine.context, self.model.vocabulary)
+        prefix = []
+        try:
+            prefix = self.prompter.prefix()
+        except UserError as error:
+            print(f"Sin prompt_template ninguna pregunta tendrá respuesta. {error}")
+        self.engine.start(prefix)
         follow_cancels(cog.CancelationException)
         print(f"Listo en {decimal(time.perf_counter() - start)} s")
 
@@ -71,26 +76,32 @@ class Predictor(BasePredictor):
             description="Por encima de 1 evita repetir lo ya dicho; 1 lo desactiva.", default=1.1, ge=1, le=2
         ),
         stop_sequences: Optional[str] = Input(
-            description="Textos separados por comas; la respuesta acaba antes del primero que aparezca.", default=None
+            description=r"Textos separados por comas, 32 como mucho, con \n por salto de línea; la respuesta acaba antes del primero que aparezca.",
+            default=None,
+            max_length=1000,
         ),
         seed: Optional[int] = Input(
-            description="En una CPU, la misma semilla con las mismas entradas da el mismo texto; en una GPU, salvo algún token si hay más preguntas a la vez. Sin ella se elige una al azar.",
+            description="En una CPU, la misma semilla con las mismas entradas da el mismo texto; en una GPU, salvo algún token si hay más preguntas a la vez. Sin ella, o con -1, se elige una al azar.",
             default=None,
         ),
         prompt_template: Optional[str] = Input(
             description="Plantilla con {pregunta} donde va la pregunta; {pregunta} solo la envía tal cual.",
             default=None,
+            max_length=1000000,
         ),
     ) -> AsyncConcatenateIterator[str]:
         """Responde a una pregunta, palabra a palabra."""
         # the server lets 2.0 pass for an integer, and hands it on as it came
         max_tokens, top_k = int(max_tokens), int(top_k)
-        seed = random.getrandbits(32) if seed is None else int(seed) % 2**63
+        # `cog predict` takes no larger one than 31 bits
+        seed = random.getrandbits(31) if seed in (None, -1) else int(seed) % 2**63
+        stops = split_stop_sequences(stop_sequences)
         # in a thread: a long question takes a while to tokenize, and other predictions start meanwhile
         prompt = await asyncio.to_thread(self.prompter.encode, pregunta, prompt_template)
         sampling = Sampling(temperature, top_p, top_k, repetition_penalty, seed)
-        generation = self.engine.generate(Request(prompt.ids, max_tokens, sampling))
-        text = Text(self.model.tokenizer, split_stop_sequences(stop_sequences) + prompt.stop_sequences)
+        continued = prompt.ids if prompt.continues else []
+        text = Text(self.model.tokenizer, stops + prompt.stop_sequences, continued)
+        generation = self.engine.generate(Request(prompt.ids, max_tokens, sampling, prompt.stop_ids))
         answer = self.answer(generation, text, contextvars.copy_context())
         # Cog streams a plain generator, not an async one, and runs it in a thread of its own
         on_cancel(generation.cancel)

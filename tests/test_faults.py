@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +21,6 @@ from tests.processes import FINALLY
 pytestmark = pytest.mark.slow
 
 GREEDY = {"temperature": 0, "repetition_penalty": 1, "prompt_template": "{pregunta}"}
-END = "<|endoftext|>"
 BUDGET = 200
 
 
@@ -82,26 +82,34 @@ def test_clients_that_read_a_byte_a_second_hold_nobody_up(falcon_server: Client)
             assert '"status":"succeeded"' in rest
 
 
-@pytest.fixture(scope="module")
-def parrot(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
-    """The server with a falcon that says the prompt's last token for ever."""
-    folder = checkpoints.falcon(tmp_path_factory.mktemp("weights") / "parrot")
-    file = folder / "model.safetensors"
-    # nothing is added to a token's embedding, and no other is as near to it as it is
-    silent = ("dense.weight", "dense.bias", "dense_4h_to_h.weight", "dense_4h_to_h.bias")
-    weights = {name: t.zero_() if name.endswith(silent) else t for name, t in load_file(file).items()}
-    save_file(weights, file, {"format": "pt"})
+def served(folder: Path) -> Iterator[Client]:
     environment = {"MODEL_ID": folder.name, "WEIGHTS_DIR": str(folder.parent), "DTYPE": "float32"}
     with server.running(environment=environment) as running:
         running.wait_until_ready()
         yield Client(running)
 
 
+@pytest.fixture(scope="module")
+def parrot(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+    """The server with a falcon that says the prompt's last token for ever. Its turns end in <|im_end|>."""
+    folder = checkpoints.falcon(tmp_path_factory.mktemp("weights") / "parrot")
+    tokenizer = checkpoints.tokenizer()
+    tokenizer.add_tokens(["<|im_end|>", "<|otro|>"], special_tokens=True)
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    tokenizer.save_pretrained(folder)
+    file = folder / "model.safetensors"
+    # nothing is added to a token's embedding, and no other is as near to it as it is
+    silent = ("dense.weight", "dense.bias", "dense_4h_to_h.weight", "dense_4h_to_h.bias")
+    weights = {name: t.zero_() if name.endswith(silent) else t for name, t in load_file(file).items()}
+    save_file(weights, file, {"format": "pt"})
+    yield from served(folder)
+
+
 # the second begins at each token, and the third with it
 @pytest.mark.parametrize("stops", ["", "la lu", " la la la," + "la " * BUDGET])
 def test_the_same_token_for_ever_ends_at_the_budget(parrot: Client, stops: str) -> None:
     prediction = parrot.predict(pregunta="Tra la", max_tokens=BUDGET, stop_sequences=stops, **GREEDY).json()
-    assert text_of(prediction) == ("la" + " la" * (BUDGET - 1) if "," not in stops else "la")
+    assert text_of(prediction) == (" la" * BUDGET if "," not in stops else "")
     assert prediction["metrics"]["finish_reason"] == ("length" if "," not in stops else "stop")
 
 
@@ -111,13 +119,46 @@ def test_half_a_character_for_ever_ends_at_the_budget(parrot: Client) -> None:
     assert prediction["metrics"]["output_token_count"] == BUDGET
 
 
-def test_an_empty_answer_is_a_success_without_text(parrot: Client) -> None:
-    inputs = {"pregunta": "hola", **GREEDY, "prompt_template": f"{{pregunta}}{END}"}
+# the tokenizer's end of text, the chat template's end of a turn, and a token that only a stop sequence makes an end
+@pytest.mark.parametrize(
+    ("end", "stops"),
+    [("<|endoftext|>", {}), ("<|im_end|>", {}), ("<|otro|>", {"stop_sequences": "nunca,<|otro|>"})],
+)
+def test_an_empty_answer_is_a_success_without_text(parrot: Client, end: str, stops: dict[str, str]) -> None:
+    inputs = {"pregunta": "hola", **GREEDY, "prompt_template": f"{{pregunta}}{end}", **stops}
     prediction = parrot.predict(**inputs).json()
     assert text_of(prediction) == ""
-    assert prediction["metrics"]["output_token_count"] == 0
+    assert prediction["metrics"]["output_token_count"] == len(stops)
     assert prediction["metrics"]["finish_reason"] == "stop"
     with parrot.stream(**inputs) as events:
         names = [name for name, _ in events]
     assert "output" not in names
     assert names[-1] == "completed"
+
+
+@pytest.fixture(scope="module")
+def mismatched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+    """The server with a tokenizer that has a token more than the model, and a chat template that wants more than a
+    question."""
+    folder = checkpoints.llama(tmp_path_factory.mktemp("weights") / "mismatched")
+    tokenizer = checkpoints.tokenizer()
+    tokenizer.add_tokens(["zapatófono"])
+    tokenizer.chat_template = "{{ raise_exception('First message must be system') }}"
+    tokenizer.save_pretrained(folder)
+    yield from served(folder)
+
+
+def test_a_chat_template_that_fails_is_said_at_start_and_to_who_needs_it(mismatched: Client) -> None:
+    line = "La plantilla de chat de este modelo falla (First message must be system): indique prompt_template"
+    assert line in mismatched.get("/health-check")["setup"]["logs"]
+    assert server.error_text(mismatched.predict(pregunta="hola").json()["error"]) == line
+    text_of(mismatched.predict(pregunta="hola", max_tokens=2, **GREEDY).json())
+
+
+def test_a_token_that_the_model_lacks_is_refused_and_costs_no_other(mismatched: Client) -> None:
+    with mismatched.stream(pregunta="Once", max_tokens=100, **GREEDY) as events:
+        assert any(name == "output" for name, _ in events)
+        refused = mismatched.predict(pregunta="Mi zapatófono", **GREEDY).json()
+        *_, (_, end) = events
+    assert server.error_text(refused["error"]).startswith("El modelo no tiene el token «zapatófono» de su tokenizador")
+    assert (end["status"], end["metrics"]["output_token_count"]) == ("succeeded", 100)

@@ -13,7 +13,7 @@ from schemathesis import Case, GenerationMode
 from transformers import PreTrainedTokenizerFast
 
 from cli import server
-from llm.text.detokenizer import Text
+from llm.text.detokenizer import Text, split_stop_sequences
 from llm.text.prompt import COMPLETION
 from tests import checkpoints
 from tests.client import Client
@@ -76,7 +76,7 @@ VALID = {
     "top_k": st.integers(0, 1000),
     "repetition_penalty": st.floats(1, 2),
     "stop_sequences": TEXTS,
-    "seed": WHOLE,
+    "seed": WHOLE.filter(lambda seed: seed != -1),
     "prompt_template": st.one_of(TEXTS, st.tuples(TEXTS, TEXTS).map(ASIS.join)),
 }
 QUESTION = {"pregunta": TEXTS.filter(bool)}
@@ -98,7 +98,7 @@ INVALID = {
     "top_p": NO_NUMBER | outside(0, 1),
     "top_k": NO_WHOLE | st.integers(max_value=-1) | st.integers(min_value=1001),
     "repetition_penalty": NO_NUMBER | outside(1, 2),
-    "stop_sequences": NO_TEXT,
+    "stop_sequences": NO_TEXT | st.just("a" * 1001),
     "seed": NO_WHOLE,
     "prompt_template": NO_TEXT,
 }
@@ -121,7 +121,7 @@ def test_what_the_schema_allows_ends_whole_and_as_a_stream(falcon_server: Client
         text = text_of(whole)
         assert text == "".join(data["chunk"] for name, data in streamed if name == "output")
         assert whole["metrics"]["output_token_count"] <= inputs["max_tokens"]
-        assert not any(stop and stop in text for stop in inputs.get("stop_sequences", "").split(","))
+        assert not any(stop in text for stop in split_stop_sequences(inputs.get("stop_sequences")))
 
 
 @EXAMPLES
@@ -243,10 +243,23 @@ def test_what_lies_at_a_limit_is_taken_and_the_next_is_not(falcon_server: Client
             assert refused.status_code == httpx.codes.UNPROCESSABLE_ENTITY, (name, beyond)
 
 
-@pytest.mark.parametrize("seed", [0, -1, 2**53 + 1, 2**63 - 1, 2**63, -(2**63), 2**64, 10**400 // 10**100, 1e300])
+@pytest.mark.parametrize("seed", [0, -2, 2**53 + 1, 2**63 - 1, 2**63, -(2**63), 2**64, 10**400 // 10**100, 1e300])
 def test_any_seed_gives_the_same_text_again(falcon_server: Client, seed: float) -> None:
     inputs = {"pregunta": "a", "seed": seed, "temperature": 2}
     assert text_of(succeeded(falcon_server, **inputs)) == text_of(succeeded(falcon_server, **inputs))
+
+
+@pytest.mark.parametrize("drawn", [{}, {"seed": -1}, {"seed": -1.0}])
+def test_a_drawn_seed_is_another_each_time_and_gives_the_text_again(
+    falcon_server: Client, drawn: dict[str, float]
+) -> None:
+    inputs = {"pregunta": "a", "temperature": 2, "max_tokens": 1}
+    predictions = [succeeded(falcon_server, **inputs, **drawn) for _ in range(12)]
+    seeds = [int(prediction["logs"].partition("semilla ")[2].partition(":")[0]) for prediction in predictions]
+    assert len({*seeds}) == len(seeds)
+    # the command cog takes no larger one
+    assert all(0 <= seed < 2**31 for seed in seeds)
+    assert text_of(succeeded(falcon_server, **inputs, seed=seeds[0])) == text_of(predictions[0])
 
 
 @pytest.fixture(scope="module")
@@ -269,6 +282,18 @@ def test_a_stop_sequence_ends_the_answer(falcon_server: Client, greedy: list[str
         assert text_of(prediction) == text_before(text, stops)
         assert prediction["metrics"]["finish_reason"] == "stop"
     assert 0 < at < len(text)
+
+
+def test_a_stop_sequence_is_written_with_escapes(falcon_server: Client, greedy: list[str]) -> None:
+    text = "".join(greedy)
+    inputs = {"pregunta": "Once upon a time", **GREEDY, "max_tokens": 24}
+    stopped = succeeded(falcon_server, stop_sequences=r"\\nunca,\n,\,\,,\t" + "," + text[5:9], **inputs)
+    assert text_of(stopped) == text[: text.index(text[5:9])]
+
+
+def test_more_stop_sequences_than_are_taken_fail_with_their_line(falcon_server: Client) -> None:
+    prediction = ended(falcon_server.predict(pregunta="a", stop_sequences=",".join("a" * 33)))
+    assert server.error_text(prediction["error"]) == ("stop_sequences lleva 33 textos y se admiten 32: quite algunos")
 
 
 @pytest.mark.parametrize("stops", ["", ",", ",,,", "nunca", "\ufffe", "👩‍👩‍👧", "\0"])
@@ -334,9 +359,7 @@ def test_a_body_of_50_mb_is_answered(falcon_server: Client) -> None:
     assert falcon_server.predict(pregunta=much).status_code == httpx.codes.UNPROCESSABLE_ENTITY
     assert falcon_server.predict(pregunta="a", seed=much).status_code == httpx.codes.UNPROCESSABLE_ENTITY
     assert falcon_server.post("/predictions", much).status_code == httpx.codes.BAD_REQUEST
-    # no limit of ours: the template alone is too long
-    prediction = ended(falcon_server.predict(pregunta="a", prompt_template=ASIS + much))
-    assert "caracteres y se admiten" in server.error_text(prediction["error"])
-    succeeded(falcon_server, pregunta="a", stop_sequences=much)
+    assert falcon_server.predict(pregunta="a", prompt_template=much).status_code == httpx.codes.UNPROCESSABLE_ENTITY
+    assert falcon_server.predict(pregunta="a", stop_sequences=much).status_code == httpx.codes.UNPROCESSABLE_ENTITY
     succeeded(falcon_server, pregunta="a", otra=much)
     assert falcon_server.post("/predictions", much * 3).status_code == httpx.codes.REQUEST_ENTITY_TOO_LARGE

@@ -36,8 +36,12 @@ QUESTIONS = [
 
 
 def chatml() -> PreTrainedTokenizerFast:
-    """GPT-2's, extended as models are: marks (not all special; one in another, one in its merges), a word, blanks."""
-    tokenizer = checkpoints.tokenizer()
+    """GPT-2's, extended as models are."""
+    return extended(checkpoints.tokenizer())
+
+
+def extended(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """Marks (not all special; one in another, one in GPT-2's merges), a word, blanks, and a chat template."""
     tokenizer.add_tokens([AddedToken(mark, special=True) for mark in ("im_start|>", "<|im_start|>", "<|im_end|>")])
     tokenizer.add_tokens([AddedToken("<think>", special=False), AddedToken("://", special=False)])
     tokenizer.add_tokens([AddedToken("<|user|>", special=True, rstrip=True)])
@@ -228,8 +232,9 @@ def test_the_prefix_is_what_ordinary_prompts_begin_with(prompter: Prompter) -> N
     assert len(prefix) > len(prompter.encode("x").ids) - 12
 
 
-def test_where_no_question_fits_there_is_no_prefix(falcon: Prompter) -> None:
-    assert Prompter(checkpoints.tokenizer(), len(falcon.prefix())).prefix() == []
+def test_where_no_question_fits_the_prefix_says_so(falcon: Prompter) -> None:
+    with pytest.raises(UserError, match="en total, con la respuesta"):
+        Prompter(checkpoints.tokenizer(), len(falcon.prefix())).prefix()
 
 
 def test_a_chat_template_is_rendered_for_each_question() -> None:
@@ -244,6 +249,127 @@ def test_a_chat_template_that_drops_the_question_is_refused() -> None:
     tokenizer.chat_template = "{% for part in messages[0]['content'] %}{{ part['text'] }}{% endfor %}"
     with pytest.raises(UserError, match="indique prompt_template"):
         Prompter(tokenizer, 2048).encode("hola")
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ raise_exception('First message must be system') }}",
+        "{% if messages[0]['role'] != 'system' %}{{ raise_exception('a\\nb') }}{% endif %}",
+        "{% for message in messages %}{{ message['content'] }}",
+        "{{ messages[0]['content'] | no_such_filter }}",
+        "{% for tool in tools %}{{ tool.name }}{% endfor %}{{ messages[0]['content'] }}",
+        "{{ messages[0]['content'] + date.today.iso }}",
+        "{{ 1 // 0 }}",
+        "{{ messages[0]['content'].__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages[1]['content'] }}",
+        "   ",
+        {"tool_use": CHATML},
+    ],
+)
+def test_a_chat_template_that_fails_is_one_line_and_stops_nobody_with_another(template: str | dict[str, str]) -> None:
+    tokenizer = extended(sentencepiece())
+    tokenizer.chat_template = template
+    prompter = Prompter(tokenizer, 2048)
+    for ask in (prompter.prefix, lambda: prompter.encode("hola")):
+        with pytest.raises(
+            UserError, match=r"^La plantilla de chat de este modelo .*: indique prompt_template$"
+        ) as refused:
+            ask()
+        assert "\n" not in str(refused.value)
+    assert prompter.encode("hola", "{pregunta}").ids == tokenizer("hola")["input_ids"]
+
+
+def test_of_several_chat_templates_the_default_one_is_used() -> None:
+    tokenizer = extended(sentencepiece())
+    alone = Prompter(tokenizer, 2048).encode("hola")
+    tokenizer.chat_template = {"tool_use": "{{ tools[0] }}", "default": CHATML}
+    assert Prompter(tokenizer, 2048).encode("hola") == alone
+
+
+WRITTEN = "{% for message in messages %}<|im_start|>{{ message['content'] }}"
+"""Of each message. What ends it follows."""
+
+
+@pytest.mark.parametrize(
+    ("template", "end"),
+    [
+        (CHATML, "<|im_end|>"),
+        (INST, None),
+        (WRITTEN + "{{ eos_token }}{% endfor %}", "</s>"),
+        (WRITTEN + " \n{{ eos_token }}{% endfor %}", "</s>"),
+        (WRITTEN + "{% if not loop.last %}<|im_end|>{% endif %}{% endfor %}", "<|im_end|>"),
+        # its end is where the next one begins
+        (WRITTEN + "\n{% endfor %}", "<|im_start|>"),
+        # a mark that is not special
+        (WRITTEN + "<think>{% endfor %}", "<think>"),
+        # added tokens that are text
+        (WRITTEN + "    covid{% endfor %}", None),
+        (WRITTEN + "://<|im_end|>{% endfor %}", None),
+        ("{{ messages[0]['content'] }}<|im_end|>", None),
+        ("{% if messages[0]['role'] != 'system' %}{{ raise_exception('no') }}{% endif %}" + CHATML, "<|im_end|>"),
+        ("{% if messages | length > 1 %}{{ raise_exception('no') }}{% endif %}" + CHATML, None),
+    ],
+)
+def test_an_answer_ends_where_the_chat_template_ends_it(template: str, end: str | None) -> None:
+    tokenizer = extended(sentencepiece())
+    tokenizer.chat_template = template
+    expected = frozenset() if end is None else frozenset({tokenizer.convert_tokens_to_ids(end)})
+    assert Prompter(tokenizer, 2048).encode("hola", "{pregunta}").stop_ids == expected
+
+
+def test_a_question_in_the_chat_template_ends_as_any_other() -> None:
+    prompter = Prompter(extended(sentencepiece()), 2048)
+    assert prompter.encode("hola").stop_ids == prompter.encode("hola", "{pregunta}").stop_ids != frozenset()
+
+
+def test_a_token_without_an_embedding_is_refused_where_it_stands() -> None:
+    tokenizer = sentencepiece()
+    embeddings = len(tokenizer)
+    tokenizer.add_tokens(["zapatófono"])
+    prompter = Prompter(tokenizer, 2048, embeddings)
+    assert prompter.encode("zapato").ids == default_ids(tokenizer, "zapato")
+    line = r"^El modelo no tiene el token «zapatófono» de su tokenizador: quítelo de .*plantilla$"
+    for pregunta, template in (("Mi zapatófono", None), ("zapatófono", "{pregunta}"), ("a", "zapatófono {pregunta}")):
+        with pytest.raises(UserError, match=line):
+            prompter.encode(pregunta, template)
+    tokenizer.chat_template = CHATML.replace("<|im_start|>", "zapatófono")
+    prompter = Prompter(tokenizer, 2048, embeddings)
+    with pytest.raises(UserError, match=line):
+        prompter.prefix()
+    assert prompter.encode("zapato", "{pregunta}").ids == tokenizer("zapato")["input_ids"]
+
+
+@pytest.mark.parametrize(
+    "processor",
+    [
+        processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]),
+        processors.TemplateProcessing(single="$A </s> </s>", special_tokens=[("</s>", 2)]),
+        processors.RobertaProcessing(("</s>", 2), ("<s>", 1)),
+        processors.Sequence([processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])]),
+    ],
+)
+def test_a_prompt_does_not_end_in_the_tokens_own_end(processor: processors.PostProcessor) -> None:
+    tokenizer = sentencepiece()
+    tokenizer.chat_template = None
+    tokenizer.backend_tokenizer.post_processor = processor
+    prompter = Prompter(tokenizer, 2048)
+    for template in (None, "{pregunta}", "a {pregunta}</s>b", "</s>{pregunta}"):
+        text = (template or COMPLETION).replace("{pregunta}", "de la")
+        whole = list(tokenizer(text)["input_ids"])
+        ids = prompter.encode("de la", template).ids
+        assert ids == whole[: len(ids)]
+        assert {*whole[len(ids) :]} == {2} != {ids[-1]}
+    # one that the template asks for is its own
+    assert prompter.encode("de", "{pregunta}</s>").ids[-2:] != [2, 2]
+    assert prompter.encode("de", "{pregunta}</s>").ids[-1] == 2
+
+
+def test_a_template_that_ends_in_the_question_is_continued() -> None:
+    prompter = Prompter(extended(sentencepiece()), 2048)
+    assert [prompter.encode("a", template).continues for template in ("{pregunta}", "<s>Q: {pregunta}")] == [True] * 2
+    others = ("{pregunta}\n", "Q: {pregunta}\nA:", "{pregunta}<|im_end|>", None)
+    assert [prompter.encode("a", template).continues for template in others] == [False] * 4
 
 
 def test_threads_do_not_disturb_each_other() -> None:

@@ -227,7 +227,7 @@ def test_the_inputs_are_those_of_predict_py(text: str) -> None:
         else:
             assert default and not any(character.isdigit() for character in default)
         if "maxLength" in wanted:
-            assert limits == f"{wanted['minLength']} {to} {wanted['maxLength']} {characters}"
+            assert limits == f"{wanted.get('minLength', 0)} {to} {wanted['maxLength']} {characters}"
         elif "maximum" in wanted:
             assert limits == f"{wanted['minimum']:g} {to} {wanted['maximum']:g}"
         else:

@@ -184,7 +184,8 @@ def test_temperature_0_is_the_likeliest_after_the_penalty() -> None:
 
 def test_a_greedy_step_sorts_nothing_and_another_only_what_it_needs() -> None:
     assert sampling_width(Sampling(temperature=0, top_k=0), VOCABULARY) == 0
-    assert sampling_width(Sampling(temperature=1, top_k=50), VOCABULARY) == 128
+    for top_k, width in ((1, 2), (2, 4), (3, 8), (50, 128), (64, 128), (65, 256), (1000, 2048)):
+        assert sampling_width(Sampling(temperature=1, top_k=top_k), VOCABULARY) == width
     assert sampling_width(Sampling(temperature=1), VOCABULARY) == VOCABULARY
 
 

@@ -128,9 +128,9 @@ def test_the_predictor_of_this_project() -> None:
         "top_p": {"type": "number", "default": 0.95, "minimum": 0, "maximum": 1},
         "top_k": {"type": "integer", "default": 50, "minimum": 0, "maximum": 1000},
         "repetition_penalty": {"type": "number", "default": 1.1, "minimum": 1, "maximum": 2},
-        "stop_sequences": {"type": "string", **optional},
+        "stop_sequences": {"type": "string", "maxLength": 1000, **optional},
         "seed": {"type": "integer", **optional},
-        "prompt_template": {"type": "string", **optional},
+        "prompt_template": {"type": "string", "maxLength": 1000000, **optional},
     }
     for order, (name, prop) in enumerate(expected.items()):
         prop |= {"title": name.replace("_", " ").title(), "x-order": order}

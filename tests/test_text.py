@@ -9,7 +9,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from cli import demo
-from llm.text.detokenizer import CONTEXT, Text, split_stop_sequences
+from llm.errors import UserError
+from llm.text.detokenizer import CONTEXT, MOST_STOP_SEQUENCES, Text, _Characters, split_stop_sequences
 from llm.weights.settings import Settings
 from tests import checkpoints
 
@@ -63,7 +64,10 @@ def as_it_grows(
     tokenizer: PreTrainedTokenizerFast, tokens: Sequence[int], stops: Sequence[str] = (), most: int = 1
 ) -> list[str]:
     """The chunks of `Text`, for up to `most` tokens a call."""
-    text = Text(tokenizer, stops)
+    return chunks_of(Text(tokenizer, stops), tokens, most)
+
+
+def chunks_of(text: Text, tokens: Sequence[int], most: int = 1) -> list[str]:
     deal = random.Random(0)
     chunks = []
     at = 0
@@ -103,6 +107,26 @@ def test_any_tokens_come_out_as_one_decode_gives_them(tokenizer: PreTrainedToken
     for _ in range(1000):
         tokens = some_tokens(tokenizer, draw)
         assert "".join(as_it_grows(tokenizer, tokens, most=draw.choice([1, 1, 4]))) == all_at_once(tokenizer, tokens)
+
+
+def test_what_continues_a_prompt_is_what_the_decode_of_both_adds_to_it(tokenizer: PreTrainedTokenizerFast) -> None:
+    prompt = plain(tokenizer, "Hola")
+    before = str(tokenizer.decode(prompt))
+    assert before == "Hola"
+    draw = random.Random(3)
+    for _ in range(300):
+        tokens = some_tokens(tokenizer, draw)
+        expected = all_at_once(tokenizer, [*prompt, *tokens]).removeprefix(before)
+        assert "".join(chunks_of(Text(tokenizer, prompt=prompt), tokens, draw.choice([1, 4]))) == expected
+
+
+@pytest.mark.parametrize("prompt", ["Once upon a time there", "España", "😀", " "])
+def test_a_text_that_continues_a_prompt_keeps_its_first_blank(tokenizer: PreTrainedTokenizerFast, prompt: str) -> None:
+    (answer,) = [id for name in ("▁casa", "Ġcasa") for id in named(tokenizer, name)] or [plain(tokenizer, " a")[0]]
+    text = Text(tokenizer, prompt=plain(tokenizer, prompt))
+    assert text.add([answer]) + text.end() in (" casa", " a")
+    text = Text(tokenizer)
+    assert text.add([answer]) + text.end() in ("casa", "a")
 
 
 def test_stop_sequences_cut_any_tokens_where_they_cut_the_one_decode(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -192,6 +216,37 @@ def test_the_text_ends_before_the_first_stop_sequence(
             assert "".join(as_it_grows(falcon, tokens, stops, most)) == shown
 
 
+@pytest.mark.parametrize(
+    ("stops", "shown"),
+    [
+        (["<|endoftext|>"], "sí"),
+        (["nunca", "<|endoftext|>"], "sí"),
+        (["í<|endoftext|> n"], "s"),
+        (["<|endoftext|> no"], "sí"),
+        (["<|endoftext|>\n"], "sí no<|endoftext|> ya"),
+        (["no<|endoftext|> ya"], "sí "),
+        (["<|endoftext|> no", "í"], "s"),
+    ],
+)
+def test_a_stop_sequence_may_name_special_tokens(falcon: PreTrainedTokenizerFast, stops: list[str], shown: str) -> None:
+    # the second one is plain text
+    tokens = plain(falcon, " sí")
+    tokens += [falcon.eos_token_id, *plain(falcon, " no"), *falcon.encode("<|endoftext|>", split_special_tokens=True)]
+    tokens += plain(falcon, " ya")
+    for most in (1, 2, 100):
+        assert "".join(as_it_grows(falcon, tokens, stops, most)) == shown
+
+
+def test_a_special_token_that_stops_comes_behind_all_that_was_before_it() -> None:
+    blanks = decoders.Replace("▁", " ")
+    tokenizer = sentencepiece(decoders.Sequence([blanks, decoders.ByteFallback(), decoders.Fuse()]))
+    hola, *smile = named(tokenizer, "▁Hola", *(f"<0x{byte:02X}>" for byte in "😀".encode()))
+    (end,) = named(tokenizer, "</s>")
+    for most in (1, 100):
+        assert "".join(as_it_grows(tokenizer, [hola, *smile, end, hola], ["</s>"], most)) == "Hola😀"
+        assert "".join(as_it_grows(tokenizer, [end, hola, *smile[:2], end], ["</s>x"], most)) == "Hola"
+
+
 def test_the_beginning_of_a_stop_sequence_waits_until_it_is_another_text(falcon: PreTrainedTokenizerFast) -> None:
     text = Text(falcon, ["\n\nFin"])
     assert text.add(plain(falcon, "Uno.\n")) == "Uno."
@@ -225,6 +280,20 @@ def test_what_is_decoded_again_for_a_token_does_not_grow(falcon: PreTrainedToken
         assert len(text._characters._window) <= 2 * CONTEXT
 
 
+def test_few_tokens_are_decoded_twice(falcon: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
+    decode = _Characters._decode
+    decoded = []
+
+    def counted(characters: _Characters, tokens: list[int]) -> str:
+        decoded.append(len(tokens))
+        return decode(characters, tokens)
+
+    monkeypatch.setattr(_Characters, "_decode", counted)
+    tokens = plain(falcon, "La casa del niño. " * 100)
+    as_it_grows(falcon, tokens)
+    assert len(decoded) < 1.1 * len(tokens)
+
+
 @pytest.mark.parametrize(
     ("value", "sequences"),
     [
@@ -234,7 +303,19 @@ def test_what_is_decoded_again_for_a_token_does_not_grow(falcon: PreTrainedToken
         ("a", ("a",)),
         ("a,b", ("a", "b")),
         ("\n, b ,,c", ("\n", " b ", "c")),
+        (r"\n\n,\t", ("\n\n", "\t")),
+        (r"a\,b,c", ("a,b", "c")),
+        (r"\\n,\\,\\\,", (r"\n", "\\", "\\,")),
+        (r"\end,\d\\", (r"\end", "\\d\\")),
+        ("a\\", ("a\\",)),
+        ("a\\\nb", ("a\\\nb",)),
     ],
 )
 def test_stop_sequences_are_split_at_commas(value: str | None, sequences: tuple[str, ...]) -> None:
     assert split_stop_sequences(value) == sequences
+
+
+def test_more_stop_sequences_than_are_taken_are_refused() -> None:
+    assert len(split_stop_sequences("a,," * MOST_STOP_SEQUENCES)) == MOST_STOP_SEQUENCES
+    with pytest.raises(UserError, match=r"^stop_sequences lleva 33 textos y se admiten 32: quite algunos$"):
+        split_stop_sequences("a," * (MOST_STOP_SEQUENCES + 1))

@@ -45,7 +45,7 @@ class Model:
     context: int
     """Tokens of prompt and answer together."""
     vocabulary: int
-    """How many ids are tokens. Some models have logits for more."""
+    """How many ids are tokens that the model reads. Some models have logits for more."""
     stop_ids: frozenset[int]
     layers: int
     token_bytes: Counter[torch.device]
@@ -125,7 +125,7 @@ class Model:
             device=gpus[0] if gpus else torch.device(network.device),
             spread=len(devices) > 1,
             context=_context(network, tokenizer, cached),
-            vocabulary=min(max(tokenizer.get_vocab().values()) + 1, network.get_output_embeddings().weight.shape[0]),
+            vocabulary=min(max(tokenizer.get_vocab().values()) + 1, network.get_input_embeddings().weight.shape[0]),
             stop_ids=_stop_ids(network, tokenizer),
             layers=len(cached),
             token_bytes=_token_bytes(cached),

@@ -40,11 +40,13 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True)
 class Request:
-    """What to generate from: the ids of a prompt, the most new tokens, and how to choose them."""
+    """What to generate from: the ids of a prompt, the most new tokens, how to choose them, and the ids that end the
+    text beside the model's own."""
 
     prompt: list[int]
     max_tokens: int
     sampling: Sampling
+    stop_ids: frozenset[int] = frozenset()
 
 
 class Generation:
@@ -289,7 +291,7 @@ class Engine:
         if id == NOT_A_NUMBER:
             self._break_off(generation)
             return
-        if id in self._model.stop_ids:
+        if id in self._model.stop_ids or id in generation.request.stop_ids:
             generation.finish_reason = "stop"
         else:
             generation.emitted += 1

@@ -296,6 +296,9 @@ class Runner:
             **extra,
         )
         logits: Tensor = output.logits[:, -1, : self.model.vocabulary].float()
+        # some models have logits for fewer ids than they read: the others are never chosen
+        if missing := self.model.vocabulary - logits.shape[-1]:
+            logits = torch.nn.functional.pad(logits, (0, missing), value=-torch.inf)
         return logits.to(self.logits.device)
 
     def _widths(self, samplings: list[Sampling]) -> list[int]:

@@ -126,10 +126,10 @@ def _mix(bits: int) -> int:
 
 
 def _mixed(bits: Tensor) -> Tensor:
-    """The same of each element of an int64 tensor, which torch shifts with its sign."""
+    """The same of each element of an int64 tensor, which torch shifts with its sign. Without the last step, which
+    changes no bit that `gumbel` takes."""
     bits = (bits ^ ((bits >> 30) & (1 << 34) - 1)) * _signed(_FIRST)
-    bits = (bits ^ ((bits >> 27) & (1 << 37) - 1)) * _signed(_SECOND)
-    return bits ^ ((bits >> 31) & (1 << 33) - 1)
+    return (bits ^ ((bits >> 27) & (1 << 37) - 1)) * _signed(_SECOND)
 
 
 def _signed(bits: int) -> int:

@@ -3,13 +3,20 @@
 import json
 import re
 import secrets
+import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import takewhile
+from operator import eq
+from textwrap import shorten
 
 from tokenizers import AddedToken, Tokenizer
+from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from llm.errors import UserError
+from llm.words import one_line
 
 PLACEHOLDER = "{pregunta}"
 
@@ -35,10 +42,15 @@ MAX_CHARACTERS = 1_000_000
 SURROGATES = re.compile("[\ud800-\udfff]")
 
 
+Message = dict[str, str]
+
+
 @dataclass(frozen=True)
 class Prompt:
     ids: list[int]
     stop_sequences: tuple[str, ...] = ()  # where the template itself says that the answer ends
+    stop_ids: frozenset[int] = frozenset()  # the same, as control tokens
+    continues: bool = False  # the question stands at the end, so that the answer goes on with its text
 
 
 class Prompter:
@@ -49,17 +61,19 @@ class Prompter:
     that names no control token the ids are the tokenizer's own.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, context: int) -> None:
-        """context: the most tokens that prompt and answer may have together."""
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, context: int, embeddings: int = sys.maxsize) -> None:
+        """context: the most tokens that prompt and answer may have together; embeddings: how many ids the model has an
+        embedding for."""
         self._tokenizer = tokenizer
         self._context = context
+        self._embeddings = embeddings
         secret = secrets.token_hex(16)
-        control_tokens = sorted(_control_tokens(tokenizer), key=len, reverse=True)
-        self._names = {name: f"{secret}:{i}:" for i, name in enumerate(control_tokens)}
+        self._control_ids = _control_ids(tokenizer)
+        self._names = {name: f"{secret}:{i}:" for i, name in enumerate(self._control_ids)}
         self._encoder = _renamed(tokenizer.backend_tokenizer, self._names)
+        self._finder = _finder(self._names)
         self._place = secrets.token_hex(16)  # where the chat template puts the question
-        has_chat = bool(tokenizer.chat_template)
-        self._chat_strips = has_chat and self._chat(f" {self._place} ") == self._chat(self._place)
+        self._stop_ids = self._turn_ends() if tokenizer.chat_template else frozenset()
 
     def encode(self, pregunta: str, prompt_template: str | None = None) -> Prompt:
         """The prompt for a question, by `prompt_template`, else by the model's chat template, else as a completion.
@@ -73,27 +87,52 @@ class Prompter:
             if PLACEHOLDER not in template:
                 raise UserError(f"prompt_template debe contener {PLACEHOLDER}")
             bos = self._tokenizer.bos_token
-            return Prompt(self._ids(template, PLACEHOLDER, pregunta, not (bos and template.startswith(bos))))
+            ids = self._ids(template, PLACEHOLDER, pregunta, not (bos and template.startswith(bos)))
+            return Prompt(ids, stop_ids=self._stop_ids, continues=template.endswith(PLACEHOLDER))
         if self._tokenizer.chat_template:
             # Rendered each time: some models' templates tell the date.
-            template = self._chat(self._place)
+            template = self._chat(_user(self._place))
             if self._place not in template:
                 raise UserError("La plantilla de chat de este modelo no lleva la pregunta: indique prompt_template")
             pregunta = pregunta.strip() if self._chat_strips else pregunta
-            return Prompt(self._ids(template, self._place, pregunta, add_special_tokens=False))
+            ids = self._ids(template, self._place, pregunta, add_special_tokens=False)
+            return Prompt(ids, stop_ids=self._stop_ids)
         return Prompt(self._ids(COMPLETION, PLACEHOLDER, pregunta), COMPLETION_STOPS)
 
     def prefix(self) -> list[int]:
-        """The ids that all prompts begin with but those of a `prompt_template`."""
-        try:
-            pairs = zip(self.encode("a").ids, self.encode("1").ids, strict=False)
-            return [id for id, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)]
-        except UserError:  # no question has a prompt: each will be told why
-            return []
+        """The ids that all prompts begin with but those of a `prompt_template`. Raises UserError where no question has
+        a prompt without a `prompt_template`."""
+        ids = self.encode("a").ids
+        return ids[: sum(takewhile(bool, map(eq, ids, self.encode("1").ids)))]
 
-    def _chat(self, content: str) -> str:
-        message = {"role": "user", "content": content}
-        return str(self._tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True))
+    @cached_property
+    def _chat_strips(self) -> bool:
+        return self._chat(_user(f" {self._place} ")) == self._chat(_user(self._place))
+
+    def _chat(self, *messages: Message, add_generation_prompt: bool = True) -> str:
+        try:
+            text = self._tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except Exception as error:  # a template is a program, which may raise anything
+            reason = one_line(shorten(str(error), 120, placeholder="…") or type(error).__name__)
+            raise UserError(f"La plantilla de chat de este modelo falla ({reason}): indique prompt_template") from error
+        return str(text)
+
+    def _turn_ends(self) -> frozenset[int]:
+        """The control token that the chat template writes behind an answer: there the model writes it too."""
+        system, user = {"role": "system", "content": "1"}, _user("1")
+        answer = {"role": "assistant", "content": self._place}
+        # some want a system message, and some end a turn only where another follows
+        for messages in ([user, answer], [user, answer, user], [system, user, answer], [system, user, answer, user]):
+            try:
+                _, place, after = self._chat(*messages, add_generation_prompt=False).rpartition(self._place)
+            except UserError:  # `encode` tells who needs the template
+                continue
+            first = next(iter(self._split(after.lstrip())), "")
+            if place and first in self._names and any(map(str.isalpha, first)):
+                return frozenset({self._control_ids[first]})
+        return frozenset()
 
     def _ids(self, template: str, place: str, pregunta: str, add_special_tokens: bool = True) -> list[int]:
         """The ids of a template with the question at each `place` in it."""
@@ -102,12 +141,15 @@ class Prompter:
             raise UserError(
                 f"prompt_template con la pregunta ocupa {size} caracteres y se admiten {MAX_CHARACTERS}: acórtelos"
             )
-        # The longest names first: one may be part of another.
-        for name, secret in self._names.items():
-            template = template.replace(name, secret)
+        template = "".join(self._names.get(part, part) for part in self._split(template))
         text = template.replace(place, pregunta)
         # Of the encoder's methods only those for a batch let other threads run meanwhile.
-        ids: list[int] = self._encoder.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+        encoding = self._encoder.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0]
+        ids: list[int] = encoding.ids
+        # what the tokenizer itself puts behind a text says that it has ended
+        added = encoding.special_tokens_mask
+        while ids and added[len(ids) - 1]:
+            ids.pop()
         if not ids:
             raise UserError("La pregunta no contiene nada que el modelo pueda leer: escríbala con letras o números")
         if len(ids) >= self._context:
@@ -115,7 +157,22 @@ class Prompter:
                 f"La pregunta ocupa {len(ids)} tokens y el modelo admite {self._context} en total, con la respuesta: "
                 "acorte la pregunta o prompt_template"
             )
+        if (id := max(ids)) >= self._embeddings:
+            token = one_line(str(self._tokenizer.convert_ids_to_tokens(id)))
+            raise UserError(
+                f"El modelo no tiene el token «{token}» de su tokenizador: quítelo de la pregunta o, con "
+                "prompt_template, de la plantilla"
+            )
         return ids
+
+    def _split(self, template: str) -> list[str]:
+        """The control tokens in it, the longest where several begin, and the texts between them."""
+        parts = self._finder.encode_batch([template], add_special_tokens=False)[0].offsets
+        return [template[start:end] for start, end in parts]
+
+
+def _user(content: str) -> Message:
+    return {"role": "user", "content": content}
 
 
 def _characters(text: str) -> str:
@@ -123,14 +180,23 @@ def _characters(text: str) -> str:
     return SURROGATES.sub("\ufffd", text)
 
 
-def _control_tokens(tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    return [token.content for token in tokenizer.added_tokens_decoder.values() if not _is_text(token)]
+def _control_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
+    """The id of each control token, by its name."""
+    return {token.content: id for id, token in tokenizer.added_tokens_decoder.items() if not _is_text(token)}
 
 
 def _is_text(token: AddedToken) -> bool:
     """Vocabularies are also extended with plain text: runs of blanks (SentencePiece's are ▁), words, numbers."""
     text = token.content.replace("▁", " ").strip()
     return not token.special and (not text or text.isalnum())
+
+
+def _finder(names: Iterable[str]) -> Tokenizer:
+    """A tokenizer of these names alone, to which any text between them is one unknown word. It reads a text once,
+    whatever their number."""
+    finder = Tokenizer(WordLevel({"?": 0}, unk_token="?"))
+    finder.add_tokens([AddedToken(name, normalized=False) for name in names])
+    return finder
 
 
 def _renamed(backend: Tokenizer, names: dict[str, str]) -> Tokenizer:
