@@ -226,6 +226,25 @@ def test_ids_that_no_token_has_are_never_drawn(falcon: Path) -> None:
         assert max(ended(engine, [5, 6], 10, sampling)) < checkpoints.TOKENS
 
 
+def test_ids_that_have_no_logits_are_read_and_never_drawn(falcon: Path) -> None:
+    model = Model.read(falcon, torch.float32)
+    head = model.network.get_output_embeddings()
+    head.weight = torch.nn.Parameter(head.weight[:1000].clone())
+    engine = started(model, rows=2)
+    for sampling in (Sampling(0, repetition_penalty=1.3), Sampling(1.0), Sampling(1.0, top_k=50, repetition_penalty=2)):
+        assert max(ended(engine, [5, 50_000, 6], 10, sampling)) < 1000
+
+
+def test_an_id_that_a_request_names_ends_its_text_alone(engine: Engine) -> None:
+    (prompt,) = prompts((30,), checkpoints.TOKENS, seed=6)
+    text = ended(engine, prompt, 20)
+    end = next(token for token in text[5:] if token not in text[:5])
+    generation = engine.generate(Request(prompt, 20, GREEDY, frozenset({end})))
+    assert list(generation) == text[: text.index(end)]
+    assert generation.finish_reason == "stop"
+    assert ended(engine, prompt, 20) == text
+
+
 def test_falcon_ends_at_its_tokenizers_end_and_not_at_the_2_of_its_config(falcon_model: Model) -> None:
     assert falcon_model.stop_ids == {falcon_model.tokenizer.convert_tokens_to_ids("<|endoftext|>")}
 

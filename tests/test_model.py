@@ -40,6 +40,14 @@ def test_falcons_context_is_its_own_and_not_its_tokenizers(falcon: Path) -> None
     assert model.vocabulary == checkpoints.TOKENS
 
 
+def test_ids_that_the_embedding_lacks_are_none_of_the_vocabulary(tmp_path: Path) -> None:
+    folder = checkpoints.llama(tmp_path / "llama")
+    tokenizer = checkpoints.tokenizer()
+    tokenizer.add_tokens(["zapatófono"])
+    tokenizer.save_pretrained(folder)
+    assert Model.read(folder, torch.float32).vocabulary == checkpoints.TOKENS
+
+
 def test_a_token_in_the_cache_takes_its_keys_and_values(falcon: Path, tmp_path: Path) -> None:
     # 2 layers, keys and values, 128 wide; of the Llama half the heads have keys
     assert Model.read(falcon, torch.bfloat16).token_bytes == Counter({CPU: 2 * 2 * 128 * 2})
