@@ -18,16 +18,19 @@ from llm.engine.sequence import Generation, Request, Sampling
 from llm.errors import UserError
 from llm.text.detokenizer import Text, split_stop_sequences
 from llm.text.prompt import Prompter
+from llm.weights import hub
 from llm.weights.settings import Settings
 from llm.words import decimal
 
 
 class Predictor(BasePredictor):
     def setup(self) -> None:  # type: ignore[override]
-        """Load the model, fetching it first where it is missing, and warm it up."""
+        """Bring the weights where they are missing, load the model, start the engine."""
         start = time.perf_counter()
-        self.model = Model.load(Settings.read())
-        self.engine = Engine(self.model, most_rows=32)
+        settings = Settings.read()
+        weights = hub.ensure(settings, say=print)
+        self.model = Model.load(weights, settings, say=print)
+        self.engine = Engine(self.model, most_rows=32, say=print)
         self.prompter = Prompter(self.model.tokenizer, self.engine.context, self.model.vocabulary)
         prefix = []
         try:

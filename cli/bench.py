@@ -71,7 +71,7 @@ def main() -> int:
     )
     arguments = parser.parse_args()
     settings = _settings(arguments.demo, arguments.model)
-    hub.ensure(settings)
+    hub.ensure(settings, print)
     try:
         arguments.out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=arguments.out).close()

@@ -25,6 +25,7 @@ from llm.devices.model import Model, best_dtype
 from llm.engine.engine import Engine
 from llm.engine.sequence import Request, Sampling
 from llm.errors import UserError
+from llm.weights import hub
 from llm.weights.settings import Settings
 
 Generate = Callable[[list[list[int]], int], int]
@@ -33,10 +34,10 @@ Generate = Callable[[list[list[int]], int], int]
 
 def our_engine(settings: Settings) -> tuple[Generate, dict[str, Any]]:
     """llm.engine.engine, with as many rows as the server's; all at once."""
-    model = Model.load(settings)
+    model = Model.load(hub.ensure(settings, print), settings, print)
     # every request then ends by its length
     model.stop_ids = frozenset()
-    engine = Engine(model, most_rows=32)
+    engine = Engine(model, most_rows=32, say=print)
     engine.start()
 
     def generate(prompts: list[list[int]], tokens: int) -> int:

@@ -86,7 +86,7 @@ def ensured(wants_demo: bool) -> dict[str, str]:
     with contextlib.redirect_stdout(sys.stderr):
         settings = Settings.read()
         if not wants_demo:
-            hub.ensure(settings)
+            hub.ensure(settings, print)
             return {}
         settings = demo.ensure(settings)
     # its revision goes over the one in .env, which is another model's

@@ -21,7 +21,7 @@ def main() -> int:
         if arguments.demo:
             settings = demo.ensure(settings)
         there = os.path.lexists(settings.folder)
-        model = hub.ensure(settings, thorough=True)
+        model = hub.ensure(settings, print, thorough=True)
     except KeyboardInterrupt:
         print("\nInterrumpido: repita script/weights para terminar", file=sys.stderr)
         return 130

@@ -2,6 +2,10 @@
 
 import errno
 import os
+from collections.abc import Callable
+
+Say = Callable[[str], object]
+"""Where a line for the user goes: whoever starts something passes it on."""
 
 _REASONS = {
     errno.ENOENT: "no existe",
@@ -22,6 +26,10 @@ _REASONS = {
 }
 
 
+def unsaid(line: str) -> None:
+    """For those who want no lines."""
+
+
 def decimal(number: float) -> str:
     """With one decimal, as in Spanish."""
     return f"{number:.1f}".replace(".", ",")
@@ -33,6 +41,11 @@ def about(size: int) -> str:
         if size >= scale:
             return f"{decimal(size / scale)} {unit}"
     return f"{size} bytes"
+
+
+def first_line(error: BaseException) -> str:
+    """What a library says is wrong, without the pages that some add."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def one_line(text: str) -> str:

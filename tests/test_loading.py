@@ -73,10 +73,14 @@ def settings(folder: Path, dtype: str = "float32") -> Settings:
     return Settings(folder.name, None, folder.parent, None, dtype)
 
 
+def loaded(settings: Settings) -> Model:
+    return Model.load(hub.ensure(settings, print), settings, print)
+
+
 def refused(folder: Path, dtype: str = "float32") -> str:
     """The line with which the server's setup refuses a folder of the user's own."""
     with pytest.raises(UserError) as error:
-        Model.load(settings(folder, dtype))
+        loaded(settings(folder, dtype))
     line = str(error.value)
     assert "\n" not in line and folder.name in line
     return line
@@ -169,7 +173,7 @@ def sharded(folder: Path) -> None:
 def test_shards_load(llama: Path) -> None:
     sharded(llama)
     assert len(list(llama.glob("model-*.safetensors"))) > 1
-    assert Model.load(settings(llama)).context == 512
+    assert loaded(settings(llama)).context == 512
 
 
 INDEX = "model.safetensors.index.json"
@@ -287,7 +291,7 @@ def test_quantized_weights_of_old_tools_are_named(llama: Path) -> None:
 def test_a_config_that_says_that_nothing_is_quantized_is_taken(llama: Path) -> None:
     path = llama / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": None}))
-    assert Model.load(settings(llama)).context == 512
+    assert loaded(settings(llama)).context == 512
 
 
 @pytest.mark.parametrize(
@@ -310,7 +314,7 @@ def test_a_config_that_says_that_nothing_is_quantized_is_taken(llama: Path) -> N
 def test_models_that_are_not_causal_are_refused(network: PreTrainedModel, says: str, llama: Path) -> None:
     network.save_pretrained(llama)
     with pytest.raises(UserError) as error:
-        Model.load(settings(llama))
+        loaded(settings(llama))
     assert says in str(error.value) and "\n" not in str(error.value)
 
 
@@ -363,7 +367,7 @@ def test_a_folder_without_a_fast_tokenizer_is_refused(llama: Path, names: list[s
     assert says in refused(llama)
     # script/weights and script/push see it too
     with pytest.raises(UserError, match=re.escape(says)):
-        hub.ensure(settings(llama))
+        hub.ensure(settings(llama), print)
 
 
 def test_a_tokenizer_of_two_files_is_taken(llama: Path) -> None:
@@ -373,7 +377,7 @@ def test_a_tokenizer_of_two_files_is_taken(llama: Path) -> None:
     (llama / "vocab.json").write_text(json.dumps(tokenizer["vocab"]))
     (llama / "merges.txt").write_text("".join(f"{left} {right}\n" for left, right in tokenizer["merges"]))
     (llama / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer", "eos_token": "<end>"}')
-    model = Model.load(settings(llama))
+    model = loaded(settings(llama))
     assert model.tokenizer.decode(model.tokenizer("una prueba")["input_ids"]) == "una prueba"
 
 
@@ -413,13 +417,15 @@ import psutil
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from llm.devices.model import Model
 from llm.errors import UserError
+from llm.weights import hub
 from llm.weights.settings import Settings
 folder = Path(sys.argv[1])
+settings = Settings(folder.name, None, folder.parent, None, "float32")
 for more in sys.argv[2:]:
     limit = psutil.Process().memory_info().vms + int(more)
     resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
     try:
-        Model.load(Settings(folder.name, None, folder.parent, None, "float32"))
+        Model.load(hub.ensure(settings, print), settings, print)
     except UserError as error:
         print(error, type(error.__cause__).__name__)
 """

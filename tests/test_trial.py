@@ -138,7 +138,7 @@ def test_the_context_ends_where_company_would_change_a_text(
 ) -> None:
     """GPT-Neo's local attention counts from the cache's length; of a longrope the longest row decides the rotation."""
     folder = saved(tmp_path / "model", network())
-    engine = Engine(Model.read(folder, dtype), 4)
+    engine = Engine(Model.read(folder, dtype), 4, say=print)
     assert engine.context == BOUNDARY
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "contexto" in line]
     assert line.startswith(f"El contexto acaba en {BOUNDARY} tokens y no en {CONTEXT}: más allá, ")
@@ -151,7 +151,7 @@ def test_the_context_ends_where_company_would_change_a_text(
 def test_a_model_whose_forward_takes_no_positions_is_refused(dtype: torch.dtype, tmp_path: Path) -> None:
     model = Model.read(saved(tmp_path / "model", bart()), dtype)
     with pytest.raises(UserError, match=r"^BartForCausalLM calcula otro texto .* a la vez: use otro modelo \(Falcon"):
-        Engine(model, 4)
+        Engine(model, 4, say=print)
 
 
 def test_a_model_whose_pass_fails_is_refused(tmp_path: Path) -> None:
@@ -166,12 +166,12 @@ def test_a_model_whose_pass_fails_is_refused(tmp_path: Path) -> None:
     )
     model = Model.read(saved(tmp_path / "model", CpmAntForCausalLM(config)), torch.float32)
     with pytest.raises(UserError, match=r"^CpmAntForCausalLM no sabe atender varias .* \(shape mismatch.*\): use otro"):
-        Engine(model, 4)
+        Engine(model, 4, say=print)
 
 
 def test_a_boundary_too_far_to_be_tried_ends_the_context(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     network = llama(context=1 << 20, boundary=1 << 16, rope_type="llama3", low_freq_factor=1.0, high_freq_factor=4.0)
-    engine = Engine(Model.read(saved(tmp_path / "model", network), torch.float32), 4)
+    engine = Engine(Model.read(saved(tmp_path / "model", network), torch.float32), 4, say=print)
     assert engine.context == 1 << 16
     line = (
         "El contexto acaba en 65536 tokens y no en 1048576: más allá, LlamaForCausalLM no se puede comprobar al cargar"
@@ -194,7 +194,7 @@ def test_a_model_that_agrees_keeps_its_context(
         folder = saved(tmp_path / "model", llama(**rope))
     model = Model.read(folder, dtype)
     context = model.context
-    engine = Engine(model, 4)
+    engine = Engine(model, 4, say=print)
     assert engine.context == context
     assert "contexto" not in capsys.readouterr().out
     if kind == "llama3" and dtype == torch.float32:
@@ -207,7 +207,7 @@ def test_a_sliding_window_ends_the_context_and_a_line_says_so(
     folder = saved(
         tmp_path / "model", MistralForCausalLM(MistralConfig(**SIZE, num_key_value_heads=2, sliding_window=BOUNDARY))
     )
-    engine = Engine(Model.read(folder, torch.float32), 4)
+    engine = Engine(Model.read(folder, torch.float32), 4, say=print)
     assert engine.context == BOUNDARY
     assert (
         capsys.readouterr()

@@ -399,7 +399,7 @@ def test_a_cut_file_is_named(hub: Hub, fetched: Path) -> None:
     assert f"{fetched}/model.safetensors" in line
     assert "1.234 bytes en vez de 10.000" in line and f"borre {fetched}" in line
     with pytest.raises(UserError, match=r"1\.234 bytes"):
-        ensure(settings(fetched.parent))
+        ensure(settings(fetched.parent), print)
     assert (fetched / "model.safetensors").stat().st_size == 1234
     assert hub.requests == []
 
@@ -410,12 +410,12 @@ def test_an_altered_file_is_named(hub: Hub, fetched: Path) -> None:
         stream.write(b"x")
     assert f"{path} está alterado" in refused(hub, fetched.parent)
     with pytest.raises(UserError, match="está alterado"):
-        ensure(settings(fetched.parent))
+        ensure(settings(fetched.parent), print)
 
     # With the time of the manifest it passes for untouched at a boot; script/weights hashes it.
     manifest = (fetched / "manifest.json").stat()
     os.utime(path, ns=(manifest.st_mtime_ns, manifest.st_mtime_ns))
-    assert ensure(settings(fetched.parent)).verified
+    assert ensure(settings(fetched.parent), print).verified
     assert f"{path} está alterado" in refused(hub, fetched.parent)
 
 
@@ -426,7 +426,7 @@ def test_a_missing_file_is_named(hub: Hub, fetched: Path) -> None:
 
 def test_a_copy_that_kept_no_times_is_whole(fetched: Path, tmp_path: Path) -> None:
     shutil.copytree(fetched, tmp_path / "copia" / NAME, copy_function=shutil.copyfile)
-    assert ensure(settings(tmp_path / "copia")).verified
+    assert ensure(settings(tmp_path / "copia"), print).verified
 
 
 HASH = "0" * 64
@@ -459,7 +459,7 @@ HASH = "0" * 64
 def test_a_broken_manifest_is_named(fetched: Path, content: str) -> None:
     (fetched / "manifest.json").write_text(content)
     with pytest.raises(UserError) as error:
-        ensure(settings(fetched.parent))
+        ensure(settings(fetched.parent), print)
     assert str(error.value).startswith(f"{fetched}/manifest.json no se entiende") and "\n" not in str(error.value)
 
 
@@ -474,7 +474,7 @@ def test_a_manifest_that_is_no_file_is_named(hub: Hub, fetched: Path) -> None:
     ):
         make()
         with pytest.raises(UserError, match="no se entiende"):
-            ensure(settings(fetched.parent))
+            ensure(settings(fetched.parent), print)
         manifest.rmdir() if manifest.is_dir() else manifest.unlink()
 
 
@@ -487,9 +487,9 @@ def test_a_file_that_the_manifest_does_not_name_is_refused(hub: Hub, fetched: Pa
     line = f"{fetched}/{name} sobra, manifest.json no lo nombra: bórrelo (si es suyo, borre solo {fetched}/manifest"
     assert refused(hub, fetched.parent).startswith(line)
     with pytest.raises(UserError, match="sobra"):
-        ensure(settings(fetched.parent))
+        ensure(settings(fetched.parent), print)
     (fetched / name).unlink()
-    assert ensure(settings(fetched.parent)).verified
+    assert ensure(settings(fetched.parent), print).verified
 
 
 def test_a_link_out_of_the_folder_is_refused(hub: Hub, fetched: Path) -> None:
@@ -505,7 +505,7 @@ def test_a_link_out_of_the_folder_is_refused(hub: Hub, fetched: Path) -> None:
 def test_a_link_to_the_folder_is_followed(fetched: Path, tmp_path: Path) -> None:
     (tmp_path / "otra").mkdir()
     (tmp_path / "otra" / NAME).symlink_to(fetched)
-    assert ensure(settings(tmp_path / "otra"), thorough=True).verified
+    assert ensure(settings(tmp_path / "otra"), print, thorough=True).verified
 
 
 def weights_dir(place: Path) -> Path:
@@ -539,14 +539,14 @@ def test_a_name_that_the_disk_cannot_hold_is_missing(fetched: Path) -> None:
     manifest["files"]["n" * 300] = {"size": 2, "sha256": HASH}
     (fetched / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match=f"Falta {fetched}/nnn"):
-        ensure(settings(fetched.parent))
+        ensure(settings(fetched.parent), print)
 
 
 def test_another_model_or_revision_of_the_same_name_is_not_taken(hub: Hub, fetched: Path) -> None:
     line = refused(hub, fetched.parent, MODEL_ID="otro/falcon-mini")
     assert MODEL in line and "otro/falcon-mini" in line
     assert "es la revisión main" in refused(hub, fetched.parent, MODEL_REVISION="v9")
-    assert ensure(settings(fetched.parent, revision=COMMIT)).commit == COMMIT
+    assert ensure(settings(fetched.parent, revision=COMMIT), print).commit == COMMIT
 
 
 @pytest.mark.parametrize("names", [(), ("config.json",), ("model.safetensors",), ("config.json", "notas.txt")])
@@ -563,7 +563,7 @@ def test_a_folder_that_is_no_model(hub: Hub, tmp_path: Path, names: tuple[str, .
 
 def test_a_folder_of_the_users_own_is_taken_unverified(hub: Hub, tmp_path: Path) -> None:
     folder = checkpoints.falcon(tmp_path / NAME)
-    model = ensure(settings(tmp_path))
+    model = ensure(settings(tmp_path), print)
     assert (model.folder, model.commit, model.verified) == (folder, None, False)
     out = fetch(hub, tmp_path)
     assert out == f"{folder} (carpeta propia): no se comprueba, porque no tiene manifest.json; no hay nada que hacer\n"
@@ -654,8 +654,8 @@ def test_unknown_revision(hub: Hub, small: Repository, tmp_path: Path) -> None:
 
 def test_a_revision_is_resolved_to_its_commit(hub: Hub, small: Repository, tmp_path: Path) -> None:
     fetch(hub, tmp_path, MODEL_REVISION="rama/una")
-    assert ensure(settings(tmp_path)).commit == COMMIT
-    assert ensure(settings(tmp_path, revision="rama/una")).commit == COMMIT
+    assert ensure(settings(tmp_path), print).commit == COMMIT
+    assert ensure(settings(tmp_path, revision="rama/una"), print).commit == COMMIT
 
 
 @pytest.mark.parametrize(

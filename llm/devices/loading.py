@@ -22,7 +22,7 @@ from llm.devices.memory import is_out_of_memory
 from llm.errors import UserError
 from llm.weights import formats
 from llm.weights.checkpoint import shown
-from llm.words import one_line
+from llm.words import first_line, one_line
 
 
 def load(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedTokenizerFast, PreTrainedModel]:
@@ -110,10 +110,9 @@ def explained(folder: Path) -> Iterator[None]:
         except Exception as error:  # a stranger's checkpoint may break any line of transformers
             if is_out_of_memory(error):
                 raise
-            lines = str(error).strip().splitlines() or [type(error).__name__]
             raise UserError(
                 f"transformers no puede cargar {shown(folder)}: mueva o borre esa carpeta, o cambie MODEL_ID "
-                f"({one_line(lines[0])})"
+                f"({one_line(first_line(error))})"
             ) from error
 
 

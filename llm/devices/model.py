@@ -15,9 +15,9 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from llm.devices import attention, gpu, linear, loading, memory
 from llm.devices.threads import use_physical_cores
 from llm.errors import UserError
-from llm.weights import checkpoint, hub
+from llm.weights import checkpoint
 from llm.weights.settings import Settings
-from llm.words import decimal
+from llm.words import Say, decimal, unsaid
 
 CPU_SHARE = 0.5
 """Of the free RAM, for the cache: the rest is the laptop owner's."""
@@ -64,42 +64,41 @@ class Model:
     """What each part of getting ready took: here `load` and `pack`."""
 
     @classmethod
-    def load(cls, settings: Settings) -> "Model":
-        """Bring the weights if they are missing, load them, and say so. Raises UserError."""
-        found = hub.ensure(settings)
+    def load(cls, weights: checkpoint.Weights, settings: Settings, say: Say) -> "Model":
+        """Load a folder's model, and lay it out for its device. Raises UserError."""
         # OpenMP keeps a pool of threads for each thread that ever computed. The pool that loads would stay beside the
         # engine's, and with more threads than processors all sleep, instead of spinning, between two operations.
-        with loading.memory(found.folder), ThreadPoolExecutor(1) as thread:
-            return thread.submit(cls._load, found, settings).result()
+        with loading.memory(weights.folder), ThreadPoolExecutor(1) as thread:
+            return thread.submit(cls._load, weights, settings, say).result()
 
     @classmethod
-    def _load(cls, found: checkpoint.Weights, settings: Settings) -> "Model":
+    def _load(cls, weights: checkpoint.Weights, settings: Settings, say: Say) -> "Model":
         threads = use_physical_cores()
         dtype = getattr(torch, settings.dtype) if settings.dtype else best_dtype()
         start = time.perf_counter()
-        model = cls.read(found.folder, dtype, settings.max_context)
+        model = cls.read(weights.folder, dtype, settings.max_context, say)
         model.seconds["load"] = time.perf_counter() - start
         where = ", ".join(sorted({str(device) for device in model.token_bytes}))
         cores = f" con {threads} hilos" if model.device.type == "cpu" else ""
-        print(f"Modelo: {found.origin}, {_parameters(model.network)} en {str(dtype).removeprefix('torch.')}")
-        if not found.verified:
-            print(f"Sin verificar: {checkpoint.shown(found.folder)} no tiene manifest.json")
-        print(f"Cargado en {where}{cores} en {decimal(model.seconds['load'])} s")
+        say(f"Modelo: {weights.origin}, {_parameters(model.network)} en {str(dtype).removeprefix('torch.')}")
+        if not weights.verified:
+            say(f"Sin verificar: {checkpoint.shown(weights.folder)} no tiene manifest.json")
+        say(f"Cargado en {where}{cores} en {decimal(model.seconds['load'])} s")
         if model.device.type == "cuda":
             gpu.avoid_cudnn_attention()
         if model.spread:
-            print("El modelo está repartido entre varios dispositivos: cada paso va sin grafos CUDA, más despacio")
+            say("El modelo está repartido entre varios dispositivos: cada paso va sin grafos CUDA, más despacio")
         elif model.device.type == "cpu" and dtype == torch.bfloat16 and linear.computes_in_bfloat16():
             start = time.perf_counter()
             model.pack()
             model.seconds["pack"] = time.perf_counter() - start
-            print(f"Pesos ordenados para el procesador en {decimal(model.seconds['pack'])} s")
+            say(f"Pesos ordenados para el procesador en {decimal(model.seconds['pack'])} s")
             if not model.batch_invariant:
-                print("En este procesador un texto puede cambiar según qué otras preguntas haya a la vez")
+                say("En este procesador un texto puede cambiar según qué otras preguntas haya a la vez")
         return model
 
     @classmethod
-    def read(cls, folder: Path, dtype: torch.dtype, max_context: int | None = None) -> "Model":
+    def read(cls, folder: Path, dtype: torch.dtype, max_context: int | None = None, say: Say = unsaid) -> "Model":
         """Read a folder onto one GPU, or onto the devices that accelerate chooses.
 
         max_context: tokens of prompt and answer together, where the model's own context is longer. Raises UserError
@@ -110,7 +109,7 @@ class Model:
             cached = _probe(network)
         devices = {torch.device(d if d != "disk" else "cpu") for d in getattr(network, "hf_device_map", {}).values()}
         gpus = sorted((d for d in devices if d.type != "cpu"), key=str)
-        context = _context(network, tokenizer, cached)
+        context = _context(network, tokenizer, cached, say)
         embeddings: Any = network.get_input_embeddings()
         return cls(
             network=network,
@@ -155,7 +154,7 @@ class Model:
             return CPU_PREFILL_CHUNK
         return GPU_PREFILL_CHUNK if all(map(gpu.is_ampere, self._gpus)) else OLD_GPU_PREFILL_CHUNK
 
-    def rows(self, most: int, chunk: int) -> tuple[int, int]:
+    def rows(self, most: int, chunk: int, say: Say = unsaid) -> tuple[int, int]:
         """How many rows the key/value cache can hold, `most` at the most, and of how many tokens each, given the
         memory that is free now.
 
@@ -180,7 +179,7 @@ class Model:
         context, wanted = self.context, min(FEWEST_ROWS, most)
         if not self.context_chosen and fit(context) < wanted and (shorter := longest(wanted)) >= SHORTEST_CONTEXT:
             context = shorter
-            print(
+            say(
                 f"La memoria libre no alcanza para {wanted} contextos de {self.context} tokens: se usan {context}; con "
                 "MAX_CONTEXT elige usted"
             )
@@ -188,10 +187,10 @@ class Model:
             context = longest(1)
             if not context:
                 raise UserError("No queda memoria para el contexto: cierre otros programas o use un modelo más pequeño")
-            print(f"La memoria libre no alcanza para un contexto de {self.context} tokens: se usan {context}")
+            say(f"La memoria libre no alcanza para un contexto de {self.context} tokens: se usan {context}")
         if self._gpus:
             kept = self._reserve(chunk, most, context)
-            print(
+            say(
                 f"De cada GPU se apartan {_mega(kept.prefill)} para leer preguntas, {_mega(kept.graphs)} para los "
                 f"grafos y {_mega(kept.workspaces)} para las bibliotecas"
             )
@@ -254,7 +253,7 @@ def _token_bytes(layers: list[DynamicLayer]) -> Counter[torch.device]:
     return size
 
 
-def _context(network: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, layers: list[DynamicLayer]) -> int:
+def _context(network: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, layers: list[DynamicLayer], say: Say) -> int:
     config = network.config.get_text_config()
     # the model's own number first: falcon-rw-1b's tokenizer says half of what the model reads
     context = getattr(config, "max_position_embeddings", None) or min(tokenizer.model_max_length, 2048)
@@ -262,7 +261,7 @@ def _context(network: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, layer
     windows = [layer.sliding_window for layer in layers if isinstance(layer, DynamicSlidingWindowLayer)]
     if not windows or min(windows) >= context:
         return context
-    print(f"La atención del modelo ve una ventana de {min(windows)} tokens: el contexto acaba ahí y no en {context}")
+    say(f"La atención del modelo ve una ventana de {min(windows)} tokens: el contexto acaba ahí y no en {context}")
     return min(windows)
 
 

@@ -9,21 +9,20 @@ import threading
 import time
 import traceback
 from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from concurrent.futures import Future
 
 import torch
 
 from llm.devices.gpu import Capture, cuda_capture
 from llm.devices.memory import is_out_of_memory
 from llm.devices.model import Model
+from llm.engine import startup
 from llm.engine.runner import PendingIds, Runner, pass_shape
 from llm.engine.sampling import NOT_A_NUMBER
-from llm.engine.scheduler import Chunk, Scheduler
-from llm.engine.sequence import Generation, Request, Sampling, Sequence, Status, Token
-from llm.engine.trial import agreeing_context
+from llm.engine.scheduler import Scheduler
+from llm.engine.sequence import Generation, Request, Sequence, Status, Token
 from llm.errors import UserError
-from llm.words import decimal
+from llm.words import Say, first_line, unsaid
 
 NO_MEMORY = "Faltó memoria para esta petición: vuelva a intentarlo más tarde, o con una pregunta más corta"
 
@@ -34,23 +33,28 @@ LONGEST_STEP = 300.0
 class Engine:
     """Serves every request at once, in rows of one cache."""
 
-    def __init__(self, model: Model, most_rows: int, prefill_chunk: int | None = None, capture: Capture | None = None):
-        """prefill_chunk: the tokens of prompts that one pass reads; capture: what makes graphs of a decode step.
-        Raises UserError where the memory is too small for one row."""
+    def __init__(
+        self,
+        model: Model,
+        most_rows: int,
+        prefill_chunk: int | None = None,
+        capture: Capture | None = None,
+        say: Say = unsaid,
+    ):
+        """prefill_chunk: the tokens of prompts that one pass reads; capture: what makes graphs of a decode step; say:
+        where the lines on getting ready go. Raises UserError: see `startup.fit`."""
         if model.device.type == "cuda" and not model.spread:
             capture = capture or cuda_capture()
         self._prefill_chunk = prefill_chunk or model.prefill_chunk()
-        # on a thread that ends: see Model.load
-        with ThreadPoolExecutor(1) as thread:
-            model = replace(model, context=thread.submit(agreeing_context, model).result())
-        self.most_rows, self.context = model.rows(most_rows, self._prefill_chunk)
-        model = replace(model, context=self.context)
+        model, self.most_rows = startup.fit(model, most_rows, self._prefill_chunk, say)
+        self.context = model.context
         self.lost: str | None = None
         """Why no more predictions can be served, once that is so."""
         self.seconds = model.seconds
         """What each part of getting ready took: `load`, `pack`, `warm_up`, `capture`, as far as there was one."""
         self._model = model
         self._capture = capture
+        self._say = say
         self._prefix: list[int] = []
         # with graphs, step n+1 is scheduled before the tokens of step n are read: the device never waits for Python
         self._ahead = 1 if capture else 0
@@ -76,8 +80,7 @@ class Engine:
         return self.lost
 
     def start(self, prefix: list[int] | None = None) -> None:
-        """Start the loop, warm up, and read the prefix that many prompts will begin with. Says how many rows there
-        are, and what that took."""
+        """Start the loop, warm up, and read the prefix that many prompts will begin with."""
         self._prefix = prefix or []
         self._thread.start()
         self._started.result()
@@ -100,14 +103,14 @@ class Engine:
                 self._serve()
         except BaseException as error:
             # nobody may be left waiting for a thread that has ended
-            self._lose(f"El motor se detuvo ({_reason(error)}): hay que reiniciar el servidor")
+            self._lose(f"El motor se detuvo ({first_line(error)}): hay que reiniciar el servidor")
             raise
 
     def _serve(self) -> None:
         try:
             # here, and not in the thread that made the engine: see Model.load
             self._runner = Runner(self._model, self.most_rows, self._capture)
-            self._warm_up()
+            self.seconds |= startup.warm_up(self._runner, self._prefix, self._prefill_chunk, self._say)
         except Exception as error:  # setup raises it
             self._started.set_exception(error)
             return
@@ -227,21 +230,21 @@ class Engine:
         """End what was running with one clear line, give its rows back, and go on if the device still can."""
         traceback.print_exception(error)
         failed = self._scheduler.unfinished
-        line = f"La predicción falló mientras se generaba ({_reason(error)}): vuelva a intentarlo"
+        line = f"La predicción falló mientras se generaba ({first_line(error)}): vuelva a intentarlo"
         try:
             for sequence in failed:
                 self._runner.release(sequence)
             self._runner.synchronize()
         except Exception as second:  # of a lost device every operation says so
             traceback.print_exception(second)
-            self._lose(f"Se perdió el dispositivo ({_reason(error)}): hay que reiniciar el servidor")
+            self._lose(f"Se perdió el dispositivo ({first_line(error)}): hay que reiniciar el servidor")
             return
         self._in_flight.clear()
         self._end(failed, line)
 
     def _lose(self, line: str) -> None:
         """Refuse what comes, and end all that is there."""
-        print(line)
+        self._say(line)
         with self._wake:
             self.lost = line
             self._end([*self._scheduler.waiting, *self._scheduler.unfinished], line)
@@ -251,34 +254,3 @@ class Engine:
         for sequence in sequences:
             self._scheduler.finish(sequence)
             sequence.events.put(UserError(line))
-
-    def _warm_up(self) -> None:
-        start = time.perf_counter()
-        sequence = Sequence(Request([0, 0], 5, Sampling(temperature=1, top_k=50)), budget=5)
-        self._runner.put(sequence)
-        self._runner.prefill([Chunk(sequence, 0, 2)]).read()
-        for _ in range(3):
-            self._runner.decode().read()
-        self._runner.release(sequence)
-        if 0 < len(self._prefix) < self.context:
-            self._runner.save_prefix(self._prefix, self._prefill_chunk)
-        if self._runner.threads:
-            self._runner.threads.ask(self._model.keeps_bits)
-        self.seconds["warm_up"] = time.perf_counter() - start
-        size = self.most_rows * self.context * sum(self._model.token_bytes.values())
-        print(f"Caché: {self.most_rows} peticiones a la vez de {self.context} tokens, hasta {decimal(size / 1e9)} GB")
-        print(f"Primeros tokens de prueba en {decimal(self.seconds['warm_up'])} s")
-        start = time.perf_counter()
-        try:
-            if graphs := self._runner.capture_graphs():
-                self.seconds["capture"] = time.perf_counter() - start
-                print(f"{graphs} grafos CUDA capturados en {decimal(self.seconds['capture'])} s")
-        except RuntimeError as error:
-            # torch says that the capture failed; why, the error that it met while it ended it
-            reason = _reason(error.__context__ or error)
-            self._runner.drop_graphs()
-            print(f"Sin grafos CUDA, cada paso va más despacio: este modelo no se deja capturar ({reason})")
-
-
-def _reason(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -23,6 +23,7 @@ from llm.engine.runner import Runner
 from llm.engine.scheduler import Chunk
 from llm.engine.sequence import Request, Sampling, Sequence
 from llm.errors import UserError
+from llm.words import Say, first_line
 
 SHORT, LONG = 8, 32
 """Tokens of the two prompts, where the context and the boundaries leave room."""
@@ -51,10 +52,10 @@ class _Recording(Runner):
         return self.last
 
 
-def agreeing_context(model: Model) -> int:
+def agreeing_context(model: Model, say: Say) -> int:
     """The longest context, at most `model.context`, in which the engine's passes agree with the model's forward.
 
-    Prints one line where that is less. Raises UserError where there is none. Computes on the thread that calls: see
+    Says so where that is less. Raises UserError where there is none. Computes on the thread that calls: see
     Model.load.
     """
     name, context = type(model.network).__name__, model.context
@@ -69,14 +70,14 @@ def agreeing_context(model: Model) -> int:
             for boundary in boundaries:
                 reason = _reason_to_end_at(model, boundary)
                 if reason:
-                    print(f"El contexto acaba en {boundary} tokens y no en {context}: más allá, {name} {reason}")
+                    say(f"El contexto acaba en {boundary} tokens y no en {context}: más allá, {name} {reason}")
                     return boundary
     except torch.OutOfMemoryError:
         raise
     except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"{name} no sabe atender varias preguntas a la vez ({reason}): use otro modelo (Falcon, Llama...)"
+            f"{name} no sabe atender varias preguntas a la vez ({first_line(error)}): use otro modelo "
+            "(Falcon, Llama...)"
         ) from error
     finally:
         if model.device.type == "cuda":

@@ -19,7 +19,7 @@ from llm.errors import UserError
 from llm.weights import checkpoint, formats
 from llm.weights.checkpoint import COMMIT, Weights, is_folder, publish, room, sha256, shown, workspace
 from llm.weights.settings import Settings
-from llm.words import about
+from llm.words import Say, about
 
 # torch and huggingface_hub are imported where they are used: a command that finds its folder whole needs neither.
 if TYPE_CHECKING:
@@ -61,19 +61,19 @@ class _HubFile:
         return self.digest == (sha256(path) if _SHA256.fullmatch(self.digest) else git_hash(path.read_bytes()))
 
 
-def ensure(settings: Settings, *, thorough: bool = False) -> Weights:
+def ensure(settings: Settings, say: Say, *, thorough: bool = False) -> Weights:
     """The settings' model in its folder: fetched first where it is not there, then verified, see `checkpoint.verify`.
 
-    Prints, in Spanish, what it does. Raises UserError; a folder that is there is never changed.
+    Says what it does. Raises UserError; a folder that is there is never changed.
     """
     checkpoint.check_links(settings.weights_dir)
     there = os.path.lexists(settings.folder)
     if not there:
-        _fetch(settings)
+        _fetch(settings, say)
     return checkpoint.verify(settings, thorough=thorough and there)
 
 
-def _fetch(settings: Settings) -> None:
+def _fetch(settings: Settings, say: Say) -> None:
     start = time.monotonic()
     with _in_spanish(settings):
         commit, files = _listing(settings)
@@ -82,14 +82,14 @@ def _fetch(settings: Settings) -> None:
                 return  # another process brought it while this one asked the hub
             missing = _missing(files, work)
             with room(work, _bytes_left(missing, work) + _converted_bytes(files)):
-                _download(settings, commit, files, missing, work)
+                _download(settings, commit, files, missing, work, say)
                 bins = sorted(work.glob("*.bin"))
                 if bins:
-                    _say(f"Convirtiendo {settings.model_id} a safetensors en bfloat16")
+                    say(f"Convirtiendo {settings.model_id} a safetensors en bfloat16")
                     _convert(settings, bins, work)
                 publish(work, settings, commit)
     size = sum(path.stat().st_size for path in settings.folder.rglob("*"))
-    _say(f"{settings.model_id} está en {shown(settings.folder)}: {about(size)}, en {time.monotonic() - start:.0f} s")
+    say(f"{settings.model_id} está en {shown(settings.folder)}: {about(size)}, en {time.monotonic() - start:.0f} s")
 
 
 def _listing(settings: Settings) -> tuple[str, list[_HubFile]]:
@@ -167,14 +167,16 @@ class _TooLong(Exception):
     """More arrives of a file than the hub said that it has."""
 
 
-def _download(settings: Settings, commit: str, files: list[_HubFile], missing: list[_HubFile], work: Path) -> None:
+def _download(
+    settings: Settings, commit: str, files: list[_HubFile], missing: list[_HubFile], work: Path, say: Say
+) -> None:
     from huggingface_hub import constants, get_session, hf_hub_url
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers, tqdm
 
     total, left = sum(file.size for file in files), _bytes_left(missing, work)
     rest = f", de los que faltan {about(left)}" if left < total else ""
-    _say(f"Descargando {settings.model_id} ({commit[:7]}) de {_hub()}: {about(total)}{rest}")
+    say(f"Descargando {settings.model_id} ({commit[:7]}) de {_hub()}: {about(total)}{rest}")
 
     # As it arrives: http_get would collect 10 MB, and lose them where an answer is cut before.
     constants.DOWNLOAD_CHUNK_SIZE = None  # type: ignore[assignment]
@@ -352,7 +354,3 @@ def _hub() -> str:
 
     # The name alone: an address of a mirror may carry a password.
     return urlsplit(constants.ENDPOINT).hostname or constants.ENDPOINT
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)

@@ -1,0 +1,57 @@
+"""Getting ready: the context and the rows that the memory holds, the first tokens, the prefix, the graphs."""
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+from llm.devices.model import Model
+from llm.engine.runner import Runner
+from llm.engine.scheduler import Chunk
+from llm.engine.sequence import Request, Sampling, Sequence
+from llm.engine.trial import agreeing_context
+from llm.words import Say, decimal, first_line
+
+
+def fit(model: Model, most_rows: int, chunk: int, say: Say) -> tuple[Model, int]:
+    """The model with the context that it serves, and how many rows of it the memory holds, `most_rows` at the most.
+
+    chunk: the tokens that a pass of prompts computes. Raises UserError where the model computes something else in
+    passes of several rows, or the memory is too small for one row.
+    """
+    # on a thread that ends: see Model.load
+    with ThreadPoolExecutor(1) as thread:
+        model = replace(model, context=thread.submit(agreeing_context, model, say).result())
+    rows, context = model.rows(most_rows, chunk, say)
+    return replace(model, context=context), rows
+
+
+def warm_up(runner: Runner, prefix: list[int], chunk: int, say: Say) -> dict[str, float]:
+    """Compute the first tokens, read the prefix that many prompts begin with, and capture graphs where the device has
+    them. Returns the seconds of `warm_up` and, with graphs, of `capture`."""
+    start = time.perf_counter()
+    sequence = Sequence(Request([0, 0], 5, Sampling(temperature=1, top_k=50)), budget=5)
+    runner.put(sequence)
+    runner.prefill([Chunk(sequence, 0, 2)]).read()
+    for _ in range(3):
+        runner.decode().read()
+    runner.release(sequence)
+    model, rows = runner.model, runner.slots.rows
+    if 0 < len(prefix) < model.context:
+        runner.save_prefix(prefix, chunk)
+    if runner.threads:
+        runner.threads.ask(model.keeps_bits)
+    seconds = {"warm_up": time.perf_counter() - start}
+    size = rows * model.context * sum(model.token_bytes.values())
+    say(f"Caché: {rows} peticiones a la vez de {model.context} tokens, hasta {decimal(size / 1e9)} GB")
+    say(f"Primeros tokens de prueba en {decimal(seconds['warm_up'])} s")
+    start = time.perf_counter()
+    try:
+        if graphs := runner.capture_graphs():
+            seconds["capture"] = time.perf_counter() - start
+            say(f"{graphs} grafos CUDA capturados en {decimal(seconds['capture'])} s")
+    except RuntimeError as error:
+        # torch says that the capture failed; why, the error that it met while it ended it
+        reason = first_line(error.__context__ or error)
+        runner.drop_graphs()
+        say(f"Sin grafos CUDA, cada paso va más despacio: este modelo no se deja capturar ({reason})")
+    return seconds
