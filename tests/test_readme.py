@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cli import inputs, schema
+from cli import inputs, schema, serve
 from llm.text.prompt import COMPLETION
 from llm.weights import checkpoint
 from llm.weights.settings import ROOT, Settings
@@ -171,9 +171,15 @@ def test_the_local_server_answers_curl(execute: Execute, demo_server: Client) ->
     (curl,) = (command for command in commands(SPANISH) if command.startswith("curl -N"))
     address = f"http://127.0.0.1:{serve.split()[-1]}"
     assert address in curl
-    answer = execute(curl.replace(address, demo_server.server.url))
+    # nobody listens at that proxy
+    answer = execute(f"http_proxy=http://127.0.0.1:1 {curl.replace(address, demo_server.server.url)}")
     assert '"status":"succeeded"' in answer
     assert "".join(json.loads(chunk)["chunk"] for chunk in re.findall(r"event: output\ndata: (.*)", answer)) == ANSWER
+
+
+@pytest.mark.parametrize("path", ["README.md", "README.en.md", "deploy/README.md"])
+def test_the_curl_shown_is_the_one_that_serve_prints(path: str) -> None:
+    assert serve._curl("http://127.0.0.1:5000") in commands((ROOT / path).read_text(encoding="utf-8"))
 
 
 @pytest.mark.slow

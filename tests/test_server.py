@@ -1,16 +1,22 @@
 """The HTTP contract, on the genuine server with the real predictor and a tiny falcon."""
 
+import io
 import json
+import os
+import resource
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import httpx
 import pytest
 
-from cli import schema, server
+from cli import predict, schema, server, service
 from llm.errors import UserError
 from llm.weights.settings import ROOT
 from tests.client import Client
@@ -183,6 +189,96 @@ def test_the_last_line_of_setup_is_logged_even_when_it_comes_late() -> None:
         with pytest.raises(UserError, match=r"Setup complete$"):
             running.wait()
     assert [(line.text, line.ours) for line in log] == [("Caché", True), ("Loading weights", False), ("Listo", True)]
+
+
+def test_a_proxy_of_the_environment_is_not_asked_for_this_computer(
+    falcon_server: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("http_proxy", "all_proxy", "HTTP_PROXY", "ALL_PROXY"):
+        # nobody listens there
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    assert falcon_server.server.health()["status"] in ("READY", "BUSY")
+    inputs: dict[str, Any] = SHORT
+    running = service.Cog(falcon_server.server.url)
+    assert running.ask(**inputs).text == running.stream(**inputs).text
+    output = io.StringIO()
+    for name, data in predict._events(falcon_server.server, SHORT):
+        output.write(data["chunk"] if name == "output" else "")
+    assert output.getvalue() == running.ask(**inputs).text
+
+
+# What the system may refuse: said before anything loads
+
+
+@pytest.fixture
+def descriptors() -> Iterator[Callable[[int, int], None]]:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    yield lambda soft, hard: resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+@pytest.mark.slow
+def test_few_open_files_are_made_enough(
+    descriptors: Callable[[int, int], None], falcon_environment: dict[str, str]
+) -> None:
+    concurrency = schema.read(ROOT / "predict.py").concurrency
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    descriptors(64, hard)
+    with server.running(environment=falcon_environment) as running:
+        # the streams are this process's, and so are their descriptors
+        descriptors(1024, hard)
+        running.wait_until_ready()
+        client = Client(running)
+        with ExitStack() as clients:
+            for events in [clients.enter_context(client.stream(**LONG)) for _ in range(concurrency)]:
+                assert any(name == "output" for name, _ in events)
+
+
+def test_too_few_open_files_are_told(falcon_environment: dict[str, str]) -> None:
+    run = subprocess.run(
+        ["bash", "-c", 'ulimit -n 64; exec "$0" "$@"', sys.executable, "-m", "cli.predict", "-i", "pregunta=a"],
+        cwd=ROOT,
+        env={**os.environ, **falcon_environment},
+        capture_output=True,
+        text=True,
+    )
+    assert (run.returncode, run.stdout) == (1, "")
+    assert run.stderr == (
+        "El límite de archivos abiertos es 64 y el servidor necesita 128: suba el de su usuario, o abra otra terminal "
+        "si lo bajó con ulimit -n\n"
+    )
+
+
+@pytest.fixture
+def anyones() -> Iterator[Path]:
+    """A folder that every user may enter, as pytest's are not."""
+    with TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
+@pytest.mark.parametrize("owned", ["coglet", "coglet/predictions"])
+def test_a_folder_of_cogs_that_is_another_users_is_told(anyones: Path, owned: str) -> None:
+    (anyones / owned).mkdir(parents=True)
+    (anyones / owned).chmod(0o555)
+    predictions = anyones / "coglet" / "predictions"
+    project = anyones / "project"
+    project.mkdir()
+    project.chmod(0o777)
+    shutil.copy(ROOT / "predict.py", project)
+    # root may write anywhere
+    program = (
+        "import os; from pathlib import Path; from cli import server\n"
+        f"server._PREDICTIONS = Path({str(predictions)!r})\n"
+        "if os.getuid() == 0: os.setuid(65534)\n"
+        f"with server.running(folder=Path({str(project)!r})): print('started')"
+    )
+    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert run.stdout == ""
+    assert run.stderr.splitlines()[-1] == (
+        f"llm.errors.UserError: No se puede escribir en {predictions}, falta permiso, y Cog no usa otra carpeta: si la "
+        f"dejó otro usuario, pídale que la borre, o sudo rm -r {predictions.parent}"
+    )
 
 
 @pytest.mark.parametrize("own", [None, "7"])
