@@ -106,7 +106,11 @@ class Predictor(BasePredictor):
         text = Text(self.model.tokenizer, stops + prompt.stop_sequences, continued)
         generation = self.engine.generate(Request(prompt.ids, max_tokens, sampling, prompt.stop_ids))
         answer = self.answer(generation, text, contextvars.copy_context())
-        # Cog streams a plain generator, not an async one, and runs it in a thread of its own
+        # Cog streams a plain generator, not an async one, and runs it in a thread of its own. Whatever ends the answer
+        # gives its row back:
+        # - its last token, a stop sequence, an error of the engine, a client who hangs up: the `finally` of `answer`
+        # - a cancel, before the first token or after: `on_cancel`
+        # - a generator that Cog drops without ever starting it: `finalize`
         on_cancel(generation.cancel)
         weakref.finalize(answer, generation.cancel)
         return answer  # type: ignore[return-value]
@@ -117,7 +121,7 @@ class Predictor(BasePredictor):
             for token in generation:
                 chunk = text.add([token])
                 if text.stopped:
-                    # before the last chunk: who takes it may let it wait
+                    # before the last chunk, which a slow client may leave waiting
                     generation.cancel()
                 if chunk:
                     yield chunk

@@ -34,6 +34,7 @@ from llm.engine.engine import Engine
 from llm.engine.runner import PendingIds, Runner
 from llm.engine.scheduler import Chunk
 from llm.engine.sequence import Request, Sampling
+from llm.engine.slots import Slots
 from llm.errors import UserError
 from tests import checkpoints
 from tests.processes import until
@@ -51,6 +52,13 @@ def plain_call(step: Callable[[], None]) -> Replay:
 BOTH = pytest.mark.parametrize(
     "options", [{}, pytest.param({"capture": plain_call}, marks=pytest.mark.slow)], ids=["plain", "graphs"]
 )
+
+
+CPU_OUT_OF_MEMORY = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8388608 bytes.")
+
+
+def out_of_memory() -> torch.OutOfMemoryError:
+    return torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 11 GiB")
 
 
 def ended(engine: Engine, prompt: list[int], max_tokens: int, sampling: Sampling = GREEDY) -> list[int]:
@@ -533,6 +541,16 @@ def test_a_step_that_hangs_is_reported_and_one_that_goes_on_is_healthy_again(
     until(lambda: engine.failure is None)
 
 
+@pytest.mark.parametrize("error", [out_of_memory(), CPU_OUT_OF_MEMORY], ids=["gpu", "cpu"])
+def test_a_lack_of_memory_at_the_start_is_one_line(
+    falcon_model: Model, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    engine = Engine(falcon_model, 2)
+    monkeypatch.setattr(Slots, "ensure_capacity", failing(Slots.ensure_capacity, error))
+    with pytest.raises(UserError, match="Falta memoria para empezar"):
+        engine.start()
+
+
 def test_a_cache_that_cannot_be_given_back_stops_nobody(falcon_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = started(falcon_model, rows=1)
     rest = engine._runner.rest
@@ -591,10 +609,6 @@ def test_what_no_token_can_come_of_is_refused(engine: Engine, request_: Request)
     assert len(ended(engine, [5] * 2047, 9)) == 1
 
 
-def out_of_memory() -> torch.OutOfMemoryError:
-    return torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 11 GiB")
-
-
 @BOTH
 def test_prompts_for_which_there_was_no_memory_are_read_again_alone_and_in_smaller_chunks(
     falcon_model: Model,
@@ -623,9 +637,6 @@ def test_prompts_for_which_there_was_no_memory_are_read_again_alone_and_in_small
     for _ in range(2):
         assert ended(engine, long, 5) == falcon_reference(long, 5)
     assert max(map(max, passes)) == 256
-
-
-CPU_OUT_OF_MEMORY = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8388608 bytes.")
 
 
 @BOTH

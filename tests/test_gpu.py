@@ -4,6 +4,7 @@ those of a GPU, and nothing is computed."""
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -191,6 +192,32 @@ def test_on_a_device_that_is_no_cuda_copies_are_waited_for(on_a_gpu: Runner) -> 
         step = put(on_a_gpu, 30)
         on_a_gpu.prefill([Chunk(step, 0, 30)])
     assert watch.copies == [False, False]
+
+
+class Copies(TorchDispatchMode):
+    """Whether each copy within is non-blocking."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.non_blocking: list[bool] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._schema.name == "aten::copy_":
+            self.non_blocking.append((kwargs or {}).get("non_blocking", False) or True in args[2:])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("cuda", [False, True])
+def test_ids_come_without_waiting_from_cuda_alone(monkeypatch: pytest.MonkeyPatch, cuda: bool) -> None:
+    event = SimpleNamespace(record=lambda: None, synchronize=lambda: None)
+    monkeypatch.setattr(torch.cuda, "Event", lambda: event)
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *shape, pin_memory=False, **options: empty(*shape, **options))
+    pending = runner.PendingIds(2, torch.device("cuda" if cuda else "cpu"))
+    with Copies() as copies:
+        pending.copy(torch.tensor([5, 6]))
+    assert copies.non_blocking == [cuda]
+    assert pending.read() == [5, 6]
 
 
 def test_rows_move_only_where_a_decode_step_then_computes_fewer(

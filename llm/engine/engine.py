@@ -31,7 +31,7 @@ LONGEST_STEP = 300.0
 
 
 class Engine:
-    """Serves every request at once, in rows of one cache."""
+    """Serves all requests at once, each in a row of one cache."""
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class Engine:
 
     @property
     def running(self) -> list[Sequence]:
-        """Those that have a row."""
+        """The sequences that have a row."""
         return self._scheduler.running
 
     @property
@@ -112,7 +112,8 @@ class Engine:
             self._runner = Runner(self._model, self.most_rows, self._capture)
             self.seconds |= startup.warm_up(self._runner, self._prefix, self._prefill_chunk, self._say)
         except Exception as error:  # setup raises it
-            self._started.set_exception(error)
+            no_memory = UserError("Falta memoria para empezar: cierre otros programas, o ponga MAX_CONTEXT más bajo")
+            self._started.set_exception(no_memory if is_out_of_memory(error) else error)
             return
         self._started.set_result(None)
         while not self.lost:
