@@ -42,7 +42,7 @@ class RowPadding:
         """layer: asked for all layers of its shape; numbers: candidates to pad to, `reference` among them."""
         self._layer = layer
         self._row = torch.randn(1, layer.buffer.shape[-1], generator=torch.Generator().manual_seed(0)).bfloat16()
-        # less what the product rounds to: the rest shows the bits of the sum that bfloat16 would round away
+        # minus the rounded product: what remains shows the bits of the sum that bfloat16 rounds away
         self._bias = -self._bits(reference, None)[0]
         self._expected = self._bits(reference, self._bias)[0]
         agreeing = tuple(number for number in numbers if self._agrees(number))

@@ -20,12 +20,12 @@ from llm.weights.settings import Settings
 from llm.words import Say, decimal, unsaid
 
 CPU_SHARE = 0.5
-"""Of the free RAM, for the cache: the rest is the laptop owner's."""
+"""Of the free RAM, for the cache: a laptop's owner has other programs."""
 FEWEST_ROWS, SHORTEST_CONTEXT = 4, 2048
 """A context is shortened so that so many rows fit, while it has so many tokens left: one row of 131,072 tokens serves
 one request at a time."""
 GPU_SHARE = 0.95
-"""Of a GPU's free memory, for the cache and the steps: the rest is lost between the blocks that torch hands out."""
+"""Of a GPU's free memory, for the cache and the steps: torch loses some between the blocks that it hands out."""
 
 CPU_PREFILL_CHUNK = 256
 GPU_PREFILL_CHUNK = 4096
@@ -133,7 +133,7 @@ class Model:
         self.tile = tile or attention.MULTIPLES[-1]
         self.batch_invariant = layers_agree and tile is not None
 
-    def keeps_bits(self, threads: int) -> bool:
+    def bits_agree(self, threads: int) -> bool:
         """Whether as many threads as there are now give the bits of `threads` threads, where the model is
         batch-invariant."""
         if not self.batch_invariant:
@@ -166,8 +166,8 @@ class Model:
         free |= {device: int(torch.cuda.mem_get_info(device)[0] * GPU_SHARE) for device in self._gpus}
 
         def fit(context: int) -> int:
-            kept = self._reserve(chunk, most, context).total if self._gpus else 0
-            left = free | {device: max(0, free[device] - kept) for device in self._gpus}
+            reserve = self._reserve(chunk, most, context).total if self._gpus else 0
+            left = free | {device: max(0, free[device] - reserve) for device in self._gpus}
             return rows_that_fit(self.token_bytes, left, context, most)
 
         def longest(rows: int) -> int:
@@ -189,10 +189,10 @@ class Model:
                 raise UserError("No queda memoria para el contexto: cierre otros programas o use un modelo más pequeño")
             say(f"La memoria libre no alcanza para un contexto de {self.context} tokens: se usan {context}")
         if self._gpus:
-            kept = self._reserve(chunk, most, context)
+            reserve = self._reserve(chunk, most, context)
             say(
-                f"De cada GPU se apartan {_mega(kept.prefill)} para leer preguntas, {_mega(kept.graphs)} para los "
-                f"grafos y {_mega(kept.workspaces)} para las bibliotecas"
+                f"De cada GPU se apartan {_mega(reserve.prefill)} para leer preguntas, {_mega(reserve.graphs)} para "
+                f"los grafos y {_mega(reserve.workspaces)} para las bibliotecas"
             )
         return fit(context), context
 

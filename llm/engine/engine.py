@@ -1,8 +1,8 @@
 """The loop: admit, prefill, decode, send. Knows sequences and rows; nothing of text, nothing of Cog.
 
 The loop is a thread of its own. Requests come from any thread, and each gets its tokens in the thread that asked.
-The scheduler holds every sequence until its client has been sent the end. A step's ids are read later than the step
-was scheduled: by then a row may be another's, so `_in_flight` notes whose id stands where.
+The scheduler holds every sequence until its client has been sent the end. A step's ids are read after the step was
+scheduled; by then a row may belong to another sequence, so `_in_flight` notes the owner of each id.
 """
 
 import threading

@@ -287,8 +287,8 @@ class Runner:
         return logits.to(self.logits.device)
 
     def _widths(self, samplings: list[Sampling]) -> list[int]:
-        """How many of the likeliest tokens each row sorts: on a GPU as many as the one that needs most, for it would
-        wait while rows are told apart, and a graph has them all."""
+        """How many of the likeliest tokens each row sorts. On a GPU all rows sort as many as the row that needs most: a
+        graph has one width, and to sort rows by width would make the host wait."""
         widths = [sampling_width(sampling, self.model.vocabulary) for sampling in samplings]
         if self.capture:
             return [next(width for width in self._graph_widths() if width >= max(widths))]

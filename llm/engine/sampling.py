@@ -63,7 +63,7 @@ def sampling_width(sampling: Sampling, vocab: int) -> int:
 def penalize(logits: Tensor, history: Tensor, penalty: Tensor) -> Tensor:
     """The repetition penalty of CTRL (Keskar et al., 2019), as transformers' processor computes it.
 
-    logits (rows, vocab) float32; history (rows, length) int64, the ids so far, filled up with any of them;
+    logits (rows, vocab) float32; history (rows, length) int64, the ids so far, padded with any of them;
     penalty (rows,). Returns (rows, vocab) float32.
     """
     score = logits.gather(1, history)
@@ -76,7 +76,7 @@ def nucleus(logits: Tensor, rows: SamplingRows, width: int) -> tuple[Tensor, Ten
 
     logits (rows, vocab) float32. Returns ids (rows, width) int64, likeliest first, and probabilities
     (rows, width) float32 that sum to 1, 0 where a token is filtered out. Nucleus sampling is that of Holtzman
-    et al., 2019; what is kept is what transformers' logits processors keep.
+    et al., 2019; the filter keeps the tokens that transformers' logits processors keep.
     """
     top, ids = (logits / rows.temperature.clamp(min=1e-4)[:, None]).topk(width, dim=-1)
     last = torch.where(rows.top_k > 0, rows.top_k, width).clamp(max=width) - 1
@@ -93,7 +93,7 @@ def gumbel(seed: Tensor, position: Tensor, ids: Tensor) -> Tensor:
 
     seed, position (rows,) int64, the seed as SamplingRows has it; ids (rows, width) int64. Returns (rows, width)
     float32. The bits are those of SplitMix64 (Steele, Lea and Flood, 2014) from that seed after `position` steps,
-    its state moved on by the id: nothing is kept between steps.
+    its state moved on by the id: no state lives between steps.
     """
     bits = _mixed((seed + position * _signed(_GAMMA))[:, None] + ids)
     # 23 bits and a half: never 0 or 1 in float32
@@ -137,7 +137,7 @@ def sample_each(logits: Tensor, history: Tensor, rows: SamplingRows, position: T
 def sample(logits: Tensor, history: Tensor, rows: SamplingRows, position: Tensor, width: int) -> Tensor:
     """The next id of each row: the likeliest where its temperature is 0, else drawn by its seed and position.
 
-    logits (rows, vocab) float32; history (rows, length) int64; position (rows,) int64, where the id will stand.
+    logits (rows, vocab) float32; history (rows, length) int64; position (rows,) int64, that of the next id.
     Returns (rows,) int64, NOT_A_NUMBER where there is nothing to choose from. It draws by the Gumbel-max trick
     (Maddison et al., 2014): which token wins hardly depends on the last bits of the logits, which differ with the
     number of rows that are computed together.

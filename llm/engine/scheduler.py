@@ -119,7 +119,7 @@ class Scheduler:
             if chunk.is_last:
                 chunk.sequence.status = Status.DECODING
             else:
-                # behind those that have come meanwhile: a long prompt does not keep the short ones waiting
+                # last in line: a long prompt does not delay the short ones that have arrived meanwhile
                 self.running.remove(chunk.sequence)
                 self.running.append(chunk.sequence)
         self._passes_with_memory += 1

@@ -39,7 +39,7 @@ def warm_up(runner: Runner, prefix: list[int], chunk: int, say: Say) -> dict[str
     if 0 < len(prefix) < model.context:
         runner.save_prefix(prefix, chunk)
     if runner.threads:
-        runner.threads.ask(model.keeps_bits)
+        runner.threads.ask(model.bits_agree)
     seconds = {"warm_up": time.perf_counter() - start}
     size = rows * model.context * sum(model.token_bytes.values())
     say(f"Caché: {rows} peticiones a la vez de {model.context} tokens, hasta {decimal(size / 1e9)} GB")

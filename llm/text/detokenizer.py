@@ -75,10 +75,10 @@ class Text:
         if not self._begun:
             held = held.lstrip()
         ready = len(held) if last else self._unfinished(held)
-        found = min((at for stop in self._stop_sequences if (at := held.find(stop)) >= 0), default=len(held))
+        first = min((at for stop in self._stop_sequences if (at := held.find(stop)) >= 0), default=len(held))
         # another stop sequence that began before this one may still be completed by what comes
-        self.stopped = found < len(held) and found <= ready
-        end = found if self.stopped else ready
+        self.stopped = first < len(held) and first <= ready
+        end = first if self.stopped else ready
         self._held = held[end:]
         shown = MARKS.sub("", held[:end])
         if not self._begun:

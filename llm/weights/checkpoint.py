@@ -1,8 +1,8 @@
 """A model's folder, weights/NAME: made whole or not at all, and verified at every start.
 
-It holds what transformers loads, and manifest.json: the id, the revision that was asked for and the commit that it was,
-each file's size and sha256. It grows under another name and is renamed when whole. What a manifest does not name is not
-loaded beside what it does. A folder without a manifest is the user's own: it is loaded as it stands.
+The folder holds what transformers loads, and manifest.json: the id, the revision that was asked for, its commit, and
+each file's size and sha256. It grows under another name and is renamed when whole. A file that the manifest does not
+name is refused. A folder without a manifest is the user's own: it is loaded unverified.
 """
 
 import errno
@@ -157,7 +157,8 @@ def _checked_name(name: str) -> str:
 
 @contextmanager
 def workspace(folder: Path) -> Iterator[Path]:
-    """A folder beside `folder` to make it in, alone; publish() renames it. What a cut run left there is kept.
+    """A folder beside `folder`, for one process, in which to make it; publish() renames it. It still holds what an
+    interrupted run left there.
 
     Raises UserError where another process has it, or where the system lets nothing be written in it.
     """
