@@ -14,6 +14,7 @@ from cog import AsyncConcatenateIterator, BasePredictor, Input, streaming
 from llm.cancellation import follow_cancels, on_cancel
 from llm.devices.model import Model
 from llm.engine.engine import Engine
+from llm.engine.scheduler import MOST_ROWS
 from llm.engine.sequence import Generation, Request, Sampling
 from llm.errors import UserError
 from llm.text.detokenizer import Text, split_stop_sequences
@@ -30,7 +31,7 @@ class Predictor(BasePredictor):
         settings = Settings.read()
         weights = hub.ensure(settings, say=print)
         self.model = Model.load(weights, settings, say=print)
-        self.engine = Engine(self.model, most_rows=32, say=print)
+        self.engine = Engine(self.model, MOST_ROWS, say=print)
         self.prompter = Prompter(self.model.tokenizer, self.engine.context, self.model.vocabulary)
         prefix = []
         try:

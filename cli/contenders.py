@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM
 
 from llm.devices.model import Model, best_dtype
 from llm.engine.engine import Engine
+from llm.engine.scheduler import MOST_ROWS
 from llm.engine.sequence import Request, Sampling
 from llm.errors import UserError
 from llm.weights import hub
@@ -37,7 +38,7 @@ def our_engine(settings: Settings) -> tuple[Generate, dict[str, Any]]:
     model = Model.load(hub.ensure(settings, print), settings, print)
     # every request then ends by its length
     model.stop_ids = frozenset()
-    engine = Engine(model, most_rows=32, say=print)
+    engine = Engine(model, MOST_ROWS, say=print)
     engine.start()
 
     def generate(prompts: list[list[int]], tokens: int) -> int:

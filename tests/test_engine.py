@@ -595,7 +595,7 @@ def test_whatever_ends_the_engines_thread_ends_every_request(
     for generation in generations:
         with pytest.raises(UserError, match=r"El motor se detuvo \(out\): hay que reiniciar"):
             list(generation)
-    engine._thread.join()
+    until(lambda: bool(ends))
     assert [end.exc_type for end in ends] == [SystemExit]
     assert engine.lost
     with pytest.raises(UserError, match="hay que reiniciar"):

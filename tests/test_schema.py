@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from cli import schema, server
+from llm.engine.scheduler import MOST_ROWS
 from llm.errors import UserError
 from llm.weights.settings import ROOT
 from tests.client import Client
@@ -114,7 +115,7 @@ def test_is_the_document_that_cog_writes(source: Path) -> None:
 
 def test_the_predictor_of_this_project() -> None:
     interface = schema.read(ROOT / "predict.py")
-    assert interface.concurrency == 32
+    assert interface.concurrency == MOST_ROWS
     components = EXPECTED["components"]["schemas"] | {"Input": interface.schema["components"]["schemas"]["Input"]}
     assert interface.schema == EXPECTED | {"components": {"schemas": components}}
     assert components["Input"]["required"] == ["pregunta"]

@@ -45,8 +45,8 @@ class Engine:
         where the lines on getting ready go. Raises UserError: see `startup.fit`."""
         if model.device.type == "cuda" and not model.spread:
             capture = capture or cuda_capture()
-        self._prefill_chunk = prefill_chunk or model.prefill_chunk()
-        model, self.most_rows = startup.fit(model, most_rows, self._prefill_chunk, say)
+        chunk = prefill_chunk or model.prefill_chunk()
+        model, self.most_rows = startup.fit(model, most_rows, chunk, say)
         self.context = model.context
         self.lost: str | None = None
         """Why no more predictions can be served, once that is so."""
@@ -55,15 +55,13 @@ class Engine:
         self._model = model
         self._capture = capture
         self._say = say
-        self._prefix: list[int] = []
         # with graphs, step n+1 is scheduled before the tokens of step n are read: the device never waits for Python
         self._ahead = 1 if capture else 0
         shape = pass_shape(model, graphs=capture is not None)
-        self._scheduler = Scheduler(self.most_rows, self._prefill_chunk, shape)
+        self._scheduler = Scheduler(self.most_rows, chunk, shape)
         self._in_flight: deque[tuple[list[tuple[int, Sequence]], PendingIds]] = deque()
         self._step_began: float | None = None
         self._wake = threading.Condition()
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._started: Future[None] = Future()
 
     @property
@@ -81,8 +79,7 @@ class Engine:
 
     def start(self, prefix: list[int] | None = None) -> None:
         """Start the loop, warm up, and read the prefix that many prompts will begin with."""
-        self._prefix = prefix or []
-        self._thread.start()
+        threading.Thread(target=self._run, args=(prefix or [],), name="engine", daemon=True).start()
         self._started.result()
 
     def generate(self, request: Request) -> Generation:
@@ -97,20 +94,20 @@ class Engine:
             self._wake.notify()
         return Generation(sequence)
 
-    def _run(self) -> None:
+    def _run(self, prefix: list[int]) -> None:
         try:
             with torch.inference_mode():
-                self._serve()
+                self._serve(prefix)
         except BaseException as error:
             # nobody may be left waiting for a thread that has ended
             self._lose(f"El motor se detuvo ({first_line(error)}): hay que reiniciar el servidor")
             raise
 
-    def _serve(self) -> None:
+    def _serve(self, prefix: list[int]) -> None:
         try:
             # here, and not in the thread that made the engine: see Model.load
             self._runner = Runner(self._model, self.most_rows, self._capture)
-            self.seconds |= startup.warm_up(self._runner, self._prefix, self._prefill_chunk, self._say)
+            self.seconds |= startup.warm_up(self._runner, prefix, self._scheduler.chunk, self._say)
         except Exception as error:  # setup raises it
             no_memory = UserError("Falta memoria para empezar: cierre otros programas, o ponga MAX_CONTEXT más bajo")
             self._started.set_exception(no_memory if is_out_of_memory(error) else error)

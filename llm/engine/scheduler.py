@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from llm.engine.sequence import Sequence, Status
 
+MOST_ROWS = 32
+"""Sequences that run at once where the memory holds them. predict.py says so to Cog, which reads it there as text."""
 SMALLEST_PART = 16
 """Where passes lack memory, the chunk of prompts that a pass reads shrinks, down to this part of its size."""
 PASSES_TO_GROW = 8
