@@ -431,7 +431,7 @@ def test_a_process_with_too_little_memory_says_so(llama: Path) -> None:
     config = LlamaConfig(**TINY | {"hidden_size": 512, "intermediate_size": 8192})
     LlamaForCausalLM(config).bfloat16().save_pretrained(llama)
     limits = [10**6, 2 * 10**7, 8 * 10**7]
-    command = [sys.executable, "-c", LOADING, llama, *map(str, limits)]
+    command = [sys.executable, "-c", LOADING, str(llama), *map(str, limits)]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     line = f"Falta memoria para cargar {llama}: cierre otros programas o elija un modelo más pequeño"
     assert [text.startswith(line) for text in run.stdout.splitlines()] == [True] * len(limits), run.stdout + run.stderr
