@@ -100,7 +100,7 @@ def test_an_env_that_is_no_file_is_named(tmp_path: Path, make: Callable[[Path], 
         ("MODEL_ID", "/datos/modelo", "weights/NOMBRE"),
         ("MODEL_ID", "a/b/c", "MODEL_ID=a/b/c no es un nombre"),
         ("DTYPE", "fp16", "bfloat16, float16, float32"),
-        ("MAX_CONTEXT", "1", "MAX_CONTEXT=1 no vale: ponga cuántos tokens"),
+        ("MAX_CONTEXT", "15", "MAX_CONTEXT=15 no vale: ponga cuántos tokens, 16 o más"),
         ("MAX_CONTEXT", "0", "MAX_CONTEXT=0 no vale"),
         ("MAX_CONTEXT", "-8192", "MAX_CONTEXT=-8192 no vale"),
         ("MAX_CONTEXT", "8k", "MAX_CONTEXT=8k no vale"),
@@ -143,8 +143,8 @@ def test_copying_the_example_changes_nothing(tmp_path: Path) -> None:
 def test_a_context_is_a_number_of_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / ".env").write_text("MAX_CONTEXT=8192\n")
     assert Settings.read(tmp_path).max_context == 8192
-    monkeypatch.setenv("MAX_CONTEXT", "2")
-    assert Settings.read(tmp_path).max_context == 2
+    monkeypatch.setenv("MAX_CONTEXT", "16")
+    assert Settings.read(tmp_path).max_context == 16
     # as in cog.yaml: empty, it leaves the choice to the machine whatever .env says
     monkeypatch.setenv("MAX_CONTEXT", "")
     assert Settings.read(tmp_path).max_context is None

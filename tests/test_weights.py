@@ -360,7 +360,8 @@ def test_more_than_the_hub_said_is_not_kept(hub: Hub, tmp_path: Path) -> None:
     repository.delivered["model.safetensors"] = b"123" + bytes(1_000_000)
     repository.stall_after["model.safetensors"] = [65_000]
     assert refused(hub, tmp_path).startswith("model.safetensors llegó cambiado de 127.0.0.1")
-    assert contents(tmp_path) == {f".{NAME}.partial", f".{NAME}.partial/config.json"}
+    work = f".{NAME}.partial"
+    assert contents(tmp_path) == {work, f"{work}/config.json", f"{work}/tokenizer.json"}
     assert hub.fetched.count("model.safetensors") == 1
 
 

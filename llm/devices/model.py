@@ -21,7 +21,7 @@ from llm.words import Say, decimal, unsaid
 
 CPU_SHARE = 0.5
 """Of the free RAM, for the cache: a laptop's owner has other programs."""
-FEWEST_ROWS, SHORTEST_CONTEXT = 4, 2048
+FEWEST_ROWS, LEAST_CONTEXT = 4, 2048
 """A context is shortened so that so many rows fit, while it has so many tokens left: one row of 131,072 tokens serves
 one request at a time."""
 GPU_SHARE = 0.95
@@ -159,7 +159,7 @@ class Model:
         memory that is free now.
 
         chunk: the tokens that a prefill pass computes. A context of which few rows fit is shortened, and the log says
-        so: to what FEWEST_ROWS leave, unless that is below SHORTEST_CONTEXT or the user chose the context; where not
+        so: to what FEWEST_ROWS leave, unless that is below LEAST_CONTEXT or the user chose the context; where not
         one row fits, to what does. Raises UserError where that is next to nothing.
         """
         free = {device: int(memory.available() * CPU_SHARE) for device in self.token_bytes}
@@ -177,7 +177,7 @@ class Model:
             return contexts[count - 1] if count else 0
 
         context, wanted = self.context, min(FEWEST_ROWS, most)
-        if not self.context_chosen and fit(context) < wanted and (shorter := longest(wanted)) >= SHORTEST_CONTEXT:
+        if not self.context_chosen and fit(context) < wanted and (shorter := longest(wanted)) >= LEAST_CONTEXT:
             context = shorter
             say(
                 f"La memoria libre no alcanza para {wanted} contextos de {self.context} tokens: se usan {context}; con "

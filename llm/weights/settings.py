@@ -20,6 +20,9 @@ FALCON_COMMIT = "e4b9872bb803165eb22f0a867d4e6a64d34fce19"
 
 DTYPES = ("bfloat16", "float16", "float32")
 
+SHORTEST_CONTEXT = 16
+"""Tokens: the engine's warm-up takes six."""
+
 # How many threads, and how many in each level of parallel regions below.
 _OPENMP_THREADS = re.compile(r"\s*\+?0*([1-9]\d*)\s*(,\s*\+?0*[1-9]\d*\s*)*", re.ASCII)
 _MODEL_ID = re.compile(r"(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -82,8 +85,10 @@ class Settings:
             raise UserError(f"DTYPE={dtype} no vale: use {', '.join(DTYPES)}, o déjelo vacío")
 
         max_context = written.get("MAX_CONTEXT")
-        if max_context is not None and not (_NUMBER.fullmatch(max_context) and int(max_context) > 1):
-            raise UserError(f"MAX_CONTEXT={max_context} no vale: ponga cuántos tokens, como 8192, o déjelo vacío")
+        if max_context is not None and not (_NUMBER.fullmatch(max_context) and int(max_context) >= SHORTEST_CONTEXT):
+            raise UserError(
+                f"MAX_CONTEXT={max_context} no vale: ponga cuántos tokens, {SHORTEST_CONTEXT} o más, o déjelo vacío"
+            )
 
         try:
             weights_dir = root / Path(written.get("WEIGHTS_DIR", "weights")).expanduser()
