@@ -44,7 +44,7 @@ SIZE: dict[str, Any] = {
     "max_position_embeddings": CONTEXT,
     "pad_token_id": None,
 }
-LONGROPE = {
+LONGROPE: dict[str, Any] = {
     "rope_type": "longrope",
     "rope_theta": 1e4,
     "factor": 4.0,
@@ -189,7 +189,7 @@ def test_a_model_that_agrees_keeps_its_context(
     elif kind == "llama":
         folder = checkpoints.llama(tmp_path / "model")
     else:
-        rope = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+        rope: dict[str, Any] = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
         folder = saved(tmp_path / "model", llama(**rope))
     model = Model.read(folder, dtype)
     context = model.context

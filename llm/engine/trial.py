@@ -34,7 +34,7 @@ BOUNDARIES = {"attention_chunk_size", "original_max_position_embeddings", "slidi
 """Names in a configuration of the number of tokens after which a model computes in another way."""
 CPU_WORK = 4e10
 GPU_WORK = 7e13
-"""The most multiplications that a prompt past a boundary may take in one pass: an estimate of a second or two in all."""
+"""The most multiplications of one pass over a prompt past a boundary: an estimate of a second or two in all."""
 
 ROUNDINGS = 3
 """The error allowed, in errors of one rounding of each module's output: the passes round within modules too."""
