@@ -23,9 +23,9 @@ from llm.engine.runner import Row, Runner
 from llm.engine.sampling import Sampling
 from llm.errors import UserError
 
-SHORT, LONG = 8, 32
+SHORT, LONG = 6, 16
 """Tokens of the two prompts, where the context and the boundaries leave room."""
-DECODED = 3
+DECODED = 2
 """Decode steps of both rows, and then as many of the short one alone."""
 SPARE = 64
 """Positions that the cache has beyond the longest row."""
