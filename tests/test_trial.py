@@ -188,14 +188,15 @@ def test_a_model_that_agrees_keeps_its_context(
     if kind == "falcon":
         folder = falcon
     elif kind == "llama":
-        folder = checkpoints.llama(tmp_path / "model")
+        folder = checkpoints.llama(tmp_path / "model", layers=6)
     else:
         rope: dict[str, Any] = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
         folder = saved(tmp_path / "model", llama(**rope))
     model = Model.read(folder, dtype)
-    context = model.context
+    modules, context = [*model.network.modules()], model.context
     engine = Engine(model, 4, say=print)
     assert engine.context == context
+    assert [*model.network.modules()] == modules
     assert "contexto" not in capsys.readouterr().out
     if kind == "llama3" and dtype == torch.float32:
         assert_company_keeps_texts(folder, engine, 5, BOUNDARY + 40)

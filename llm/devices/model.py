@@ -235,7 +235,7 @@ def _probe(network: PreTrainedModel) -> list[DynamicLayer]:
         ids = torch.zeros(1, 1, dtype=torch.long, device=network.device)
         cache = getattr(network(input_ids=ids, use_cache=True), "past_key_values", None)
     # BART's cache has a layer for each of an encoder that a causal model lacks
-    cached = [layer for layer in getattr(cache, "layers", []) if layer.is_initialized]
+    cached = [layer for layer in getattr(cache, "layers", []) if getattr(layer, "is_initialized", True)]
     layers = [layer for layer in cached if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)]
     if not layers or len(layers) < len(cached):
         name = type(network).__name__

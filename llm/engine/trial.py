@@ -25,18 +25,21 @@ from llm.engine.sequence import Request, Sampling, Sequence
 from llm.errors import UserError
 from llm.words import Say, first_line
 
-SHORT, LONG = 8, 32
+SHORT, LONG = 6, 16
 """Tokens of the two prompts, where the context and the boundaries leave room."""
-DECODED = 3
+DECODED = 2
 """Decode steps of both rows, and then as many of the short one alone."""
 SPARE = 64
 """Positions that the cache has beyond the longest row."""
+
+FEWEST_LAYERS = 4
+"""Layers that are tried, and more where the first of some kind comes later: the others compute in the same way."""
 
 BOUNDARIES = {"attention_chunk_size", "original_max_position_embeddings", "sliding_window", "window_size"}
 """Names in a configuration of the number of tokens after which a model computes in another way."""
 CPU_WORK = 4e10
 GPU_WORK = 7e13
-"""The most multiplications that a prompt past a boundary may take in one pass: one or two seconds in all, estimated."""
+"""The most multiplications of one pass over a prompt past a boundary: an estimate of a second or two in all."""
 
 ROUNDINGS = 3
 """The error allowed, in errors of one rounding of each module's output: the passes round within modules too."""
@@ -61,7 +64,7 @@ def agreeing_context(model: Model, say: Say) -> int:
     name, context = type(model.network).__name__, model.context
     boundaries = sorted(set(_boundaries(model.network.config.get_text_config().to_dict(), context)))
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), _first_layers(model):
             if not _agree(model, min(LONG, *(most - DECODED - 1 for most in (context, *boundaries)))):
                 raise UserError(
                     f"{name} calcula otro texto cuando atiende varias preguntas a la vez: use otro modelo "
@@ -95,6 +98,21 @@ def _reason_to_end_at(model: Model, boundary: int) -> str | None:
     if past + DECODED >= model.context or work > most_work:
         return "no se puede comprobar al cargar"
     return None if _agree(model, past) else "calcula otro texto cuando atiende varias preguntas a la vez"
+
+
+@contextmanager
+def _first_layers(model: Model) -> Iterator[None]:
+    """Take the other layers out of the network meanwhile: on a slow CPU all of Falcon's would take some 10 seconds."""
+    kinds = getattr(model.network.config.get_text_config(), "layer_types", None) or []
+    number = max([FEWEST_LAYERS, *(1 + kinds.index(kind) for kind in kinds)])
+    lists = (module for module in model.network.modules() if isinstance(module, nn.ModuleList))
+    layers = next((layers for layers in lists if len(layers) == model.layers), nn.ModuleList())
+    others = layers[number:]
+    del layers[number:]
+    try:
+        yield
+    finally:
+        layers.extend(others)
 
 
 def _boundaries(config: dict[str, Any], context: int) -> Iterator[int]:
