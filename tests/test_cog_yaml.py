@@ -133,7 +133,7 @@ def test_cog_predict_leaves_no_bytecode(config: dict[str, Any], tmp_path: Path) 
 
 
 def test_the_comment_pins_coglet_as_the_requirements_do(pins: dict[str, str]) -> None:
-    for name in ("cog.yaml", "README.md", "README.en.md"):
+    for name in ("cog.yaml", "README.en.md", "docs/cog.md"):
         text = (ROOT / name).read_text(encoding="utf-8")
         assert set(re.findall(r"COGLET_WHEEL=pypi:([\d.]*\d)", text)) == {pins["coglet"]}, name
 

@@ -183,11 +183,12 @@ def test_each_pod_has_its_policy_and_the_servers_their_budget() -> None:
 def test_what_is_started_listens_on_this_machine_alone() -> None:
     published = [port for service in COMPOSE["services"].values() for port in service.get("ports", [])]
     documents = [ROOT / "README.md", ROOT / "README.en.md", ROOT / "CONTRIBUTING.md", DEPLOY / "README.md"]
+    documents += (ROOT / "docs").glob("*.md")
     text = "".join(path.read_text(encoding="utf-8") for path in documents)
-    runs = re.findall(r"docker run (?:.*\\\n)*.*", text)
+    runs = re.findall(r"^docker run (?:.*\\\n)*.*", text, re.MULTILINE)
     published += [port for run in runs for port in re.findall(r"(?:-p|--publish)[ =](\S+)", run)]
-    # compose.yaml, and with and without a GPU in two languages
-    assert len(published) >= 5 and {port.split(":")[0] for port in published} == {server.HOST}
+    # compose.yaml and two languages
+    assert len(published) >= 3 and {port.split(":")[0] for port in published} == {server.HOST}
     # Docker would end a running stream after 10 s
     assert all("--stop-timeout 600 " in run for run in runs)
     # a port-forward listens there too, where no --address says otherwise

@@ -1,4 +1,4 @@
-"""What the two READMEs say: commands are run, tables are held against the code, files have to exist.
+"""What the READMEs and the pages of docs/ say: commands are run, tables are held against the code, files have to exist.
 
 A command that cannot be run here stands in NOT_RUN with its reason; any other that no test runs is a failure.
 """
@@ -29,6 +29,8 @@ Execute = Callable[[str], str]
 SPANISH = (ROOT / "README.md").read_text(encoding="utf-8")
 ENGLISH = (ROOT / "README.en.md").read_text(encoding="utf-8")
 BOTH = pytest.mark.parametrize("text", [SPANISH, ENGLISH], ids=["es", "en"])
+PAGES = {path.stem: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
+DOCUMENTS = ["README.md", "README.en.md", *(f"docs/{name}.md" for name in PAGES)]
 
 ANSWER = "The capital of France is Paris."
 
@@ -118,16 +120,16 @@ def python(command: str) -> str:
     return f"{shlex.quote(sys.executable)} -P -m {module} {arguments}"
 
 
-@BOTH
-def test_every_command_is_run_or_listed(text: str) -> None:
+def test_every_command_is_run_or_listed() -> None:
     tested = ("script/predict ", "script/weights", "curl -N ", "cp .env.example .env")
-    for command in commands(text):
+    every = [command for text in (SPANISH, ENGLISH, *PAGES.values()) for command in commands(text)]
+    for command in every:
         assert command.startswith(tested) + len(not_run(command)) == 1, command
-    assert not [start for start in NOT_RUN if not any(start in not_run(command) for command in commands(text))]
+    assert not [start for start in NOT_RUN if not any(start in not_run(command) for command in every)]
 
 
 def test_both_have_the_same_commands_and_programs() -> None:
-    for language in ("bash", "python", "ini", "yaml", "json"):
+    for language in ("bash", "python"):
         assert blocks(SPANISH, language) == blocks(ENGLISH, language)
 
 
@@ -157,7 +159,10 @@ def test_the_first_run_says_what_is_shown() -> None:
         assert any(re.fullmatch(pattern, line) for pattern in patterns), line
 
 
-@pytest.mark.parametrize("command", sorted({c for c in commands(SPANISH) if c.startswith("script/predict -i")}))
+@pytest.mark.parametrize(
+    "command",
+    sorted({c for c in commands(SPANISH) + commands(PAGES["plantillas"]) if c.startswith("script/predict -i")}),
+)
 def test_a_question_to_falcon(falcon_server: Client, command: str) -> None:
     words = shlex.split(command)
     assert set(words[1::2]) == {"-i"}
@@ -185,7 +190,7 @@ def test_the_curl_shown_is_the_one_that_serve_prints(path: str) -> None:
 @pytest.mark.slow
 def test_cog_predict_prints_the_pieces(demo_server: Client) -> None:
     """As its source says: the prediction's output, as JSON with two blanks for each level."""
-    (shown,) = blocks(SPANISH, "json")
+    (shown,) = blocks(PAGES["cog"], "json")
     output = demo_server.predict(pregunta="What is the capital of France?", temperature=0).json()["output"]
     assert json.dumps(output, indent=2, ensure_ascii=False) + "\n" == shown
     assert "".join(output) == ANSWER
@@ -196,7 +201,7 @@ def test_weights_without_a_network(environment: dict[str, str], tmp_path: Path) 
     variables = environment | {"WEIGHTS_DIR": str(tmp_path), "MODEL_ID": "org/nombre", "MODEL_REVISION": ""}
     result = subprocess.run(["bash", "-c", python("script/weights")], env=variables, capture_output=True, text=True)
     assert result.returncode == 1
-    message = next(unmarked(row[0]) for row in table(SPANISH, "| mensaje |") if "Sin conexión" in row[0])
+    message = next(unmarked(row[0]) for row in table(PAGES["errores"], "| mensaje |") if "Sin conexión" in row[0])
     assert re.search(re.escape(message).replace("…", ".+"), result.stderr)
     assert not list(tmp_path.glob("*"))
 
@@ -255,32 +260,31 @@ def test_the_metrics_are_a_predictions(demo_server: Client) -> None:
     answer = demo_server.predict(pregunta="Hi", max_tokens=1).json()
     # predict_time is Cog's own
     metrics = answer["metrics"].keys() - {"predict_time"}
-    assert set(re.findall(r"`(\w+)`", " ".join(row[0] for row in table(SPANISH, "| métrica |")))) == metrics
-    (line,) = (line for line in ENGLISH.splitlines() if line.startswith("Metrics:"))
-    assert set(re.findall(r"`(\w+)`", line)) - {"stop", "length"} == metrics
+    for rows in (table(SPANISH, "| métrica |"), table(ENGLISH, "| metric |")):
+        assert set(re.findall(r"`(\w+)`", " ".join(row[0] for row in rows))) == metrics
 
 
 def test_the_prompt_is_the_one_shown() -> None:
-    assert f"{COMPLETION}\n" in blocks(SPANISH, "text")
+    assert f"{COMPLETION}\n" in blocks(PAGES["plantillas"], "text")
 
 
 @BOTH
 def test_another_model_is_one_and_the_same(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in os.environ.keys() & {"MODEL_ID", "WEIGHTS_DIR"}:
         monkeypatch.delenv(name)
-    (local,) = blocks(text, "ini")
-    (image,) = blocks(text, "yaml")
+    rows = table(text, "| archivo | línea |" if text == SPANISH else "| file | line |")
+    local, image, unignored = (unmarked(row[1]) for row in rows)
     (tmp_path / ".env").write_text(local)
     settings = Settings.read(tmp_path)
-    assert yaml.safe_load(image) == {"environment": [f"MODEL_ID={settings.model_id}"]}
-    assert f"!{settings.folder.relative_to(tmp_path)}\n" in blocks(text, "text")
+    assert yaml.safe_load(image) == [f"MODEL_ID={settings.model_id}"]
+    assert unignored == f"!{settings.folder.relative_to(tmp_path)}"
     *_, last = (ROOT / ".dockerignore").read_text().splitlines()
     assert last.startswith("!weights/")
 
 
 def test_each_message_is_one_of_the_code() -> None:
     said = what_the_code_says()
-    for message, cure in table(SPANISH, "| mensaje |"):
+    for message, cure in table(PAGES["errores"], "| mensaje |"):
         text = unmarked(message).replace("{pregunta}", "…")
         assert any(text in line for line in said), message
         assert cure
@@ -301,7 +305,7 @@ def what_the_code_says() -> list[str]:
 
 def test_the_packages_are_the_images() -> None:
     pins = re.findall(r"^(\w[\w-]*)==", (ROOT / "requirements.in").read_text(), re.MULTILINE)
-    assert [unmarked(row[0]) for row in table(SPANISH, "| paquete |")] == pins
+    assert [unmarked(row[0]) for row in table(PAGES["cog"], "| paquete |")] == pins
 
 
 def test_the_list_of_commands_is_whole() -> None:
@@ -309,14 +313,29 @@ def test_the_list_of_commands_is_whole() -> None:
     assert set(re.findall(r"`(\w+)`", row[1])) == {path.name for path in (ROOT / "script").iterdir()}
 
 
-@BOTH
-def test_what_is_linked_or_named_is_there(text: str) -> None:
-    links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("https://")]
-    assert links
+@pytest.mark.parametrize("path", [*DOCUMENTS, "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md"])
+def test_what_is_linked_or_named_is_there(path: str) -> None:
+    text = (ROOT / path).read_text(encoding="utf-8")
     prose = re.sub(r"^( *)```.*?^\1```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    for link in re.findall(r"\]\(([^)]+)\)", prose):
+        if link.startswith("https://"):
+            continue
+        name, _, section = link.partition("#")
+        target = (ROOT / path).parent / name if name else ROOT / path
+        assert target.exists(), link
+        assert not section or section in sections(target.read_text(encoding="utf-8")), link
     named = re.findall(
         r"`((?:script|llm|cli|tests)/\w[\w.]*|predict\.py|cog\.yaml|\.dockerignore|requirements[\w-]*\.txt)", prose
     )
-    diagram = re.findall(r"\w+/\w+\.py", "".join(blocks(text, "mermaid")))
-    for path in {*links, *named, *diagram}:
-        assert (ROOT / path).exists(), path
+    assert all((ROOT / name).exists() for name in named), named
+
+
+def sections(text: str) -> set[str]:
+    """The headings as GitHub names them in addresses."""
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_each_page_is_linked(name: str) -> None:
+    assert f"](docs/{name}.md" in SPANISH
