@@ -43,7 +43,7 @@ def check_files(model: str, names: Collection[str], weights: Collection[str]) ->
     """Refuse a checkpoint whose files' names say that it cannot be served.
 
     model: what the user calls it; names: of its files; weights: those of them that transformers would load.
-    Raises UserError. Missing weights that are of no known kind are left to the caller.
+    Raises UserError. A missing config.json, and missing weights of no known kind, are left to the caller.
     """
     if not weights and "adapter_config.json" in names:
         raise UserError(
@@ -55,14 +55,16 @@ def check_files(model: str, names: Collection[str], weights: Collection[str]) ->
             f"{model} no tiene pesos que se puedan usar, solo GGUF, los de llama.cpp: elija el modelo original, con "
             "safetensors"
         )
-    if weights and not any(files <= set(names) for files in _TOKENIZERS):
+    if not weights or "config.json" not in names:
+        return
+    if not any(files <= set(names) for files in _TOKENIZERS):
         sentencepiece = next((f" (solo {name})" for name in sorted(names) if name.endswith(".model")), "")
         raise UserError(
             f"{model} no trae ningún tokenizador que se admita{one_line(sentencepiece)}: hace falta tokenizer.json; "
             "elija un modelo que lo traiga"
         )
     for name, method in _QUANTIZATION_FILES.items():
-        if weights and name in names:
+        if name in names:
             raise _quantized(model, method)
 
 
