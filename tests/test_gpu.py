@@ -414,7 +414,7 @@ def test_the_cache_of_falcon_leaves_room_for_what_a_gpu_computes(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, int(total)))
     assert model.prefill_chunk() == chunk
-    assert model.rows(32, chunk) == (rows, CONTEXT)
+    assert model.rows(32, chunk, say=print) == (rows, CONTEXT)
     kept = gpu.reserve(falcon, chunk, 32, CONTEXT, fused=capability >= (8, 0))
     assert rows * CONTEXT * token + kept.total < free
     said = capsys.readouterr().out

@@ -208,7 +208,7 @@ def test_a_sliding_window_ends_the_context_and_a_line_says_so(
     folder = saved(
         tmp_path / "model", MistralForCausalLM(MistralConfig(**SIZE, num_key_value_heads=2, sliding_window=BOUNDARY))
     )
-    engine = Engine(Model.read(folder, torch.float32), 4, say=print)
+    engine = Engine(Model.read(folder, torch.float32, say=print), 4, say=print)
     assert engine.context == BOUNDARY
     assert (
         capsys.readouterr()

@@ -199,6 +199,8 @@ def _rounded_anew(network: nn.Module) -> Iterator[None]:
 def _errors(logits: Tensor, expected: Tensor) -> list[float]:
     """Of each row of (rows, vocabulary), in standard deviations of what is expected. An expected row that is not finite
     has error 0; for logits that are not, infinity."""
+    # the engine pads the logits of a model that has them for fewer ids than it reads
+    logits = logits[:, : expected.shape[-1]]
     spread = expected.std(-1)
     errors = (logits - expected).std(-1) / spread.clamp(min=torch.finfo(torch.float32).tiny)
     return errors.nan_to_num(torch.inf).where(spread.isfinite(), 0).tolist()
