@@ -19,8 +19,8 @@ from cli import server
 from llm import cancellation
 from llm.cancellation import follow_cancels, on_cancel
 from predict import Predictor
-from tests.client import Client
-from tests.processes import FINALLY
+from tests.support.client import Client
+from tests.support.processes import FINALLY
 
 GREEDY = {"temperature": 0, "repetition_penalty": 1, "prompt_template": "{pregunta}"}
 ANOTHER = "Esta versión de Cog cancela de otro modo"

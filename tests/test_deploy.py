@@ -31,8 +31,8 @@ from dnslib.server import BaseResolver, DNSLogger, DNSServer
 from cli import schema, server
 from cli.service import events
 from llm.weights.settings import ROOT
-from tests.client import Client, Event
-from tests.processes import FINALLY, Marked
+from tests.support.client import Client, Event
+from tests.support.processes import FINALLY, Marked
 
 DEPLOY = ROOT / "deploy"
 COMPOSE: dict[str, Any] = yaml.safe_load((DEPLOY / "compose.yaml").read_text(encoding="utf-8"))

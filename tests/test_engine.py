@@ -35,8 +35,8 @@ from llm.engine.runner import PendingIds, Runner
 from llm.engine.scheduler import Chunk
 from llm.engine.sequence import Request, Sampling
 from llm.errors import UserError
-from tests import checkpoints
-from tests.processes import until
+from tests.support import checkpoints
+from tests.support.processes import until
 
 GREEDY = Sampling(temperature=0)
 CHUNK = 32

@@ -22,7 +22,7 @@ from cli import inputs, schema, serve
 from llm.text.prompt import COMPLETION
 from llm.weights import checkpoint
 from llm.weights.settings import ROOT, Settings
-from tests.client import Client
+from tests.support.client import Client
 
 Execute = Callable[[str], str]
 

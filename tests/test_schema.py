@@ -11,7 +11,7 @@ import pytest
 from cli import schema, server
 from llm.errors import UserError
 from llm.weights.settings import ROOT
-from tests.client import Client
+from tests.support.client import Client
 
 TINY = """\
 from typing import Optional

@@ -20,8 +20,8 @@ import psutil
 import pytest
 
 from cli import server
-from tests.processes import FINALLY, Marked
-from tests.project import copied
+from tests.support.processes import FINALLY, Marked
+from tests.support.project import copied
 
 pytestmark = pytest.mark.slow
 

@@ -20,7 +20,7 @@ import pytest
 
 from cli import server
 from llm.weights.settings import ROOT
-from tests.processes import FINALLY, Marked
+from tests.support.processes import FINALLY, Marked
 
 CLIENTS = 40
 QUESTIONS = 40
@@ -165,7 +165,7 @@ class Clients:
 
 
 class Observer:
-    """Looks at server and worker from outside, and into the worker through tests/probe."""
+    """Looks at server and worker from outside, and into the worker through tests/support/probe."""
 
     def __init__(self, processes: list[psutil.Process], worker: socket.socket) -> None:
         self._processes = processes
@@ -189,7 +189,7 @@ def test_the_soak(
 ) -> None:
     minutes = pytestconfig.getoption("soak")
     with socket.create_server((server.HOST, 0)) as listener:
-        probe = {"PYTHONPATH": str(ROOT / "tests" / "probe"), "PROBE": str(listener.getsockname()[1])}
+        probe = {"PYTHONPATH": str(ROOT / "tests" / "support" / "probe"), "PROBE": str(listener.getsockname()[1])}
         with server.running(environment=falcon_environment | processes.environment | probe | MALLOC) as running:
             running.wait_until_ready()
             worker, _ = listener.accept()

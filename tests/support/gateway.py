@@ -38,8 +38,18 @@ import httpx
 import jsonschema_rs
 
 from cli.service import events
-from tests.prediction import Body, Prediction, now
-from tests.problem import CHANGES, DEPLOYMENT, PREDICTION, VERSION_PREDICTION, Problem, check, invalid, not_found, read
+from tests.support.prediction import Body, Prediction, now
+from tests.support.problem import (
+    CHANGES,
+    DEPLOYMENT,
+    PREDICTION,
+    VERSION_PREDICTION,
+    Problem,
+    check,
+    invalid,
+    not_found,
+    read,
+)
 
 Kind = TypeVar("Kind")
 
