@@ -110,12 +110,12 @@ def execute(environment: dict[str, str], tmp_path: Path) -> Execute:
 
 
 def python(command: str) -> str:
-    """A command script/NAME as that file runs it, with this Python, whether there is a .venv or not."""
+    """A command script/NAME as cli/run runs it, with this Python, whether there is a .venv or not."""
     script, _, arguments = command.partition(" ")
     text = (ROOT / script).read_text()
-    (module,) = re.findall(r'exec "\$root/\.venv/bin/python" -P -m (\S+) "\$@"\n$', text)
-    assert '"$root/script/setup"\n' in text
-    return f"{shlex.quote(sys.executable)} -P -m {module} {arguments}"
+    (name,) = re.findall(r'/cli/run" (\w+) "\$@"\n$', text)
+    assert script == f"script/{name}"
+    return f"{shlex.quote(sys.executable)} -P -m cli.{name} {arguments}"
 
 
 @BOTH
