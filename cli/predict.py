@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from cli import demo, inputs, schema, server
+from cli import demo, events, inputs, schema, server
+from cli.events import Event
 from cli.terminal import Loading, Parser, command, write
 from llm.errors import UserError
 from llm.weights import hub
@@ -122,8 +123,8 @@ def _output(path: str | None) -> Iterator[TextIO]:
     print(f"La respuesta está en {path}", file=sys.stderr)
 
 
-def _events(running: server.Server, values: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The prediction's server-sent events as they come: name, data. Raises UserError where the server refuses it."""
+def _events(running: server.Server, values: dict[str, Any]) -> Iterator[Event]:
+    """The events of a prediction, as they come. Raises UserError where the server refuses its inputs."""
     connection = http.client.HTTPConnection(server.HOST, running.port)
     headers = {"Content-Type": "application/json", "Accept": "text/event-stream"}
     # without a connection the server is ending, and says why
@@ -132,13 +133,7 @@ def _events(running: server.Server, values: dict[str, Any]) -> Iterator[tuple[st
         response = connection.getresponse()
         if response.status != http.HTTPStatus.OK:
             raise UserError(f"El servidor no aceptó la pregunta: {response.read().decode()}")
-        name = ""
-        for line in response:
-            field, _, value = line.decode().rstrip("\n").partition(": ")
-            if field == "event":
-                name = value
-            elif field == "data":
-                yield name, json.loads(value)
+        yield from events.read(response)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import httpx
 from replicate.prediction import Prediction
 
-from cli import hosted
+from cli import events, hosted
 from cli.hosted import Reference, Refused
 from cli.server import error_text
 from llm.errors import UserError
@@ -187,7 +187,7 @@ class Cog:
             self._http.stream("PUT", path, json={"input": inputs}, headers=headers) as response,
         ):
             self._check(response)
-            for name, data in events(response):
+            for name, data in events.read(response.iter_bytes()):
                 if name == "output":
                     if first is None:
                         first = time.time() - asked
@@ -215,7 +215,7 @@ class Cog:
             raise UserError(f"{self.name} no contesta: mire su registro") from error
         except httpx.TransportError as error:
             raise UserError(f"Sin conexión con {self.name}: compruebe que el servidor está en marcha") from error
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise UserError(
                 f"Lo que contesta en {self.name} no es un servidor de Cog: compruebe la dirección"
             ) from error
@@ -227,17 +227,6 @@ class Cog:
         if response.status_code == httpx.codes.UNPROCESSABLE_ENTITY:
             raise Refused(f"{self.name} no acepta las entradas: {said}")
         raise UserError(f"{self.name} contestó {response.status_code}: {said or 'nada más'}")
-
-
-def events(response: httpx.Response) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Of a stream, as they come: name, data."""
-    name = ""
-    for line in response.iter_lines():
-        field, _, value = line.partition(": ")
-        if field == "event":
-            name = value
-        elif field == "data":
-            yield name, json.loads(value)
 
 
 def _answer(shown: dict[str, Any], asked: float, pieces: Sequence[str] = (), first: float | None = None) -> Answer:

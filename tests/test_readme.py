@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cli import inputs, schema, serve
+from cli import events, inputs, schema, serve
 from llm.text.prompt import COMPLETION
 from llm.weights import checkpoint
 from llm.weights.settings import ROOT, Settings
@@ -173,8 +173,9 @@ def test_the_local_server_answers_curl(execute: Execute, demo_server: Client) ->
     assert address in curl
     # nobody listens at that proxy
     answer = execute(f"http_proxy=http://127.0.0.1:1 {curl.replace(address, demo_server.server.url)}")
-    assert '"status":"succeeded"' in answer
-    assert "".join(json.loads(chunk)["chunk"] for chunk in re.findall(r"event: output\ndata: (.*)", answer)) == ANSWER
+    streamed = list(events.read([answer.encode()]))
+    assert streamed[-1][1]["status"] == "succeeded"
+    assert "".join(data["chunk"] for name, data in streamed if name == "output") == ANSWER
 
 
 @pytest.mark.parametrize("path", ["README.md", "README.en.md", "deploy/README.md"])

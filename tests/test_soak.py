@@ -19,6 +19,7 @@ import psutil
 import pytest
 
 from cli import server
+from cli.events import Reader
 from llm.weights.settings import ROOT
 from tests.support.processes import FINALLY, Marked
 
@@ -138,16 +139,12 @@ class Clients:
         url = f"/predictions/{uuid.UUID(int=draw.getrandbits(128))}"
         fate = draw.choice([0, 1, draw.randrange(50)])
         text = ""
-        events = 0
+        events, reader = 0, Reader()
         async with http.stream("PUT", url, json={"input": inputs}, headers={"Accept": "text/event-stream"}) as answer:
             if answer.status_code == httpx.codes.CONFLICT:
                 return "refused", ""
-            async for line in answer.aiter_lines():
-                field, _, value = line.partition(": ")
-                if field == "event":
-                    name = value
-                elif field == "data":
-                    data = json.loads(value)
+            async for piece in answer.aiter_bytes():
+                for name, data in reader.feed(piece):
                     if name == "completed":
                         return data.get("error") or data["status"], text
                     if name == "output":

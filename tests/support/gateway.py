@@ -37,7 +37,7 @@ from urllib.parse import urlsplit
 import httpx
 import jsonschema_rs
 
-from cli.service import events
+from cli import events
 from tests.support.prediction import Body, Prediction, now
 from tests.support.problem import (
     CHANGES,
@@ -284,7 +284,7 @@ class Gateway:
             if response.status_code != HTTPStatus.OK:
                 prediction.complete("failed", error=response.read().decode())
                 return True
-            for name, data in events(response):
+            for name, data in events.read(response.iter_bytes()):
                 prediction.follow(name, data)
         if not prediction.over():
             raise httpx.RemoteProtocolError("the model's server closed its stream")
