@@ -47,7 +47,7 @@ def main() -> int:
     else:
         values = inputs.from_pairs(arguments.input, interface.schema)
     with _output(arguments.output) as output:
-        predict(values, output, environment=ensured(arguments.demo))
+        predict(values, output, environment=model_environment(arguments.demo))
     return 0
 
 
@@ -56,7 +56,7 @@ def predict(values: dict[str, Any], output: TextIO, environment: dict[str, str])
     loading = Loading()
 
     def show(line: server.Line) -> None:
-        # the prediction's own lines come with its end
+        # the last event holds the lines of the prediction
         if line.ours and not line.prediction:
             loading.show(line)
 
@@ -78,25 +78,25 @@ def predict(values: dict[str, Any], output: TextIO, environment: dict[str, str])
         running.wait()
 
 
-def ensured(wants_demo: bool) -> dict[str, str]:
-    """The environment of a server whose model is in its folder, brought first where it is missing. Raises UserError.
+def model_environment(wants_demo: bool) -> dict[str, str]:
+    """Fetch the model if its folder is missing; return the variables with which a server loads it. Raises UserError.
 
-    The server would bring it too, but has no terminal to show a bar on.
+    The server would fetch the model too, but has no terminal to show a bar on.
     """
-    # stdout is the answer's
+    # stdout is for the answer alone
     with contextlib.redirect_stdout(sys.stderr):
         settings = Settings.read()
         if not wants_demo:
             hub.ensure(settings, print)
             return {}
         settings = demo.ensure(settings)
-    # its revision goes over the one in .env, which is another model's
+    # the revision in .env is another model's
     return {"MODEL_ID": settings.model_id, "MODEL_REVISION": demo.WHEEL}
 
 
 @contextlib.contextmanager
 def _output(path: str | None) -> Iterator[TextIO]:
-    """stdout, or what becomes the file's content once the answer is whole; stdout's if that cannot be."""
+    """stdout; or a buffer, written to the file once the answer is whole, and to stdout if the file cannot be written."""
     if path is None:
         if sys.stdout is None:
             raise UserError("La salida está cerrada: quite >&-, o dé un archivo con -o")
@@ -105,7 +105,7 @@ def _output(path: str | None) -> Iterator[TextIO]:
     file = Path(os.path.expanduser(path))
     new = not os.path.lexists(file)
     try:
-        # before the model loads, and without a trace: what is in it stays, and a new one goes
+        # tried before the model loads: a file that exists keeps its content, and a new one is removed
         file.open("a").close()
         if new:
             file.unlink()
@@ -127,7 +127,7 @@ def _events(running: server.Server, values: dict[str, Any]) -> Iterator[Event]:
     """The events of a prediction, as they come. Raises UserError where the server refuses its inputs."""
     connection = http.client.HTTPConnection(server.HOST, running.port)
     headers = {"Content-Type": "application/json", "Accept": "text/event-stream"}
-    # without a connection the server is ending, and says why
+    # without a connection the server is ending, and its wait() says why
     with contextlib.suppress(ConnectionError, http.client.HTTPException):
         connection.request("POST", "/predictions", json.dumps({"input": values}), headers)
         response = connection.getresponse()
