@@ -6,12 +6,12 @@ import sys
 
 
 def _leave(*_: object) -> None:
-    # at once: what is being imported may make another error of an exception
+    # not an exception: a module that is being imported may turn it into another error
     os.write(2, b"\nInterrumpido\n")
     os._exit(130)
 
 
-# Python's name of a command until it has found it: what that imports takes a while, and a Ctrl-C may come meanwhile.
-# One that is ignored, as behind nohup or `&`, stays so.
+# While `python -m` imports a command, sys.argv[0] is "-m". That takes a while, and a Ctrl-C may come meanwhile.
+# A SIGINT that is ignored, as behind nohup or `&`, stays ignored.
 if sys.argv[0] == "-m" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, _leave)

@@ -16,16 +16,19 @@ def main() -> int:
         description="Pregunta en la red por los fallos de seguridad conocidos de los paquetes de .venv y de la imagen.",
     )
     parser.parse_args()
-    found = audit(".venv", "--local")
-    # with what they bring, as pip would install them here today
-    found += audit("requirements.txt", "--requirement", "requirements.txt")
-    return 1 if found else 0
+    faults = audit(".venv", "--local")
+    # and their dependencies, as pip would install them here today
+    faults += audit("requirements.txt", "--requirement", "requirements.txt")
+    return 1 if faults else 0
 
 
-def audit(name: str, *which: str) -> int:
-    """Print the faults of these packages; return how many there are. Raises UserError where nobody answers."""
+def audit(name: str, *packages: str) -> int:
+    """Print the known faults of the packages that these options of pip-audit select; return how many there are.
+
+    Raises UserError if the service does not answer.
+    """
     run = subprocess.run(
-        [sys.executable, "-P", "-m", "pip_audit", *which, "--format=json", "--desc=off", "--progress-spinner=off"],
+        [sys.executable, "-P", "-m", "pip_audit", *packages, "--format=json", "--desc=off", "--progress-spinner=off"],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -33,16 +36,16 @@ def audit(name: str, *which: str) -> int:
     if not run.stdout:
         *_, why = ["", *run.stderr.splitlines()]
         raise UserError(f"No se pudo preguntar por los paquetes de {name}: compruebe la red y repita ({why})")
-    packages = json.loads(run.stdout)["dependencies"]
-    known = [package for package in packages if "vulns" in package]
+    audited = json.loads(run.stdout)["dependencies"]
+    known = [package for package in audited if "vulns" in package]
     if not known:
-        # pip-audit would call that clean
+        # pip-audit itself reports no faults then
         raise UserError(f"El servicio no conoce ningún paquete de {name}, y así no se sabe nada: repita más tarde")
     faults = [(package, fault) for package in known for fault in package["vulns"]]
     for package, fault in faults:
         cure = f"corregido en {', '.join(fault['fix_versions'])}" if fault["fix_versions"] else "sin corregir"
         print(f"{name}: {package['name']} {package['version']} tiene {fault['id']}, {cure}")
-    if unknown := [package["name"] for package in packages if package not in known]:
+    if unknown := [package["name"] for package in audited if package not in known]:
         print(f"{name}: el servicio no conoce {', '.join(unknown)}")
     print(f"{name}: {len(faults)} fallos conocidos en {len(known)} paquetes", flush=True)
     return len(faults)

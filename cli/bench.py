@@ -36,7 +36,7 @@ from llm.weights.settings import ROOT, Settings
 from llm.words import reason
 
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")
-"""Which decide how fast a processor multiplies matrices, and in which dtypes: by their names in Linux."""
+"""Linux's names of what decides how fast a processor multiplies matrices, and in which dtypes."""
 AT_ONCE = (1, 2, 4, 8, 16, 32)
 PROMPT_LENGTHS = (17, 32, 5, 60, 41, 9, 25, 33)
 QUESTIONS = (
@@ -77,7 +77,7 @@ def main() -> int:
         tempfile.TemporaryFile(dir=arguments.out).close()
     except OSError as error:
         raise UserError(f"No se puede escribir en {arguments.out}: {reason(error)}") from error
-    # what is started takes the same model
+    # the processes that are started load the same model
     os.environ |= {
         "MODEL_ID": settings.model_id,
         "MODEL_REVISION": settings.revision or "",
@@ -109,11 +109,11 @@ def _settings(wants_demo: bool, folder: Path | None) -> Settings:
     if not folder.is_dir():
         raise UserError(f"--model {folder}: ahí no hay ninguna carpeta")
     folder = folder.resolve()
-    made: dict[str, Any] = {"id": folder.name, "commit": None}
-    # what is wrong with a manifest, hub.ensure says
+    manifest: dict[str, Any] = {"id": folder.name, "commit": None}
+    # hub.ensure() says what is wrong with a manifest
     with suppress(FileNotFoundError, ValueError):
-        made |= json.loads((folder / checkpoint.MANIFEST).read_text())
-    settings = replace(settings, model_id=made["id"], revision=made["commit"], weights_dir=folder.parent)
+        manifest |= json.loads((folder / checkpoint.MANIFEST).read_text())
+    settings = replace(settings, model_id=manifest["id"], revision=manifest["commit"], weights_dir=folder.parent)
     if settings.folder != folder:
         raise UserError(f"--model {folder}: esa carpeta ha de llamarse {settings.folder.name}")
     return settings
@@ -121,7 +121,7 @@ def _settings(wants_demo: bool, folder: Path | None) -> Settings:
 
 def measure(settings: Settings, rounds: int, tokens: int) -> Figures:
     """Measure everything, with a bar on stderr. Raises UserError."""
-    # how many requests at once, and whether beside a busy process
+    # (how many requests at once, whether another process keeps a core busy)
     engine_turns = [*((requests, False) for requests in AT_ONCE), (1, True)]
     turns: list[list[Figures]] = []
     bar = tqdm(
@@ -130,7 +130,7 @@ def measure(settings: Settings, rounds: int, tokens: int) -> Figures:
         bar_format="{desc}: {percentage:.0f}%|{bar}| {elapsed}, que no corra nada más",
     )
 
-    def told(what: str, measured: Iterator[Figures]) -> Iterator[Figures]:
+    def counted(what: str, measured: Iterator[Figures]) -> Iterator[Figures]:
         bar.set_description(what)
         for turn in measured:
             yield turn
@@ -138,22 +138,22 @@ def measure(settings: Settings, rounds: int, tokens: int) -> Figures:
 
     with bar:
         for number in range(1, rounds + 1):
-            engine = told(f"Ronda {number} de {rounds}, el motor", contend("engine", engine_turns, tokens))
-            generate = told(f"Ronda {number} de {rounds}, generate", contend("generate", [(1, False)], tokens))
+            engine = counted(f"Ronda {number} de {rounds}, el motor", contend("engine", engine_turns, tokens))
+            generate = counted(f"Ronda {number} de {rounds}, generate", contend("generate", [(1, False)], tokens))
             turns.append([*engine, *generate])
-        loads = [*told("El servidor", serve(AT_ONCE * rounds, tokens))]
+        loads = [*counted("El servidor", serve(AT_ONCE * rounds, tokens))]
     *together, beside, alone = map(speed, zip(*turns, strict=True))
     facts, service = turns[-1][-2], loads[-1]
-    said = subprocess.getoutput("LC_ALL=C lscpu || sysctl machdep.cpu.brand_string kern.hv_vmm_present")
+    cpu = subprocess.getoutput("LC_ALL=C lscpu || sysctl machdep.cpu.brand_string kern.hv_vmm_present")
     return {
         "model": settings.model_id,
         "dtype": facts["dtype"],
         "device": facts["device"],
         "date": date.today().isoformat(),
         "machine": {
-            "processor": _processor(said),
-            "instructions": [name for name in INSTRUCTIONS if re.search(rf"\b{name}\b", said)],
-            "virtual": bool(re.search(r"\bhypervisor\b|hv_vmm_present: 1", said, re.IGNORECASE)),
+            "processor": _processor(cpu),
+            "instructions": [name for name in INSTRUCTIONS if re.search(rf"\b{name}\b", cpu)],
+            "virtual": bool(re.search(r"\bhypervisor\b|hv_vmm_present: 1", cpu, re.IGNORECASE)),
             "cores": psutil.cpu_count(logical=False) or os.cpu_count(),
             "threads": facts["threads"],
             "ram_bytes": psutil.virtual_memory().total,
@@ -175,29 +175,32 @@ def measure(settings: Settings, rounds: int, tokens: int) -> Figures:
     }
 
 
-def _processor(said: str) -> str:
-    """Its name, and where it has them the numbers of its design: a virtual machine may call it no more than a brand."""
-    found = dict(re.findall(r"^ *([^:\n]+): *(.+)", said, re.MULTILINE))
-    name = found.get("Model name") or found.get("machdep.cpu.brand_string") or platform.processor()
-    design = f" (familia {found['CPU family']}, modelo {found['Model']})" if "CPU family" in found else ""
+def _processor(cpu: str) -> str:
+    """The processor's name, with its family and model if `cpu` has them: a virtual machine may name only a brand.
+
+    `cpu` is what lscpu or sysctl printed.
+    """
+    fields = dict(re.findall(r"^ *([^:\n]+): *(.+)", cpu, re.MULTILINE))
+    name = fields.get("Model name") or fields.get("machdep.cpu.brand_string") or platform.processor()
+    design = f" (familia {fields['CPU family']}, modelo {fields['Model']})" if "CPU family" in fields else ""
     return (name or platform.machine()) + design
 
 
 def contend(name: str, turns: list[tuple[int, bool]], tokens: int) -> Iterator[Figures]:
-    """Start one of cli.contenders, and what each turn takes it. Raises UserError."""
+    """Run one of cli.contenders in a process of its own; yield the figures of each turn. Raises UserError."""
     order = json.dumps({"name": name, "turns": turns, "lengths": PROMPT_LENGTHS, "tokens": tokens})
     with (
         tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log,
         subprocess.Popen(
             [sys.executable, "-m", "cli.contenders", order],
             cwd=ROOT,
-            # generate as it comes
+            # generate runs with the libraries' own defaults
             env={**(server.LIBRARIES if name == "engine" else {}), **os.environ},
-            # it ends when this is closed
+            # the process ends when this pipe is closed
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
-            # a Ctrl-C reaches the command alone
+            # so that a Ctrl-C reaches this process alone
             start_new_session=True,
             encoding="utf-8",
         ) as process,
@@ -221,34 +224,37 @@ def contend(name: str, turns: list[tuple[int, bool]], tokens: int) -> Iterator[F
 
 
 def speed(turns: Sequence[Figures]) -> Figures:
-    """Tokens a second of the same requests, each time for one token each and for all of them: decoding, and in all.
+    """Tokens per second of the same requests in each turn: while decoding, and over the whole request.
 
-    The time of one token is that of reading the prompt: without it, what is left is decoding.
+    A turn runs them twice, for one token each and for all their tokens. The first run is the prefill; the rest of the
+    second one is decoding.
     """
     times = [(*turn["first"], *turn["whole"]) for turn in turns]
     return {
         "requests": turns[0]["requests"],
-        "decode_tokens_per_second": spread([(made - one) / (all_ - reading) for one, reading, made, all_ in times]),
-        "whole_tokens_per_second": spread([made / seconds for _, _, made, seconds in times]),
+        "decode_tokens_per_second": spread(
+            [(tokens - first) / (seconds - prefill) for first, prefill, tokens, seconds in times]
+        ),
+        "whole_tokens_per_second": spread([tokens / seconds for _, _, tokens, seconds in times]),
     }
 
 
 def spread(rounds: list[float]) -> Figures:
-    """A figure of each round. What counts is their median; the least and the most say how far to trust it."""
+    """A figure that was measured in each round: its median, and how far to trust it, the least and the most."""
     return {"median": statistics.median(rounds), "min": min(rounds), "max": max(rounds), "rounds": rounds}
 
 
 def ratio(ours: Figures, theirs: Figures) -> Figures:
-    """Of two speeds of decoding, round by round: what slows the machine for a while slows both."""
+    """How much faster our decoding is than theirs, round by round: what slows the machine for a while slows both."""
     decode = (row["decode_tokens_per_second"]["rounds"] for row in (ours, theirs))
     return spread([mine / other for mine, other in zip(*decode, strict=True)])
 
 
 def serve(turns: Sequence[int], tokens: int) -> Iterator[Figures]:
-    """Start the server, and what so many clients at once see in each turn. Raises UserError."""
+    """Start the server; yield what its clients see in each turn, which is a number of clients. Raises UserError."""
     start = time.perf_counter()
     with (
-        # it waits for its threads, which end when the server does: so that one stops first
+        # the pool waits for its threads, which end with the server: so the server has to stop first
         ThreadPoolExecutor(max(turns)) as pool,
         server.running() as running,
     ):
@@ -266,7 +272,7 @@ def serve(turns: Sequence[int], tokens: int) -> Iterator[Figures]:
 
 
 def load(turns: list[Figures]) -> Figures:
-    """What the same clients saw in all rounds."""
+    """The figures of one number of clients, from all its rounds."""
     asked, made, first_text = zip(*(answer for turn in turns for answer in turn["answers"]), strict=True)
     p50, p95 = numpy.percentile(first_text, [50, 95], method="inverted_cdf").tolist()
     return {
@@ -281,7 +287,7 @@ def load(turns: list[Figures]) -> Figures:
 
 
 def ask(port: int, question: str, tokens: int) -> Answer:
-    """One prediction, streamed. While no place is free it tries again, as a queue before the server would."""
+    """Stream one prediction. Repeats the request while no place is free, as a queue before the server would."""
     body = json.dumps({"input": {"pregunta": question, "max_tokens": tokens, "temperature": 0}})
     headers = {"Content-Type": "application/json", "Accept": "text/event-stream"}
     received, first = b"", 0.0
@@ -295,7 +301,7 @@ def ask(port: int, question: str, tokens: int) -> Answer:
                 break
             response.read()
             time.sleep(0.05)
-        # in whatever pieces it comes: with many clients of a GPU, parsing every event would take longer than making it
+        # bytes, not cli.events: with many clients of a GPU, parsing every event would take longer than making it
         while piece := response.read1(1 << 16):
             received += piece
             if not first and b"event: output" in received:
@@ -305,9 +311,9 @@ def ask(port: int, question: str, tokens: int) -> Answer:
             "El servidor se cerró mientras respondía, casi siempre por falta de memoria: cierre otros programas o "
             "pruebe el modelo de muestra con --demo"
         ) from error
-    # an answer may be empty: then its first text is its end
+    # the end of an empty answer counts as its first text
     first = first or time.perf_counter() - start
-    # a refusal is no stream, but JSON as well
+    # a refusal is JSON too, but no stream of events
     prediction = json.loads(received.rpartition(b"event: completed\ndata: ")[2])
     if prediction.get("status") != "succeeded":
         raise UserError(server.error_text(prediction.get("error", "La predicción no se completó: repita la orden")))
@@ -316,7 +322,7 @@ def ask(port: int, question: str, tokens: int) -> Answer:
 
 
 def _peak_bytes(pid: int) -> int:
-    """The most memory that a process has had. 0 where it has ended, or the system is not Linux."""
+    """The most memory that a process has had; 0 if it has ended, or the system is not Linux."""
     with suppress(OSError):
         if peak := re.search(r"^VmHWM:\s*(\d+) kB", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE):
             return int(peak[1]) * 1024

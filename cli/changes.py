@@ -11,7 +11,7 @@ Schema = dict[str, Any]
 
 _TYPES = {"string": "texto", "integer": "entero", "number": "número", "boolean": "sí o no", "object": "objeto"}
 
-# What a limit is called, and the sign of a change that lets less pass.
+# Each limit's name in Spanish, and the sign of a change that makes it stricter.
 _LIMITS = {
     "minimum": ("mínimo", 1),
     "maximum": ("máximo", -1),
@@ -21,16 +21,16 @@ _LIMITS = {
 
 
 def breaking(old: Schema, new: Schema) -> list[str]:
-    """A line in Spanish for each: what was taken and is no longer, or is answered in another form."""
+    """A line in Spanish for each change: an input that is no longer accepted, or an output of another form."""
     before, after = _inputs(old), _inputs(new)
     lines = []
     for name, was in before.items():
         if name in after:
-            found = _narrower(was, after[name])
+            differences = _narrower(was, after[name])
         else:
-            now = [other for other in after if other not in before and _alike(was, after[other])]
-            found = [f"desaparece (¿ahora es {' o '.join(now)}?)" if now else "desaparece"]
-        lines += [f"{one_line(name)}: {change}" for change in found]
+            renamed = [other for other in after if other not in before and _alike(was, after[other])]
+            differences = [f"desaparece (¿ahora es {' o '.join(renamed)}?)" if renamed else "desaparece"]
+        lines += [f"{one_line(name)}: {change}" for change in differences]
     for name in sorted(_required(new) - _required(old)):
         lines.append(f"{name}: {'pasa a ser obligatoria' if name in before else 'es nueva y obligatoria'}")
 
@@ -52,7 +52,7 @@ def _required(schema: Schema) -> set[str]:
 
 
 def _inputs(schema: Schema) -> dict[str, Schema]:
-    """Each input, with what Cog keeps apart of one that has choices."""
+    """Each input's schema. Cog keeps choices in a component of their own, which is merged into the input's."""
     inputs = {}
     for name, prop in _component(schema, "Input").get("properties", {}).items():
         for part in prop.get("allOf", []):
@@ -62,9 +62,9 @@ def _inputs(schema: Schema) -> dict[str, Schema]:
 
 
 def _alike(old: Schema, new: Schema) -> bool:
-    """Whether these are one input under two names."""
-    same = {key for key in ("description", "x-order") if key in old and old[key] == new.get(key)}
-    return bool(same) and _type(old) == _type(new)
+    """Whether these may be one input under two names."""
+    equal = {key for key in ("description", "x-order") if key in old and old[key] == new.get(key)}
+    return bool(equal) and _type(old) == _type(new)
 
 
 def _narrower(old: Schema, new: Schema) -> list[str]:

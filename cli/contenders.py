@@ -1,6 +1,6 @@
-"""Who script/bench measures in turn, each in a process of its own: our engine, and transformers' generate as it comes.
+"""What script/bench compares, each in a process of its own: our engine, and transformers' generate as it is by default.
 
-Says a line of JSON for each turn. Knows ids and seconds, nothing of rounds.
+Prints a line of JSON for each turn. Knows ids and seconds, nothing of rounds.
 """
 
 import json
@@ -30,13 +30,13 @@ from llm.weights import hub
 from llm.weights.settings import Settings
 
 Generate = Callable[[list[list[int]], int], int]
-"""Continues each of these ids by so many tokens, whatever they are. Returns how many that made."""
+"""Continues each prompt's ids by a number of tokens, past stop tokens too. Returns how many tokens were generated."""
 
 
 def our_engine(settings: Settings) -> tuple[Generate, dict[str, Any]]:
-    """llm.engine.engine, with as many rows as the server's; all at once."""
+    """llm.engine, with as many rows as in the server; all requests at once."""
     model = Model.load(hub.ensure(settings, print), settings, print)
-    # every request then ends by its length
+    # so that every request ends by its length
     model.stop_ids = frozenset()
     engine = Engine(model, MOST_ROWS, say=print)
     engine.start()
@@ -55,7 +55,7 @@ def our_engine(settings: Settings) -> tuple[Generate, dict[str, Any]]:
 
 
 def plain_generate(settings: Settings) -> tuple[Generate, dict[str, Any]]:
-    """transformers' model.generate with its defaults, the weights unpacked; one after another."""
+    """transformers' model.generate with its defaults, the weights unpacked; one request after another."""
     dtype = getattr(torch, settings.dtype) if settings.dtype else best_dtype()
     network: Any = AutoModelForCausalLM.from_pretrained(
         settings.folder, dtype=dtype, device_map="auto", trust_remote_code=False, local_files_only=True
@@ -69,7 +69,7 @@ def plain_generate(settings: Settings) -> tuple[Generate, dict[str, Any]]:
             text = network.generate(
                 ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0, max_new_tokens=tokens
             )
-            # to the host: a GPU may still be computing
+            # tolist() waits for a GPU, which may still be computing
             made += len(text[0].tolist()) - len(prompt)
         return made
 
@@ -78,9 +78,9 @@ def plain_generate(settings: Settings) -> tuple[Generate, dict[str, Any]]:
 
 @contextmanager
 def busy_core() -> Iterator[None]:
-    """Beside a process that only counts, on one core. Should this one be killed, it ends too."""
-    counts = f"import os\nwhile os.getppid() == {os.getpid()}: pass"
-    with subprocess.Popen([sys.executable, "-c", counts]) as process:
+    """Keep one core busy with another process. It ends with the block, or with this process if that is killed."""
+    program = f"import os\nwhile os.getppid() == {os.getpid()}: pass"
+    with subprocess.Popen([sys.executable, "-c", program]) as process:
         try:
             yield
         finally:
@@ -88,11 +88,11 @@ def busy_core() -> Iterator[None]:
 
 
 def contend(name: str, turns: list[tuple[int, bool]], lengths: list[int], tokens: int) -> Iterator[dict[str, Any]]:
-    """What each turn takes: so many requests at once, beside a busy process or not. Raises UserError."""
+    """Yield the figures of each turn: (requests at once, whether another process is busy). Raises UserError."""
     generate, facts = {"engine": our_engine, "generate": plain_generate}[name](Settings.read())
     if max(lengths) + tokens > facts.get("context", sys.maxsize):
         raise UserError(f"--tokens {tokens} no cabe: el modelo admite {facts['context']} en total, pida menos")
-    # ids that any vocabulary has: how fast they are read does not depend on what they say
+    # any vocabulary has these ids, and the speed does not depend on what they say
     ids = random.Random(1)
     most = max(requests for requests, _ in turns)
     prompts = [ids.choices(range(256), k=length) for length in islice(cycle(lengths), most)]
@@ -112,9 +112,9 @@ def contend(name: str, turns: list[tuple[int, bool]], lengths: list[int], tokens
         start = time.perf_counter()
         return generate(prompts[:requests], tokens), time.perf_counter() - start
 
-    for requests, beside in turns:
+    for requests, busy in turns:
         run(requests, 4)
-        with busy_core() if beside else nullcontext():
+        with busy_core() if busy else nullcontext():
             first, whole = run(requests, 1), run(requests, tokens)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         used = sum(torch.cuda.max_memory_allocated(gpu) for gpu in gpus) if gpus else None
@@ -122,18 +122,18 @@ def contend(name: str, turns: list[tuple[int, bool]], lengths: list[int], tokens
 
 
 def main() -> None:
-    def end_with_who_started_it() -> None:
+    def end_with_parent() -> None:
         os.read(0, 1)
         os._exit(0)
 
-    threading.Thread(target=end_with_who_started_it, daemon=True).start()
-    # what the model prints is no turn
-    said, sys.stdout = sys.stdout, sys.stderr
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    # stdout is for the turns alone
+    output, sys.stdout = sys.stdout, sys.stderr
     try:
         for turn in contend(**json.loads(sys.argv[1])):
-            print(json.dumps(turn), file=said, flush=True)
+            print(json.dumps(turn), file=output, flush=True)
     except UserError as error:
-        print(json.dumps({"error": str(error)}), file=said, flush=True)
+        print(json.dumps({"error": str(error)}), file=output, flush=True)
 
 
 if __name__ == "__main__":

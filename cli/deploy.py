@@ -1,6 +1,6 @@
-"""script/deploy: a deployment on Replicate, which is a model on instances of its own, more of them with more work.
+"""script/deploy: deployments on Replicate. Each runs a model on instances of its own, more of them with more work.
 
-Of a deployment the API tells how it is set up, not how many instances run.
+The API tells how a deployment is configured, not how many of its instances run.
 """
 
 import sys
@@ -64,7 +64,7 @@ def create(client: Client, arguments: Namespace) -> None:
     reference = Reference.parse(arguments.model, versioned=True)
     name = Reference.parse(f"{reference.owner}/{arguments.name or reference.name}").name
     with explained(reference.model):
-        # whose the model is, its deployment need not be
+        # the deployment belongs to the token's account, which need not own the model
         owner = client.accounts.current().username
         model = client.models.get(reference.model)
         machines = {machine.sku: machine.name for machine in client.hardware.list()}
@@ -85,7 +85,7 @@ def create(client: Client, arguments: Namespace) -> None:
     settings |= {key: value for key, value in given.items() if value is not None}
     fewest, most = settings["min_instances"], settings["max_instances"]
     if arguments.max is None:
-        # one that is switched off has none
+        # of a deployment that is switched off it is 0
         most = settings["max_instances"] = max(most, fewest, 1)
     if most < max(fewest, 1):
         raise UserError("--max ha de ser 1 o más, y no menos que --min; para apagarlo está script/deploy cero")
@@ -128,7 +128,7 @@ def ask(client: Client, arguments: Namespace) -> None:
 def switch_off(client: Client, arguments: Namespace) -> None:
     deployment = _get(client, arguments.deployment)
     with explained(deployment.id):
-        # with a `max_instances` above 0 the next prediction would start one
+        # with a `max_instances` above 0 the next prediction would start an instance
         off = client.deployments.update(deployment.owner, deployment.name, min_instances=0, max_instances=0)
     _print(off)
 
@@ -199,7 +199,7 @@ def _switch_on(deployment: Deployment) -> str:
 
 
 def _wait(client: Client, deployment: Deployment) -> None:
-    """Return when it has answered a question. Raises UserError where it does not, or not well."""
+    """Ask the deployment a question and wait for the answer. Raises UserError if none comes or the prediction fails."""
     loading = Loading("Esperando a que conteste", "Contestó")
     with explained(deployment.id), loading:
         start = time.monotonic()
@@ -216,7 +216,7 @@ def _wait(client: Client, deployment: Deployment) -> None:
                 time.sleep(client.poll_interval)
                 prediction.reload()
         except BaseException:
-            # nobody waits for it any more; whatever ended the waiting is what is told
+            # nobody waits any more; an error of cancel() must not hide what ended the wait
             with suppress(ReplicateError, httpx.HTTPError):
                 prediction.cancel()
             raise

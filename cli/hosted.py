@@ -1,6 +1,6 @@
-"""A model on Replicate, through Replicate's own client: how it is named, the client with the user's token, its errors.
+"""A model on Replicate: its name, Replicate's own client with the user's token, and the client's errors in Spanish.
 
-Where Replicate is, the client takes from REPLICATE_BASE_URL.
+The client takes Replicate's address from REPLICATE_BASE_URL.
 """
 
 import re
@@ -21,7 +21,7 @@ TOKENS = "https://replicate.com/account/api-tokens"
 BILLING = "https://replicate.com/account/billing"
 STATUS = "https://www.replicatestatus.com"
 
-# What Docker takes for a name. Replicate's registry is the only one that this is for.
+# A name that Docker accepts, perhaps behind Replicate's registry.
 _NAME = re.compile(
     r"(?:r8\.im/)?(?P<owner>[a-z0-9]+(?:[_-]+[a-z0-9]+)*)/(?P<name>[a-z0-9]+(?:[._-]+[a-z0-9]+)*)"
     r"(?P<version>:[A-Za-z0-9]+)?"
@@ -51,7 +51,7 @@ class Reference(NamedTuple):
 
 
 class Refused(UserError):
-    """What was asked for is not valid. Its text ends in what was said of it."""
+    """The request is not valid. The message ends in the service's own words."""
 
 
 def client(*, seconds: float = 30) -> Client:
@@ -64,10 +64,9 @@ def client(*, seconds: float = 30) -> Client:
 
 @contextmanager
 def explained(what: str, *, absent: str = "compruebe el nombre y la cuenta") -> Iterator[None]:
-    """Turn the client's errors into a UserError of one line; `what` was asked for, a model or a deployment.
+    """Turn the client's errors into a UserError of one line, Refused where the request is not valid.
 
-    `absent` is the way out where it is not there.
-    What is not valid raises Refused.
+    `what` is the model or deployment that was asked for, `absent` the way out if Replicate does not have it.
     """
     try:
         yield
@@ -84,21 +83,21 @@ def explained(what: str, *, absent: str = "compruebe el nombre y la cuenta") -> 
 
 
 def _explained(error: ReplicateError, what: str, absent: str) -> UserError:
-    said = " ".join((error.detail or error.title or error.type or "sin decir por qué").split())
+    detail = " ".join((error.detail or error.title or error.type or "sin decir por qué").split())
     match error.status:
         case 400 | 422:
-            return Refused(f"Replicate no acepta lo que se le pide de {what}: {said}")
+            return Refused(f"Replicate no acepta lo que se le pide de {what}: {detail}")
         case 401:
             return UserError(f"Replicate no reconoce su REPLICATE_API_TOKEN: cópielo de nuevo de {TOKENS}")
         case 402:
-            return UserError(f"Replicate pide saldo o una forma de pago: póngalos en {BILLING} ({said})")
+            return UserError(f"Replicate pide saldo o una forma de pago: póngalos en {BILLING} ({detail})")
         case 403:
-            return UserError(f"Su token no da acceso a {what}: use el de la cuenta a la que pertenece ({said})")
+            return UserError(f"Su token no da acceso a {what}: use el de la cuenta a la que pertenece ({detail})")
         case 404:
             return UserError(f"Replicate no tiene {what}, o su token no lo ve: {absent}")
         case 429:
-            return UserError(f"Demasiadas peticiones para su cuenta de Replicate: espere y repita ({said})")
+            return UserError(f"Demasiadas peticiones para su cuenta de Replicate: espere y repita ({detail})")
         case int(status) if status >= 500:
             return UserError(f"Replicate falla ({status}): mire {STATUS} y repita")
         case status:
-            return UserError(f"Replicate no hizo lo que se le pidió de {what} ({status or 'sin código'}): {said}")
+            return UserError(f"Replicate no hizo lo que se le pidió de {what} ({status or 'sin código'}): {detail}")

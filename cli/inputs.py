@@ -14,7 +14,7 @@ Properties = dict[str, dict[str, Any]]
 
 _TYPES = {"string": "un texto", "integer": "un número entero", "number": "un número", "boolean": "true o false"}
 
-# What Python makes of a byte that is no UTF-8, and of half an emoji in JSON. The server takes neither.
+# Surrogates: Python decodes to them a byte that is not UTF-8, and half an emoji in JSON. The server refuses both.
 _NO_TEXT = re.compile("[\ud800-\udfff]")
 
 
@@ -63,7 +63,7 @@ def _refuse_unknown(name: str, properties: Properties) -> None:
 
 def _read(path: str) -> str:
     try:
-        # by its number: sys.stdin may be none, and takes what is no UTF-8
+        # descriptor 0, for sys.stdin may be None, and accepts what is not UTF-8
         file = 0 if path == "-" else os.path.expanduser(path)
         with open(file, encoding="utf-8-sig", closefd=path != "-") as stream:
             return stream.read()
@@ -74,7 +74,7 @@ def _read(path: str) -> str:
 
 
 def _converted(text: str, schema: dict[str, Any]) -> Any:
-    """A value of the input's type where the text is one, else the text: _checked says what is wrong with it."""
+    """The text as a value of the input's type. If it is none, the text itself, which _checked() refuses."""
     kind = schema.get("type", "")
     if kind == "boolean" and text in ("true", "false"):
         return text == "true"
@@ -97,9 +97,9 @@ def _checked(inputs: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def _wrong(value: Any, schema: dict[str, Any]) -> str | None:
-    """What the server would refuse with 422, said in Spanish."""
+    """Why the server would refuse the value with a 422, in Spanish; None if it would not."""
     kind = schema.get("type", "")
-    if kind in _TYPES and not _is(value, kind):
+    if kind in _TYPES and not _has_type(value, kind):
         given = "varios valores" if isinstance(value, list | dict) else json.dumps(value, ensure_ascii=False)
         return f"ha de ser {_TYPES[kind]}, y se dio {given}"
     if isinstance(value, str):
@@ -116,8 +116,8 @@ def _wrong(value: Any, schema: dict[str, Any]) -> str | None:
     return None
 
 
-def _is(value: Any, kind: str) -> bool:
-    """As JSON Schema says: true is no number, and 2.0 is an integer."""
+def _has_type(value: Any, kind: str) -> bool:
+    """Whether the value is of a type of JSON Schema, where true is not a number and 2.0 is an integer."""
     if isinstance(value, bool) or kind == "boolean":
         return isinstance(value, bool) and kind == "boolean"
     if kind == "string":

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from cli import demo, inputs, schema, server
+from cli import demo, events, inputs, schema, server
+from cli.events import Event
 from cli.terminal import Loading, Parser, command, write
 from llm.errors import UserError
 from llm.weights import hub
@@ -46,7 +47,7 @@ def main() -> int:
     else:
         values = inputs.from_pairs(arguments.input, interface.schema)
     with _output(arguments.output) as output:
-        predict(values, output, environment=ensured(arguments.demo))
+        predict(values, output, environment=model_environment(arguments.demo))
     return 0
 
 
@@ -55,7 +56,7 @@ def predict(values: dict[str, Any], output: TextIO, environment: dict[str, str])
     loading = Loading()
 
     def show(line: server.Line) -> None:
-        # the prediction's own lines come with its end
+        # the last event holds the lines of the prediction
         if line.ours and not line.prediction:
             loading.show(line)
 
@@ -77,25 +78,25 @@ def predict(values: dict[str, Any], output: TextIO, environment: dict[str, str])
         running.wait()
 
 
-def ensured(wants_demo: bool) -> dict[str, str]:
-    """The environment of a server whose model is in its folder, brought first where it is missing. Raises UserError.
+def model_environment(wants_demo: bool) -> dict[str, str]:
+    """Fetch the model if its folder is missing; return the variables with which a server loads it. Raises UserError.
 
-    The server would bring it too, but has no terminal to show a bar on.
+    The server would fetch the model too, but has no terminal to show a bar on.
     """
-    # stdout is the answer's
+    # stdout is for the answer alone
     with contextlib.redirect_stdout(sys.stderr):
         settings = Settings.read()
         if not wants_demo:
             hub.ensure(settings, print)
             return {}
         settings = demo.ensure(settings)
-    # its revision goes over the one in .env, which is another model's
+    # the revision in .env is another model's
     return {"MODEL_ID": settings.model_id, "MODEL_REVISION": demo.WHEEL}
 
 
 @contextlib.contextmanager
 def _output(path: str | None) -> Iterator[TextIO]:
-    """stdout, or what becomes the file's content once the answer is whole; stdout's if that cannot be."""
+    """stdout; or a buffer, written to the file once the answer is whole, and to stdout if the file cannot be written."""
     if path is None:
         if sys.stdout is None:
             raise UserError("La salida está cerrada: quite >&-, o dé un archivo con -o")
@@ -104,7 +105,7 @@ def _output(path: str | None) -> Iterator[TextIO]:
     file = Path(os.path.expanduser(path))
     new = not os.path.lexists(file)
     try:
-        # before the model loads, and without a trace: what is in it stays, and a new one goes
+        # tried before the model loads: a file that exists keeps its content, and a new one is removed
         file.open("a").close()
         if new:
             file.unlink()
@@ -122,23 +123,17 @@ def _output(path: str | None) -> Iterator[TextIO]:
     print(f"La respuesta está en {path}", file=sys.stderr)
 
 
-def _events(running: server.Server, values: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The prediction's server-sent events as they come: name, data. Raises UserError where the server refuses it."""
+def _events(running: server.Server, values: dict[str, Any]) -> Iterator[Event]:
+    """The events of a prediction, as they come. Raises UserError where the server refuses its inputs."""
     connection = http.client.HTTPConnection(server.HOST, running.port)
     headers = {"Content-Type": "application/json", "Accept": "text/event-stream"}
-    # without a connection the server is ending, and says why
+    # without a connection the server is ending, and its wait() says why
     with contextlib.suppress(ConnectionError, http.client.HTTPException):
         connection.request("POST", "/predictions", json.dumps({"input": values}), headers)
         response = connection.getresponse()
         if response.status != http.HTTPStatus.OK:
             raise UserError(f"El servidor no aceptó la pregunta: {response.read().decode()}")
-        name = ""
-        for line in response:
-            field, _, value = line.decode().rstrip("\n").partition(": ")
-            if field == "event":
-                name = value
-            elif field == "data":
-                yield name, json.loads(value)
+        yield from events.read(response)
 
 
 if __name__ == "__main__":

@@ -23,11 +23,11 @@ _SECONDS = 30
 
 
 def check_cog(needed: str) -> None:
-    """The command cog, of version `needed` or newer. One that somebody built has no number, and passes."""
+    """cog is installed, in version `needed` or newer. A development build has no number, and passes."""
     path = shutil.which("cog")
     if path is None:
         raise UserError(f"Falta cog: {_INSTALL_COG}")
-    # there are other programs of this name
+    # other programs are called cog too
     match = re.match(r"cog version (\S+)", _run([path, "--version"]).stdout)
     if match is None:
         raise UserError(f"{one_line(path)} no es el cog de Replicate: {_INSTALL_COG}, y póngalo antes en PATH")
@@ -36,13 +36,13 @@ def check_cog(needed: str) -> None:
 
 
 def check_docker() -> None:
-    """Docker is there, running, lets this user in, and can build what cog asks of it."""
+    """Docker is installed and running, lets this user in, and is new enough for cog."""
     if shutil.which("docker") is None:
         raise UserError("Falta Docker: instálelo como dice https://docs.docker.com/get-started/get-docker/")
     result = _run(["docker", "version", "--format", "{{.Server.Version}}"])
     if result.returncode == 0:
         version = result.stdout.strip()
-        # an older one fails once all is built, where cog adds its labels
+        # an older one fails after the build, when cog adds its labels
         if _numbers(version) and _numbers(version)[0] < _OLDEST_DOCKER:
             raise UserError(
                 f"Docker es el {one_line(version)} y Cog necesita el {_OLDEST_DOCKER} o más nuevo: instálelo como dice "
@@ -55,12 +55,12 @@ def check_docker() -> None:
 
 
 def login(host: str) -> Login:
-    """What `cog login` stored for a registry, read where cog reads it for a push. Whether it holds is not asked."""
+    """The login that `cog login` stored for a registry, read where `cog push` reads it. The registry is not asked."""
     path = Path(os.environ.get("DOCKER_CONFIG") or Path.home() / ".docker") / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        silent = not any(config.get(key) for key in ("credsStore", "credHelpers", "auths"))
-        store = _default_store() if silent else config.get("credsStore")
+        unset = not any(config.get(key) for key in ("credsStore", "credHelpers", "auths"))
+        store = _default_store() if unset else config.get("credsStore")
         stored = (_stored(store, host) if store else None) or _written(config.get("auths", {}).get(host, {}))
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise UserError(f"{one_line(str(path))} no se entiende: corríjalo o bórrelo, y cog login") from error
@@ -70,7 +70,7 @@ def login(host: str) -> Login:
 
 
 def _default_store() -> str:
-    """The one store that Docker's client takes by itself, while its configuration says nothing."""
+    """The credential store that Docker's client uses if its configuration names none."""
     if sys.platform == "darwin":
         return "osxkeychain"
     return "pass" if shutil.which("pass") else "secretservice"
@@ -86,7 +86,7 @@ def _stored(store: str, host: str) -> Login | None:
 
 
 def _written(entry: dict[str, str]) -> Login | None:
-    """What stands in the configuration itself. An entry without a password only says that a store has it."""
+    """The login in an entry of Docker's configuration; None if the entry has no password, which a store then holds."""
     if "auth" in entry:
         username, _, secret = base64.b64decode(entry["auth"]).decode().partition(":")
     else:
@@ -95,10 +95,10 @@ def _written(entry: dict[str, str]) -> Login | None:
 
 
 def image_id(name: str) -> str:
-    """The id of the image that Docker has under this name; empty where it has none.
+    """The id of the image of this name in this computer's Docker; empty if there is none.
 
-    Only this computer is asked. Where Docker keeps its images in containerd, as Docker Desktop and Engine 29 do, the
-    build asks the registry first, which has none of this name unless somebody pushed one there.
+    The registry is not asked. A Docker that keeps its images in containerd, as Docker Desktop and Engine 29 do, asks it
+    first in a build; but it has no image of this name unless somebody pushed one.
     """
     result = _run(["docker", "image", "inspect", "--format", "{{.Id}}", name])
     return result.stdout.strip() if result.returncode == 0 else ""

@@ -1,4 +1,4 @@
-"""script/push: `cog push --separate-weights`, after a look at all that it needs and at what callers would miss."""
+"""script/push: checks all that a push needs and what would break for callers, then `cog push --separate-weights`."""
 
 import os
 import re
@@ -26,12 +26,12 @@ _TOKEN = "REPLICATE_API_TOKEN"
 _MOST_SHOWN = 5
 _SECONDS_TO_STOP = 5
 
-# Cog's own variable for it.
+# Cog's own variable for the registry.
 _REGISTRY = "COG_REGISTRY_HOST"
 _REPLICATE = "r8.im"
-# A name with its registry: Replicate's, or one on this computer.
+# A model's name behind its registry: Replicate's, or one on this computer.
 _NAMED = re.compile(r"(r8\.im|127\.0\.0\.1:\d+)/(.*)", re.DOTALL)
-# What would have cog push to another name, or another interface or server than those of this project.
+# With one of these cog would push to another name, or with another interface or server than this project's.
 _NOT_COGS = (
     "COG_MODEL",
     "COG_MODEL_REGISTRY",
@@ -49,7 +49,7 @@ class Image(NamedTuple):
     settings: Settings
     cog: str
     coglet: str | None
-    """Its pin, which cog itself does not read."""
+    """Its version in requirements.txt, which cog itself does not read."""
     base: str | None
     """The tag of Cog's base image; None where cog.yaml leaves it to Cog."""
 
@@ -73,25 +73,25 @@ def main() -> int:
 
 
 def push(host: str, model: Reference, options: list[str], *, dry_run: bool, yes: bool) -> int:
-    """Push the image to `model` in a registry; return what cog returned, or 1 after a line for each thing missing.
+    """Push the image to `model` in a registry; return cog's exit status, or 1 after a line for each thing missing.
 
-    Raises UserError for what leaves nothing else to look at, and where the user does not agree.
+    Raises UserError where no other check makes sense, and where the user does not agree.
     """
     name = f"{host}/{model.model}"
     own = Settings.read()
-    wanted = image_config()
-    settings = wanted.settings
+    image = image_config()
+    settings = image.settings
     missing: list[str] = []
     with _noted(missing):
-        prerequisites.check_cog(wanted.cog)
+        prerequisites.check_cog(image.cog)
     with _noted(missing):
         prerequisites.check_docker()
     with _noted(missing):
         login = prerequisites.login(host)
         registry.check_push(host, model.model, login)
-        if wanted.base and not registry.has(host, _BASE, wanted.base, login):
+        if image.base and not registry.has(host, _BASE, image.base, login):
             print(
-                f"Aviso: {host} no tiene la imagen base {_BASE}:{wanted.base}, y sin ella Cog parte de otra: la imagen "
+                f"Aviso: {host} no tiene la imagen base {_BASE}:{image.base}, y sin ella Cog parte de otra: la imagen "
                 "ocupa varios GB más y arranca en frío más despacio"
             )
     with _noted(missing):
@@ -110,8 +110,8 @@ def push(host: str, model: Reference, options: list[str], *, dry_run: bool, yes:
 
     if uncommitted := _uncommitted():
         print(f"Aviso: no está en git tal como es aquí: {_first(uncommitted)}")
-    image = f"{name}-weights"
-    with staging.staged(settings, prerequisites.image_id(image)) as folder:
+    weights = f"{name}-weights"
+    with staging.staged(settings, prerequisites.image_id(weights)) as folder:
         _print_contents(folder, name)
         lines = changes.breaking(published, interface.schema) if published else []
         broken = "\n  ".join(["Deja de valer para quien usa la versión publicada:", *lines]) if lines else ""
@@ -123,20 +123,20 @@ def push(host: str, model: Reference, options: list[str], *, dry_run: bool, yes:
             print(f"No falta nada: script/push {model.model}")
             return 0
         print(f"Publicando {origin} en {name}", flush=True)
-        status = _run(["cog", "push", "--separate-weights", name, *options], folder, _environment(host, wanted.coglet))
-        staging.note(folder, prerequisites.image_id(image))
+        status = _run(["cog", "push", "--separate-weights", name, *options], folder, _environment(host, image.coglet))
+        staging.note(folder, prerequisites.image_id(weights))
     if status:
         print(_meaning(host, model), file=sys.stderr)
     return status
 
 
 def _environment(host: str, coglet: str | None) -> dict[str, str]:
-    """What cog runs with: the registry, coglet's version in the image, and the commit for its labels."""
+    """The variables that cog runs with: the registry, coglet's version in the image, and the commit for its labels."""
     variables = {name: value for name, value in os.environ.items() if name not in _NOT_COGS}
     variables[_REGISTRY] = host
     if coglet:
         variables["COGLET_WHEEL"] = f"pypi:{coglet}"
-    # where cog looks first: the folder it runs in may be in no repository, or in another
+    # cog reads these before it asks git, whose repository in the staging folder may be another or none
     for name, arguments in (
         ("GITHUB_SHA", ["rev-parse", "HEAD"]),
         ("GITHUB_REF_NAME", ["describe", "--tags", "--dirty"]),
@@ -146,7 +146,7 @@ def _environment(host: str, coglet: str | None) -> dict[str, str]:
 
 
 def _meaning(host: str, model: Reference) -> str:
-    """What a push that failed means: what the registry says now, or else what its English most often is."""
+    """Why a push failed: what the registry answers now, or else what cog's messages most often mean."""
     try:
         registry.check_push(host, model.model, prerequisites.login(host))
     except UserError as error:
@@ -159,6 +159,7 @@ def _meaning(host: str, model: Reference) -> str:
 
 @contextmanager
 def _noted(missing: list[str]) -> Iterator[None]:
+    """Add the line of a UserError to `missing`, and go on."""
     try:
         yield
     except UserError as error:
@@ -166,7 +167,7 @@ def _noted(missing: list[str]) -> Iterator[None]:
 
 
 def image_config() -> Image:
-    """What goes into the image: cog.yaml names the model, and .env does not go there."""
+    """Read cog.yaml and requirements.txt, and set MODEL_ID and MODEL_REVISION as in the image, which has no .env."""
     try:
         config = yaml.safe_load((ROOT / "cog.yaml").read_text(encoding="utf-8"))
         variables = dict(line.split("=", 1) for line in config.get("environment") or [])
@@ -177,7 +178,7 @@ def image_config() -> Image:
             "cog.yaml no se entiende: en build lleva sdk_version, y en environment cada línea es - NOMBRE=valor"
         ) from error
     for name in ("MODEL_ID", "MODEL_REVISION"):
-        # empty, it also hides what .env says
+        # an empty one hides that of .env
         os.environ[name] = variables.get(name, "")
     text = requirements.read_text(encoding="utf-8") if requirements.is_file() else ""
     pins = dict(re.findall(r"^([\w-]+)==([\w.]+)", text, re.MULTILINE))
@@ -185,13 +186,13 @@ def image_config() -> Image:
 
 
 def _base(build: dict[str, object], torch: str | None) -> str | None:
-    """The tag of the base image that Cog looks for."""
+    """The tag of the base image that Cog looks for; None if one of its versions is not pinned."""
     versions = [("python", build.get("python_version")), ("torch", torch)]
     if build.get("gpu"):
         versions.insert(0, ("cuda", build.get("cuda")))
     if not all(version for _, version in versions):
         return None
-    # of CUDA and Python two numbers
+    # the tag has two numbers of the versions of CUDA and Python
     return "-".join(
         f"{name}{version if name == 'torch' else '.'.join(str(version).split('.')[:2])}" for name, version in versions
     )
@@ -208,14 +209,14 @@ def _check_dockerignore(place: Path) -> None:
 def _check_fetched(settings: Settings, own: Settings) -> None:
     if os.path.lexists(settings.folder):
         return
-    # what script/weights would fetch by itself is the user's own model
+    # without these script/weights would fetch the model of .env
     names = ("MODEL_ID", "MODEL_REVISION") if settings != own else ()
     variables = [f"{name}={shlex.quote(os.environ[name])}" for name in names]
     raise UserError(f"Faltan los pesos de {settings.model_id}: {' '.join([*variables, 'script/weights'])}")
 
 
 def _published(model: Reference) -> Schema | None:
-    """The schema of the newest version, if there is one."""
+    """The schema of the newest version on Replicate; None without one, or without a token."""
     if _TOKEN not in values():
         print(f"Sin {_TOKEN} en .env no se compara con la versión publicada")
         return None
@@ -225,13 +226,13 @@ def _published(model: Reference) -> Schema | None:
 
 
 def _uncommitted() -> list[str]:
-    """The paths that are not as in git's last commit. None where the project is no repository."""
+    """The paths that differ from git's last commit; empty if the project is no repository."""
     status = _git("--no-optional-locks", "status", "--porcelain", "--no-renames", "-z", "--", ".")
     return [entry[3:] for entry in status.split("\0") if entry]
 
 
 def _git(*arguments: str) -> str:
-    """What git prints in the project's folder; empty where it fails, or is not there."""
+    """What git prints in the project's folder; empty if git fails or is not installed."""
     if shutil.which("git") is None:
         return ""
     result = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, errors="replace")
@@ -255,7 +256,7 @@ def _size(path: Path) -> int:
 
 
 def _run(command: list[str], folder: Path, variables: dict[str, str]) -> int:
-    """The exit status of a command run in `folder`; it ends with this process."""
+    """Run a command in `folder` and return its exit status; the command ends with this process."""
     with subprocess.Popen(command, cwd=folder, env=variables) as process:
         try:
             return process.wait()

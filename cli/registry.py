@@ -1,6 +1,6 @@
-"""A registry of images, asked before a build what `cog push` asks only after it: the login, the model's page, the base.
+"""Asks a registry of images before the build what `cog push` asks only after it: the login, the model, the base image.
 
-The protocol is Docker's: /v2/ names in a challenge who gives tokens, and an upload begins with a POST.
+The protocol is Docker's: the challenge of /v2/ names the server that gives tokens, and an upload begins with a POST.
 """
 
 import re
@@ -28,7 +28,7 @@ _MANIFESTS = ", ".join(
 
 
 class Login(NamedTuple):
-    """What `cog login` stored for a registry. Neither is ever printed."""
+    """A user's name and password, or token, for a registry. Neither is ever printed."""
 
     username: str
     secret: str
@@ -55,7 +55,7 @@ def check_push(host: str, model: str, login: Login) -> None:
 
 
 def has(host: str, repository: str, tag: str, login: Login) -> bool:
-    """Whether the registry gives out an image. Raises UserError where it does not say."""
+    """Whether the registry has an image that this login may read. Raises UserError if it does not answer that."""
     with _client(host) as client:
         headers = {**_authorization(client, host, login, f"repository:{repository}:pull"), "Accept": _MANIFESTS}
         response = client.get(f"{_address(host)}/v2/{repository}/manifests/{tag}", headers=headers)
@@ -67,11 +67,11 @@ def has(host: str, repository: str, tag: str, login: Login) -> bool:
 @contextmanager
 def _client(host: str) -> Iterator[httpx.Client]:
     certificates = httpx.create_ssl_context()
-    # also those of the system, where a company's proxy has its own, and which cog takes
+    # cog trusts the system's certificates too, among which a company's proxy may have its own
     certificates.load_default_certs(ssl.Purpose.SERVER_AUTH)
     timeout = httpx.Timeout(_SECONDS_TO_ANSWER, connect=_SECONDS_TO_CONNECT)
     try:
-        # as cog, no proxy to this computer
+        # like cog, reaches this computer without a proxy
         with httpx.Client(
             verify=certificates, timeout=timeout, follow_redirects=True, trust_env=not _is_local(host)
         ) as client:
@@ -85,7 +85,7 @@ def _client(host: str) -> Iterator[httpx.Client]:
 
 
 def _authorization(client: httpx.Client, host: str, login: Login, scope: str) -> dict[str, str]:
-    """The header that the registry wants for a scope. Raises UserError where it refuses the login."""
+    """The header that the registry wants for a scope. Raises UserError if it refuses the login."""
     address = f"{_address(host)}/v2/"
     response = client.get(address)
     if response.status_code == httpx.codes.OK:
@@ -103,7 +103,7 @@ def _authorization(client: httpx.Client, host: str, login: Login, scope: str) ->
     if response.status_code == httpx.codes.UNAUTHORIZED:
         raise UserError(f"{host} no reconoce lo que guardó cog login: repita cog login")
     if response.status_code == httpx.codes.FORBIDDEN:
-        # the login holds, and gives no such right: what is asked for next is refused
+        # the login is valid but lacks the right: the next request is refused
         return {}
     if response.status_code != httpx.codes.OK:
         raise _unexpected(host, response)

@@ -22,7 +22,7 @@ Figures = dict[str, Any]
 
 
 def write(figures: Figures, folder: Path) -> list[Path]:
-    """Write NAME.md, NAME.json and NAME.png, named after the model and what computed. Returns where they are."""
+    """Write NAME.md, NAME.json and NAME.png, named after the model and its device. Returns where they are."""
     plain = re.sub(r"\((R|TM)\)", "", f"{figures['model'].split('/')[-1]} {_on(figures)}", flags=re.IGNORECASE)
     name = re.sub(r"[^a-z0-9]+", "-", plain.lower()).strip("-")
     table, content, image = (folder / f"{name}.{kind}" for kind in ("md", "json", "png"))
@@ -38,7 +38,7 @@ def _on(figures: Figures) -> str:
 
 
 def shown(figure: Any) -> str:
-    """As in Spanish: a float with about three digits, what was measured in each round with its least and most."""
+    """A figure in Spanish: a float with about three digits, what was measured in each round with its least and most."""
     if isinstance(figure, dict):
         median, least, most = (shown(figure[key]) for key in ("median", "min", "max"))
         return median if len(figure["rounds"]) == 1 else f"{median} ({least} a {most})"

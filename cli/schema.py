@@ -1,7 +1,7 @@
 """predict.py's text -> what `cog build` would embed in the image: the OpenAPI schema, and the concurrency.
 
-Cog reads predict.py as text, and drops or changes in silence what its parser does not take. Here is listed what Cog and
-Python read alike; anything else is refused, with its line. Imports neither predict.py nor cog.
+Cog parses predict.py as text, and silently drops or changes what its parser does not know. This module takes only what
+Cog and Python read alike, and refuses anything else with its line. It imports neither predict.py nor cog.
 """
 
 import ast
@@ -20,9 +20,9 @@ Schema = dict[str, Any]
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 TARGET = "Predictor"
-# what Cog writes for every predictor
+# the part of the document that is the same for every predictor
 DOCUMENT = Path(__file__).with_name("openapi.json").read_text(encoding="utf-8")
-# Literals. To Cog a text is what stands between its quotes; of a number, 15 digits reach the schema as they are.
+# Literals. Cog takes a string as it stands between its quotes, and a number unchanged up to 15 digits.
 TEXT = r"""(?P<quote>'''|\"""|'|")(?:(?!(?P=quote))[^\\])*(?P=quote)|r(?P<mark>['"])(?:(?!(?P=mark)).)*(?P=mark)"""
 LENGTH, WHOLE, NUMBER = r"\d[\d_]{0,14}", r"[-+]?\d[\d_]{0,14}", r"[-+]?\d[\d_]{0,14}(\.\d+)?"
 # an input's type -> JSON Schema's, and the arguments of its Input() with what each may be
@@ -40,14 +40,14 @@ DECORATOR = re.compile(r"(?:(cog)\.)?(?:(streaming)|(concurrent)\(\s*max\s*=\s*(
 
 
 class Interface(NamedTuple):
-    """What a predictor shows: its OpenAPI 3.0.2 document, and how many predictions it runs at once."""
+    """A predictor's OpenAPI 3.0.2 document, and how many predictions it runs at once."""
 
     schema: Schema
     concurrency: int
 
 
 def read(path: Path) -> Interface:
-    """The interface of the class `Predictor` in the file `path`. Raises UserError for what is not listed here."""
+    """The interface of the class `Predictor` in the file `path`. Raises UserError for what Cog reads otherwise."""
     try:
         return _Source(path.name, path.read_text(encoding="utf-8")).interface()
     except OSError as error:
@@ -75,7 +75,7 @@ def write(interface: Interface, folder: Path) -> Path:
 
 
 class _Source:
-    """The predictor's file: Python's tree of it, and the text of its parts, which is what Cog reads."""
+    """A predictor's file: Python's syntax tree, and the source text of each node, which is what Cog parses."""
 
     def __init__(self, name: str, text: str) -> None:
         self.name, self.text, self.tree = name, text, ast.parse(text)
@@ -83,18 +83,18 @@ class _Source:
     def interface(self) -> Interface:
         classes = [node for node in self.tree.body if isinstance(node, ast.ClassDef) and node.name == TARGET]
         methods = {node.name: node for node in classes[0].body if isinstance(node, Function)} if classes else {}
-        # where both are there Cog takes run()
+        # Cog takes run() if the class has both
         if not (function := methods.get("run") or methods.get("predict")):
             raise UserError(f"A {self.name} le falta la clase {TARGET}, la de cog.yaml, con un método predict().")
         streaming, concurrency = self._decorators(function)
         given = function.args
         if given.vararg or given.kwonlyargs or given.kwarg or [arg.arg for arg in given.args[:1]] != ["self"]:
-            raise self._unlisted(function, "self y entradas, sin * ni /")
+            raise self._refusal(function, "self y entradas, sin * ni /")
         if not OUTPUT.fullmatch(self._text(function.returns)):
-            raise self._unlisted(function.returns or function, "-> AsyncConcatenateIterator[str]")
+            raise self._refusal(function.returns or function, "-> AsyncConcatenateIterator[str]")
         values = [*[None] * (len(given.args) - len(given.defaults)), *given.defaults]
         document = json.loads(DOCUMENT)
-        # the command line writes its own version, which is released together with the package's
+        # `cog build` writes the version of its program; the package is released with the same one
         document["info"]["version"] = version("cog")
         inputs, required = document["components"]["schemas"]["Input"], []
         for order, (parameter, value) in enumerate(zip(given.args[1:], values[1:], strict=True)):
@@ -109,35 +109,35 @@ class _Source:
         return Interface(document, concurrency)
 
     def _text(self, node: ast.expr | None) -> str:
-        """What Cog reads of it: nothing where it is in parentheses, which Python's tree leaves out."""
+        """The source text that Cog parses; empty for a node in parentheses, which Python's tree leaves out."""
         if not node:
             return ""
         before = ast.Pass(lineno=1, col_offset=0, end_lineno=node.lineno, end_col_offset=node.col_offset)
         bare = (ast.get_source_segment(self.text, before) or "").rstrip().endswith(("=", ":", ">", "@"))
         return (ast.get_source_segment(self.text, node) or "") if bare else ""
 
-    def _unlisted(self, node: ast.stmt | ast.expr | ast.arg | ast.keyword, listed: str) -> UserError:
+    def _refusal(self, node: ast.stmt | ast.expr | ast.arg | ast.keyword, listed: str) -> UserError:
         text = shorten(ast.get_source_segment(self.text, node) or "", 60, placeholder="…")
         return UserError(f"{self.name}, línea {node.lineno}: «{text}» no se admite aquí; se admite {listed}.")
 
     def _decorators(self, function: Function) -> tuple[bool, int]:
-        """Whether it streams, and its concurrency."""
+        """Whether the function streams, and how many predictions run at once."""
         streaming, concurrency = False, 1
-        # Cog knows its own names by the imports at the top level alone
+        # Cog looks only at imports at the top level
         names = ", ".join(re.findall(r"^(?:from cog )?import (.+)$", ast.unparse(self.tree), re.MULTILINE)).split(", ")
-        for decorator in reversed(function.decorator_list):  # of two alike Cog takes the upper
+        for decorator in reversed(function.decorator_list):  # of two equal decorators Cog takes the upper one
             match = DECORATOR.fullmatch(self._text(decorator))
             if not match or (match[1] or match[2] or match[3]) not in names:
-                raise self._unlisted(decorator, "@cog.streaming y @cog.concurrent(max=8), con import cog")
+                raise self._refusal(decorator, "@cog.streaming y @cog.concurrent(max=8), con import cog")
             streaming, concurrency = streaming or bool(match[2]), int(match[4] or concurrency)
         if concurrency > 1 and isinstance(function, ast.FunctionDef):
-            raise self._unlisted(function, f"async def con max={concurrency}")
+            raise self._refusal(function, f"async def con max={concurrency}")
         return streaming, concurrency
 
     def _input(self, parameter: ast.arg, value: ast.expr | None) -> Schema:
         name, match = parameter.arg, INPUT.fullmatch(self._text(parameter.annotation))
         if not match or not all(part[:1].isascii() for part in name.split("_")):
-            raise self._unlisted(
+            raise self._refusal(
                 parameter, f"nombre (sin ñ ni tilde inicial): {', '.join(TYPES)} u Optional[uno de ellos]"
             )
         json_type, listed = TYPES[match[2]]
@@ -151,11 +151,11 @@ class _Source:
             keywords = [ast.copy_location(ast.keyword("default", value), value)] if value else []
         for keyword in keywords:
             if keyword.arg not in listed or not re.fullmatch(listed[keyword.arg], self._text(keyword.value)):
-                raise self._unlisted(keyword, f"Input() con {'=, '.join(listed)}=, y como valores {LITERAL}")
+                raise self._refusal(keyword, f"Input() con {'=, '.join(listed)}=, y como valores {LITERAL}")
             prop[LIMITS.get(keyword.arg, keyword.arg)] = ast.literal_eval(keyword.value)
         default = prop.get("default")
         size = len(default) if isinstance(default, str) else default
         bounds = [prop.get("minimum"), prop.get("minLength"), size, prop.get("maximum"), prop.get("maxLength")]
         if (known := [bound for bound in bounds if bound is not None]) != sorted(known):
-            raise self._unlisted(parameter, "default= dentro de sus límites, y estos en orden")
+            raise self._refusal(parameter, "default= dentro de sus límites, y estos en orden")
         return prop

@@ -4,7 +4,7 @@ import json
 import sys
 
 from cli import server
-from cli.predict import ensured
+from cli.predict import model_environment
 from cli.terminal import Loading, Parser, command, write
 
 
@@ -15,7 +15,7 @@ def main() -> int:
     parser.add_argument("--demo", action="store_true", help="con el modelo de muestra, que no necesita Hugging Face")
     arguments = parser.parse_args()
     try:
-        serve(arguments.port, ensured(arguments.demo))
+        serve(arguments.port, model_environment(arguments.demo))
     except KeyboardInterrupt:
         print("\nParado", file=sys.stderr)
     return 0
@@ -35,7 +35,7 @@ def serve(port: int, environment: dict[str, str]) -> None:
 def _curl(url: str) -> str:
     body = json.dumps({"input": {"pregunta": "What is the capital of France?", "temperature": 0}})
     headers = "-H 'Content-Type: application/json' -H 'Accept: text/event-stream'"
-    # a proxy of the user's environment does not reach this computer
+    # a proxy of the user's environment cannot reach this computer
     return f"curl -N --noproxy '*' {url}/predictions {headers} \\\n  -d '{body}'"
 
 

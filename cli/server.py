@@ -1,6 +1,6 @@
-"""The genuine Cog server with our predictor, without Docker: started, waited for, stopped for sure.
+"""Starts the genuine Cog server with our predictor, as the image does but without Docker, waits for it and stops it.
 
-What the image runs, from the project's folder. Knows the process, its log and its health; nothing of predictions.
+Knows the process, its log and its health; nothing of predictions.
 """
 
 import http.client
@@ -30,21 +30,21 @@ from llm.words import reason
 
 HOST = "127.0.0.1"
 LIBRARIES = {"GOMP_SPINCOUNT": "10000", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}
-"""What the libraries below torch read once, when they are loaded, as in cog.yaml.
+"""Variables that libraries below torch read once, when they load. cog.yaml sets the same ones.
 
-GNU's OpenMP: how long a step's threads spin for each other before they sleep. With its own 300,000 turns they stand
-almost still beside a program that has one of their cores; no other OpenMP knows it. oneDNN: of how many shapes it keeps
-the code that it made. A step needs about ten; with its own 1,024 they take 0.2 GB for good.
+GOMP_SPINCOUNT, which only GNU's OpenMP knows: how many turns a thread spins for the others before it sleeps. With the
+default of 300,000 a step almost stands still beside a program that occupies one of its cores. The cache of oneDNN: for
+how many shapes it keeps generated code. A step needs about ten; with the default of 1,024 the cache grows to 0.2 GB.
 """
 
 _LISTENING = re.compile(r"Starting coglet server on .*:(\d+)")
-# what Cog says of a worker that is gone: to who waits for its answer, to who asks later, in the health check
+# Cog's errors of a worker that is gone: to a client that waits, to a later client, and in the health check
 _CRASHED = ("Worker crashed", "Failed to send", "healthcheck channel closed")
-# the worker's last word on setup(), behind all that was printed in it, which comes a little after READY
+# target and message of the log's line that follows all that setup() printed; it comes a little after READY
 _SETUP_OVER = ("coglet::worker_bridge", "Setup complete")
 # where Cog makes a folder for each prediction, whatever TMPDIR says
 _PREDICTIONS = Path("/tmp/coglet/predictions")
-# Cog's worker moves its output to number 101; its server needs 45, and one for each connection. With fewer both wait.
+# Cog's worker moves its output to descriptor 101; its server needs 45, and one a connection. With fewer both hang.
 _OPEN_FILES = 128
 _SECONDS_FOR_THE_LOG = 2
 _SECONDS_TO_STOP = 5
@@ -54,13 +54,13 @@ _SECONDS_BETWEEN_CHECKS = 1
 
 @dataclass(frozen=True)
 class Line:
-    """A line of the predictor's process."""
+    """A line of the predictor's log."""
 
     text: str
     ours: bool
-    """Printed on stdout; libraries speak over stderr, and in English."""
+    """Whether it was printed on stdout: libraries print on stderr, in English."""
     prediction: bool
-    """Printed once setup() was over."""
+    """Whether it was printed after setup()."""
 
 
 @contextmanager
@@ -72,10 +72,10 @@ def running(
     folder: Path = ROOT,
     python: Path = Path(sys.executable),
 ) -> Iterator["Server"]:
-    """Start the server; stop it, and all that it started, on the way out, whatever the way.
+    """Start the server; at the end of the block, also by an error or a signal, stop it and all that it started.
 
-    Port 0 takes a free one. `environment` goes over this process's own. `log` is called from another thread. `folder`
-    holds predict.py, and `python` runs it.
+    Port 0 takes a free port. `environment` overrides this process's variables. `log` is called from another thread.
+    `folder` holds predict.py, and `python` runs it.
     SIGTERM and SIGHUP, which would end this process at once, become SystemExit. Raises UserError.
     """
     interface = schema.read(folder / "predict.py")
@@ -93,11 +93,11 @@ def running(
         **(environment or {}),
         "COG_PREDICT_TYPE_STUB": f"predict.py:{schema.TARGET}",
         "PORT": str(port),
-        # 2 strips the docstrings, without which transformers has no models.
+        # 2 would strip the docstrings, without which transformers has no models.
         "PYTHONOPTIMIZE": "",
-        # The server starts its worker as `python`: another one would lack Cog.
+        # The server starts its worker as `python`: it has to be this one, which has Cog.
         "PATH": os.pathsep.join([str(python.parent), os.environ.get("PATH", os.defpath)]),
-        # _read takes its log as JSON, one line of each kind.
+        # _read() parses the log as JSON.
         "LOG_FORMAT": "json",
         "COG_LOG_LEVEL": "info",
     }
@@ -137,7 +137,7 @@ class Server:
 
     @property
     def port(self) -> int:
-        """Where it listens; known once it is ready."""
+        """The port on which the server listens; 0 until that is known."""
         return self._port
 
     @property
@@ -145,7 +145,7 @@ class Server:
         return f"http://{HOST}:{self.port}"
 
     def wait_until_ready(self, tick: Callable[[float], None] = lambda seconds: None) -> None:
-        """Return when predictions may come, and setup()'s log has; `tick` is called with the seconds so far.
+        """Return when the server takes predictions and setup()'s log has come; call `tick` with the seconds so far.
 
         Raises UserError, with the predictor's own line where its setup() failed.
         """
@@ -158,7 +158,7 @@ class Server:
         self._setup_over.wait(_SECONDS_FOR_THE_LOG)
 
     def wait(self) -> NoReturn:
-        """Raises UserError when the server ends by itself, or can answer no more."""
+        """Wait until the server ends by itself or can answer no more, then raise UserError."""
         while not (error := _unhealthy(self._look())):
             with suppress(subprocess.TimeoutExpired):
                 self._process.wait(_SECONDS_BETWEEN_CHECKS)
@@ -175,7 +175,7 @@ class Server:
             connection.close()
 
     def _remove_folders(self) -> None:
-        """Once the server has stopped, remove those that Cog made for its predictions; one with files in it stays."""
+        """After the server has stopped, remove the folders of its predictions; one with files in it stays."""
         self._reader.join(timeout=1)
         for prediction in self._predictions:
             for folder in ("inputs", "outputs", "."):
@@ -185,46 +185,46 @@ class Server:
     def _look(self) -> dict[str, Any]:
         if self._process.poll() is not None:
             raise self._ended()
-        # without a connection it is ending: the next look sees it gone
+        # without a connection the server is ending: the next look sees that it has ended
         with suppress(ConnectionError):
             if self._port:
                 return self.health()
         return {"status": "STARTING"}
 
     def _ended(self) -> UserError:
-        # for its last words; a worker that outlives it holds the log open
+        # for the last lines, though not for long: a worker that outlives the server holds the log open
         self._reader.join(timeout=1)
         return UserError(
             f"El servidor de Cog se cerró por su cuenta, repita la orden. Lo último que dijo: {self._last_line}"
         )
 
     def _read(self) -> None:
-        """Take the log as it comes, until the process and all its children have ended."""
+        """Read the log line by line, until the process and all its children have ended."""
         assert self._process.stdout is not None
         for text in self._process.stdout:
             try:
                 event = json.loads(text)
             except ValueError:
-                # Python's own, before the server speaks or as it falls.
+                # a line of Python's own, before the server logs or as it crashes
                 event = {"target": "", "fields": {"message": text.rstrip()}}
             message, source = event["fields"]["message"], event["fields"].get("source")
             self._last_line = message
-            # an id is its client's, and with a slash it leads elsewhere
+            # clients choose ids, and one with a slash would lead to another folder
             if "/" not in (prediction := event["fields"].get("prediction_id", "/")):
                 self._predictions.add(prediction)
             if listening := _LISTENING.fullmatch(message):
                 self._port = int(listening[1])
             if (event["target"], message) == _SETUP_OVER:
                 self._setup_over.set()
-            # setup()'s last lines may reach the server when it is already over: they then have no source
+            # setup()'s last lines may reach the server after setup() has ended, and then have no source
             if source or (event["target"] == "coglet::user" and not self._setup_over.is_set()):
                 self._log(Line(message, source != "Stderr", self._setup_over.is_set()))
 
 
 def error_text(error: str) -> str:
-    """What an error of Cog's means: the predictor's own words, which come after where it happened and a name."""
-    _, ours, text = error.partition("UserError: ")
-    if ours:
+    """An error of Cog's in Spanish: the line of the predictor's UserError, or what a crash of the worker means."""
+    _, name, text = error.partition("UserError: ")
+    if name:
         return text
     if any(words in error for words in _CRASHED):
         return "El modelo se cerró, casi siempre por falta de memoria: cierre otros programas y repita la orden"
@@ -232,7 +232,7 @@ def error_text(error: str) -> str:
 
 
 def _unhealthy(health: dict[str, Any]) -> str:
-    """Why the server can answer no more, or nothing."""
+    """Why the server can answer no more; empty if it can."""
     error = str(health.get("user_healthcheck_error") or "")
     # a worker that is only slow, or slept with the computer, will answer again
     return "" if "timed out" in error else error
@@ -252,7 +252,7 @@ def _setup_error(logs: str) -> UserError:
 
 def _refuse_if_taken(port: int) -> None:
     with socket.socket() as probe:
-        # as the server does: a port that was just left is free
+        # like the server, takes a port that was just closed for free
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((HOST, port))
@@ -291,17 +291,18 @@ def _refuse_if_not_writable(folder: Path) -> None:
 
 @contextmanager
 def _group() -> Iterator[int]:
-    """A group of processes that a Ctrl-C does not reach, and that ends when this process does, even by kill -9.
+    """The id of a group of processes that a Ctrl-C does not reach, and that ends with this process, even by kill -9.
 
-    Its first waits for the end of a pipe from here: a worker in setup() would not see that its server is gone.
+    Its first process, a shell, waits for the end of a pipe from here and kills the group: a worker in setup() would
+    not see that its server is gone.
     """
-    with subprocess.Popen(["/bin/sh", "-c", "read _; kill -KILL 0"], stdin=subprocess.PIPE, process_group=0) as first:
-        yield first.pid
+    with subprocess.Popen(["/bin/sh", "-c", "read _; kill -KILL 0"], stdin=subprocess.PIPE, process_group=0) as shell:
+        yield shell.pid
 
 
 def _stop(process: subprocess.Popen[str], group: int) -> None:
-    # To the whole group: the server alone would wait for its streams to end, and leave behind a worker in setup().
-    # PermissionError is what macOS says of a group that has only just ended.
+    # The signal goes to the whole group: the server alone would wait for its streams, and leave a worker in setup().
+    # macOS raises PermissionError for a group that has only just ended.
     try:
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(group, signal.SIGTERM)
@@ -315,19 +316,19 @@ def _stop(process: subprocess.Popen[str], group: int) -> None:
 
 @contextmanager
 def signals_as_exits() -> Iterator[None]:
-    """End by SystemExit, so that what is open is closed, where a signal would end this process at once."""
+    """Turn SIGTERM and SIGHUP, which would end this process at once, into SystemExit: open blocks then clean up."""
 
     def leave(number: int, _: FrameType | None) -> None:
         sys.exit(128 + number)
 
     if threading.current_thread() is not threading.main_thread():
-        # Signals are the main thread's, whose business this is then.
+        # Only the main thread can set handlers, and has to do so itself.
         yield
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         for number, handler in before.items():
-            # nohup ignores SIGHUP, and means it
+            # SIGHUP stays ignored behind nohup
             if handler is not signal.SIG_IGN:
                 signal.signal(number, leave)
         yield

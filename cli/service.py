@@ -1,4 +1,4 @@
-"""Where the model answers, on Replicate or at a Cog server's address: asked, streamed and cancelled in one way."""
+"""A model on Replicate, or at a Cog server's address, behind one interface: ask, stream, cancel."""
 
 import json
 import re
@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import httpx
 from replicate.prediction import Prediction
 
-from cli import hosted
+from cli import events, hosted
 from cli.hosted import Reference, Refused
 from cli.server import error_text
 from llm.errors import UserError
@@ -24,12 +24,12 @@ _MOST_QUOTED = 300
 _SECONDS_TO_ANSWER = 300
 _SECONDS_BEFORE_ANOTHER_TRY = 0.05
 _SECONDS_TO_END = 1800
-"""Of a prediction, its machine's start included."""
+"""How long a prediction may take, with the start of its machine."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A prediction that is over. Times are seconds since the epoch, by one clock."""
+    """A prediction that has ended. `asked`, `begun` and `ended` are seconds since the epoch, by one clock."""
 
     status: str
     text: str
@@ -39,26 +39,26 @@ class Answer:
     begun: float
     ended: float
     pieces: Sequence[str]
-    """As they came, where it was streamed."""
+    """The text's pieces in order, if the prediction was streamed."""
     first_text: float | None
-    """Seconds until the first of them came."""
+    """Seconds until the first piece arrived; None without one."""
 
 
 class Service(Protocol):
-    """Each call raises Refused for an input that is not valid, and UserError where there is no answer to it."""
+    """Each call raises Refused for an input that is not valid, and UserError if no answer comes."""
 
     name: str
     inputs: set[str]
-    """The names of those that it takes."""
+    """The names of the model's inputs."""
     seconds_to_start: float | None
-    """What setup() took; None: not known."""
+    """How long setup() took; None: not known."""
     precision: str | None
     """The model's dtype and device, as "float32 en cpu"; None: not known."""
 
     def ask(self, **inputs: Any) -> Answer: ...
 
     def stream(self, *, cancel: bool = False, **inputs: Any) -> Answer:
-        """The answer, read as it grows; with `cancel`, cancelled at its first piece."""
+        """Read the answer as it grows; with `cancel`, cancel the prediction at its first piece."""
 
 
 class Hosted:
@@ -68,12 +68,12 @@ class Hosted:
     precision: str | None = None
 
     def __init__(self, reference: Reference) -> None:
-        """Without a version, the newest. Raises UserError."""
+        """A reference without a version stands for the newest. Raises UserError."""
         model, self.name = reference.model, ":".join(filter(None, [reference.model, reference.version]))
         self._client = hosted.client(seconds=_SECONDS_TO_ANSWER)
         with hosted.explained(self.name):
-            found = self._client.models.get(model)
-            version = found.versions.get(reference.version) if reference.version else found.latest_version
+            published = self._client.models.get(model)
+            version = published.versions.get(reference.version) if reference.version else published.latest_version
         if version is None:
             raise UserError(f"En {model} no hay nada publicado todavía: publíquelo con script/push {model}")
         self.name = f"{model}:{version.id}"
@@ -82,7 +82,7 @@ class Hosted:
 
     def ask(self, **inputs: Any) -> Answer:
         with self._running(inputs) as prediction:
-            return self._over(prediction)
+            return self._ended(prediction)
 
     def stream(self, *, cancel: bool = False, **inputs: Any) -> Answer:
         pieces, first, start = [], None, time.monotonic()
@@ -93,20 +93,20 @@ class Hosted:
                     if cancel:
                         prediction.cancel()
                 pieces.append(piece)
-            return self._over(prediction, pieces, first)
+            return self._ended(prediction, pieces, first)
 
     def _pieces(self, prediction: Prediction) -> Iterator[str]:
         try:
             yield from filter(None, map(str, prediction.stream()))
         except RuntimeError:
-            # of a prediction that fails; its error is in the prediction too
+            # the prediction failed, and holds its error too
             return
         except ValueError as error:
             raise UserError(f"{self.name} no emite la respuesta palabra a palabra: {error}") from error
 
     @contextmanager
     def _running(self, inputs: dict[str, Any]) -> Iterator[Prediction]:
-        """A prediction, which would go on, and cost, when the block ends by an error: it is then cancelled."""
+        """Create a prediction; cancel it if the block raises, for it would go on and cost money."""
         with hosted.explained(self.name):
             prediction = self._client.predictions.create(version=self._version, input=inputs, stream=True)
             try:
@@ -115,7 +115,7 @@ class Hosted:
                 prediction.cancel()
                 raise
 
-    def _over(self, prediction: Prediction, pieces: Sequence[str] = (), first: float | None = None) -> Answer:
+    def _ended(self, prediction: Prediction, pieces: Sequence[str] = (), first: float | None = None) -> Answer:
         end = time.monotonic() + _SECONDS_TO_END
         prediction.reload()
         while prediction.status not in TERMINAL:
@@ -133,7 +133,7 @@ class Hosted:
             error=error_text(prediction.error or ""),
             metrics=prediction.metrics or {},
             asked=asked,
-            # never, if it was cancelled before
+            # a prediction that was cancelled in the queue never started
             begun=_seconds(prediction.started_at) if prediction.started_at else ended,
             ended=ended,
             pieces=pieces,
@@ -142,7 +142,7 @@ class Hosted:
 
 
 class _Queue(httpx.HTTPTransport):
-    """Asks again while no place is free: Cog has no queue, and at times says 409 to one of two that come together."""
+    """Repeats a request while Cog answers 409: it has no queue, and may refuse one of two that arrive together."""
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
         end = time.monotonic() + _SECONDS_TO_ANSWER
@@ -158,7 +158,7 @@ class Cog:
     """A Cog server, of script/serve or in a container."""
 
     def __init__(self, url: str) -> None:
-        """Raises UserError unless it is ready."""
+        """Raises UserError unless the server is ready."""
         self.name = url
         self._http = httpx.Client(base_url=url, timeout=_SECONDS_TO_ANSWER, trust_env=False, transport=_Queue())
         health = self._get("/health-check")
@@ -168,8 +168,8 @@ class Cog:
             )
         setup = health["setup"]
         self.seconds_to_start: float | None = _seconds(setup["completed_at"]) - _seconds(setup["started_at"])
-        said = re.search(r"Modelo: .* en (\w+)$(?s:.*?)Cargado en (.+?)(?: con \d+ hilos)? en ", setup["logs"], re.M)
-        self.precision = f"{said[1]} en {said[2]}" if said else None
+        line = re.search(r"Modelo: .* en (\w+)$(?s:.*?)Cargado en (.+?)(?: con \d+ hilos)? en ", setup["logs"], re.M)
+        self.precision = f"{line[1]} en {line[2]}" if line else None
         self.inputs = _inputs(self._get("/openapi.json"))
 
     def ask(self, **inputs: Any) -> Answer:
@@ -187,7 +187,7 @@ class Cog:
             self._http.stream("PUT", path, json={"input": inputs}, headers=headers) as response,
         ):
             self._check(response)
-            for name, data in events(response):
+            for name, data in events.read(response.iter_bytes()):
                 if name == "output":
                     if first is None:
                         first = time.time() - asked
@@ -215,7 +215,7 @@ class Cog:
             raise UserError(f"{self.name} no contesta: mire su registro") from error
         except httpx.TransportError as error:
             raise UserError(f"Sin conexión con {self.name}: compruebe que el servidor está en marcha") from error
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise UserError(
                 f"Lo que contesta en {self.name} no es un servidor de Cog: compruebe la dirección"
             ) from error
@@ -223,30 +223,19 @@ class Cog:
     def _check(self, response: httpx.Response) -> None:
         if response.status_code == httpx.codes.OK:
             return
-        said = " ".join(response.read().decode(errors="replace").split())[:_MOST_QUOTED]
+        reply = " ".join(response.read().decode(errors="replace").split())[:_MOST_QUOTED]
         if response.status_code == httpx.codes.UNPROCESSABLE_ENTITY:
-            raise Refused(f"{self.name} no acepta las entradas: {said}")
-        raise UserError(f"{self.name} contestó {response.status_code}: {said or 'nada más'}")
+            raise Refused(f"{self.name} no acepta las entradas: {reply}")
+        raise UserError(f"{self.name} contestó {response.status_code}: {reply or 'nada más'}")
 
 
-def events(response: httpx.Response) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Of a stream, as they come: name, data."""
-    name = ""
-    for line in response.iter_lines():
-        field, _, value = line.partition(": ")
-        if field == "event":
-            name = value
-        elif field == "data":
-            yield name, json.loads(value)
-
-
-def _answer(shown: dict[str, Any], asked: float, pieces: Sequence[str] = (), first: float | None = None) -> Answer:
-    """Of a prediction as Cog shows it."""
+def _answer(prediction: dict[str, Any], asked: float, pieces: Sequence[str] = (), first: float | None = None) -> Answer:
+    """The answer in a prediction's JSON. Cog has no queue: the prediction began when it was asked for."""
     return Answer(
-        status=shown["status"],
-        text="".join(shown.get("output") or []),
-        error=error_text(shown.get("error") or ""),
-        metrics=shown.get("metrics") or {},
+        status=prediction["status"],
+        text="".join(prediction.get("output") or []),
+        error=error_text(prediction.get("error") or ""),
+        metrics=prediction.get("metrics") or {},
         asked=asked,
         begun=asked,
         ended=time.time(),

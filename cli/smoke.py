@@ -1,4 +1,4 @@
-"""script/smoke: ask the published model, or any server of it, as its users will: is all as it should be?"""
+"""script/smoke: asks the published model, or any server of it, as its users will, and says what is wrong."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -8,7 +8,7 @@ from typing import Any
 
 from cli import schema, server
 from cli.hosted import Reference, Refused
-from cli.predict import ensured
+from cli.predict import model_environment
 from cli.push import image_config
 from cli.service import Answer, Cog, Hosted, Service
 from cli.terminal import Loading, Parser, agree, command
@@ -23,7 +23,7 @@ QUESTIONS: list[dict[str, Any]] = [
     {"pregunta": "Once upon a time", "prompt_template": RAW, "temperature": 0, "max_tokens": 16},
 ]
 DRAWN: dict[str, Any] = {"pregunta": "Once upon a time", "prompt_template": RAW, "max_tokens": 32, "seed": 7}
-# it counts on for as long as it may
+# the model goes on counting until max_tokens
 ENDLESS: dict[str, Any] = {
     "pregunta": "1, 2, 3, 4, 5, 6, 7, 8,",
     "prompt_template": RAW,
@@ -34,7 +34,7 @@ ENDLESS: dict[str, Any] = {
 WRONG: dict[str, Any] = {**QUESTIONS[0], "temperature": 99}
 COMPANY = 8
 EXACT = "float32 en cpu"
-"""Where the same text is owed whatever the company and the computer: elsewhere a token may fall to the other side."""
+"""Where the text is the same on every computer, whoever else asks. Elsewhere a token may differ."""
 
 COST = (
     "Se harán 15 predicciones cortas en {name}. Replicate cobra los segundos que tarden (predict_time), y en "
@@ -43,42 +43,42 @@ COST = (
 
 
 class Fault(Exception):
-    """What is not as it should be, in Spanish."""
+    """A check that failed; its message says why, in Spanish."""
 
 
 @dataclass
 class Smoke:
-    """A service under test, and all that it has answered."""
+    """A service under test, and all its answers."""
 
     service: Service
     here: Callable[[], dict[str, str]]
-    """The environment of a server of the same model on this computer. Raises UserError where there can be none."""
+    """Returns the variables of a server with the same model on this computer. Raises UserError if there can be none."""
     answers: list[Answer] = field(default_factory=list)
     greedy: list[Answer] = field(default_factory=list)
     drawn: list[Answer] = field(default_factory=list)
     together: list[Answer] = field(default_factory=list)
     first_text: float | None = None
 
-    def heard(self, answer: Answer, inputs: dict[str, Any]) -> Answer:
-        """The answer, if it is a good one to these inputs."""
+    def record(self, answer: Answer, inputs: dict[str, Any]) -> Answer:
+        """Keep the answer and return it. Raises Fault unless it is a good answer to these inputs."""
         self.answers.append(answer)
-        asked = f"«{inputs['pregunta']}»"
+        question = f"«{inputs['pregunta']}»"
         if answer.status != "succeeded":
-            raise Fault(f"{asked} acabó en {answer.status}: {answer.error or 'sin decir por qué'}")
+            raise Fault(f"{question} acabó en {answer.status}: {answer.error or 'sin decir por qué'}")
         if not answer.text.strip():
-            raise Fault(f"la respuesta a {asked} está vacía")
+            raise Fault(f"la respuesta a {question} está vacía")
         for name in ("input_token_count", "output_token_count"):
             if not answer.metrics.get(name):
-                raise Fault(f"la respuesta a {asked} no trae la métrica {name}")
+                raise Fault(f"la respuesta a {question} no trae la métrica {name}")
         if answer.metrics["output_token_count"] > inputs["max_tokens"]:
-            raise Fault(f"la respuesta a {asked} pasa de max_tokens={inputs['max_tokens']}")
+            raise Fault(f"la respuesta a {question} pasa de max_tokens={inputs['max_tokens']}")
         return answer
 
     def ask(self, **inputs: Any) -> Answer:
-        return self.heard(self.service.ask(**inputs), inputs)
+        return self.record(self.service.ask(**inputs), inputs)
 
 
-# Each check returns what there is to say, and raises Fault or UserError where something is not as it should be.
+# Each check returns a line for the user, and raises Fault or UserError if something is wrong.
 
 
 def interface(smoke: Smoke) -> str:
@@ -96,7 +96,7 @@ def questions(smoke: Smoke) -> str:
 
 def streaming(smoke: Smoke) -> str:
     inputs, whole = QUESTIONS[-1], smoke.greedy[-1].text
-    answer = smoke.heard(smoke.service.stream(**inputs), inputs)
+    answer = smoke.record(smoke.service.stream(**inputs), inputs)
     if "".join(answer.pieces) != answer.text:
         raise Fault(f"llegó «{_shown(''.join(answer.pieces))}», y la respuesta es «{_shown(answer.text)}»")
     if len(answer.pieces) == 1:
@@ -128,9 +128,9 @@ def wrong_input(smoke: Smoke) -> str:
 
 def seed(smoke: Smoke) -> str:
     smoke.drawn = [smoke.ask(**DRAWN) for _ in range(2)]
-    one, other = (answer.text for answer in smoke.drawn)
-    if one != other:
-        raise Fault(f"la misma dio «{_shown(one)}» y «{_shown(other)}»")
+    first, second = (answer.text for answer in smoke.drawn)
+    if first != second:
+        raise Fault(f"la misma dio «{_shown(first)}» y «{_shown(second)}»")
     return "dos veces el mismo texto"
 
 
@@ -138,18 +138,18 @@ def company(smoke: Smoke) -> str:
     inputs = [{**DRAWN, "seed": DRAWN["seed"] + number} for number in range(COMPANY)]
     with ThreadPoolExecutor(COMPANY) as pool:
         smoke.together = list(pool.map(lambda given: smoke.ask(**given), inputs))
-    said = f"{COMPANY} respuestas"
+    count = f"{COMPANY} respuestas"
     if not smoke.drawn:
-        return said
+        return count
     if smoke.drawn[0].text == smoke.together[0].text:
-        return f"{said}; la de la semilla de antes, la misma"
+        return f"{count}; la de la semilla de antes, la misma"
     if smoke.service.precision == EXACT:
         raise Fault(f"con la semilla de antes dio otro texto, «{_shown(smoke.together[0].text)}»")
-    return f"{said}; la de la semilla de antes, otra: fuera de {EXACT} puede pasar, y no es un fallo"
+    return f"{count}; la de la semilla de antes, otra: fuera de {EXACT} puede pasar, y no es un fallo"
 
 
 def as_here(smoke: Smoke) -> str:
-    """What script/predict answers on this computer to the same."""
+    """Compare the answers with those of a server on this computer."""
     try:
         environment, loading = smoke.here(), Loading()
         with server.running(environment=environment) as running:
@@ -161,24 +161,25 @@ def as_here(smoke: Smoke) -> str:
 
 
 def compared(smoke: Smoke, reference: Service) -> str:
-    asked = [*QUESTIONS, DRAWN]
-    ours = [reference.ask(**inputs) for inputs in asked]
+    """Raises Fault if the service's answers are not those of the same model and template at `reference`."""
+    requests = [*QUESTIONS, DRAWN]
     theirs = [*smoke.greedy, *smoke.drawn[:1]]
+    ours = [reference.ask(**inputs) for inputs in requests]
     pairs = list(zip(theirs, ours, strict=False))
-    for inputs, answers in zip(asked, pairs, strict=False):
-        there, here = (answer.metrics.get("input_token_count") for answer in answers)
-        if there != here:
-            raise Fault(f"«{inputs['pregunta']}» son {there} tokens allí y {here} aquí: es otro modelo o plantilla")
-    same = sum(there.text == here.text for there, here in pairs)
-    said = f"{same} de {len(pairs)} textos iguales, de temperatura 0 y de la semilla"
-    if same == len(pairs):
-        return said
+    for inputs, answers in zip(requests, pairs, strict=False):
+        remote, local = (answer.metrics.get("input_token_count") for answer in answers)
+        if remote != local:
+            raise Fault(f"«{inputs['pregunta']}» son {remote} tokens allí y {local} aquí: es otro modelo o plantilla")
+    equal = sum(remote.text == local.text for remote, local in pairs)
+    result = f"{equal} de {len(pairs)} textos iguales, de temperatura 0 y de la semilla"
+    if equal == len(pairs):
+        return result
     if smoke.service.precision == reference.precision == EXACT:
-        raise Fault(f"{said}, y los dos calculan en {EXACT}")
-    if not any(there.text.split()[:1] == here.text.split()[:1] for there, here in pairs):
-        raise Fault(f"{said}, y ninguno empieza igual: no son los mismos pesos")
+        raise Fault(f"{result}, y los dos calculan en {EXACT}")
+    if not any(remote.text.split()[:1] == local.text.split()[:1] for remote, local in pairs):
+        raise Fault(f"{result}, y ninguno empieza igual: no son los mismos pesos")
     return (
-        f"{said}. No es un fallo: se separan en algún token donde se calcula de otro modo (allí, "
+        f"{result}. No es un fallo: se separan en algún token donde se calcula de otro modo (allí, "
         f"{smoke.service.precision or 'no se sabe'}; aquí, {reference.precision})"
     )
 
@@ -196,7 +197,7 @@ CHECKS: list[tuple[str, Callable[[Smoke], str]]] = [
 
 
 def table(smoke: Smoke) -> list[tuple[str, str]]:
-    """What was measured; what was not is a dash."""
+    """The rows of what was measured: name and value, a dash for what was not."""
     seconds, first = smoke.service.seconds_to_start, smoke.greedy[0]
     cold = first.begun - first.asked if seconds is None else seconds
     return [
@@ -255,8 +256,8 @@ def main() -> int:
 
 def _here(wants_demo: bool, local: bool) -> dict[str, str]:
     if wants_demo:
-        return ensured(True)
-    # what was published is cog.yaml's, whatever .env says
+        return model_environment(True)
+    # the published model is that of cog.yaml, whatever .env says
     settings = Settings.read() if local else image_config().settings
     if not settings.folder.is_dir():
         raise UserError("este ordenador no tiene los pesos: descárguelos con script/weights")

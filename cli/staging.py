@@ -1,7 +1,7 @@
-"""The folder in which `cog push` runs: what the image needs and nothing else, at the same place from push to push.
+"""The folder in which `cog push` runs: what the image needs and nothing else, in the same place for every push.
 
-Cog gives a layer to every folder with large files that it finds, without a look at .dockerignore: in this tree also to
-.venv and to other models, which Docker then does not see, and the push stops. And it notes in .cog, below the folder
+Cog makes a layer of every folder with large files, and does not read .dockerignore: in the project's folder it would do
+so with .venv and other models, which Docker leaves out, and the push would fail. Cog also notes in .cog, in the folder
 where it runs, which weights it has built: in a new folder it would build them again each time.
 """
 
@@ -23,19 +23,19 @@ from llm.words import reason
 COG = ".cog"
 """Cog's own folder. It never goes into an image."""
 
-# Beside Cog's notes: the id of the image that they speak of.
+# Beside Cog's notes: the id of the image that they describe.
 _IMAGE = Path(COG, "weights-image")
 
 
 @contextmanager
 def staged(settings: Settings, image: str) -> Iterator[Path]:
-    """The folder, filled with the project and the settings' weights; afterwards it holds no more than Cog's notes.
+    """Fill the folder with the project and the settings' weights; after the block, only Cog's notes stay in it.
 
-    By its notes alone Cog takes the weights for built. So they go too unless `image`, the id of what Docker now has for
-    the weights, is the one of note(): that may be gone since, or be made elsewhere or for another name.
-    One push at a time has the folder. Raises UserError.
+    With notes Cog takes the weights for built. `image` is the id of the weights' image that Docker has now: the notes
+    are removed if they describe another one, which may be gone, or was built elsewhere or for another name.
+    One push at a time may use the folder. Raises UserError.
     """
-    # beside the weights, where a link to them can be
+    # beside the weights: hard links need the same file system
     folder = settings.weights_dir / ".push"
     with _in_spanish(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -43,10 +43,10 @@ def staged(settings: Settings, image: str) -> Iterator[Path]:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     try:
         with _in_spanish(folder):
-            # what a push that was killed left
+            # the rest of a push that was killed
             _clear(folder)
-            notes, known = folder / COG, folder / _IMAGE
-            if notes.exists() and not (image and known.is_file() and known.read_text() == image):
+            notes, noted = folder / COG, folder / _IMAGE
+            if notes.exists() and not (image and noted.is_file() and noted.read_text() == image):
                 shutil.rmtree(notes)
             left_out = dockerignore()
             stage(folder, lambda path: left_out(path) or ROOT / path in (settings.weights_dir, folder))
@@ -59,7 +59,7 @@ def staged(settings: Settings, image: str) -> Iterator[Path]:
 
 
 def note(folder: Path, image: str) -> None:
-    """Keep the id of the image that Cog made of the folder's weights. Raises UserError."""
+    """Write down the id of the image that Cog made of the folder's weights. Raises UserError."""
     with _in_spanish(folder):
         (folder / COG).mkdir(exist_ok=True)
         (folder / _IMAGE).write_text(image)
@@ -72,7 +72,7 @@ def _in_spanish(folder: Path) -> Iterator[None]:
     except BlockingIOError as error:
         raise UserError("Ya hay otro script/push en marcha: espere a que acabe") from error
     except shutil.Error as error:
-        # what did not work, file by file
+        # (source, target, reason) of each file that was not copied
         source, *_ = error.args[0][0]
         raise UserError(
             f"No se puede copiar {checkpoint.shown(Path(source))}: corrija sus permisos o quítelo de la carpeta"
@@ -82,12 +82,12 @@ def _in_spanish(folder: Path) -> Iterator[None]:
 
 
 def place(settings: Settings) -> Path:
-    """Where the settings' model goes in the image."""
+    """The folder of the settings' model in the image."""
     return Path("weights", settings.folder.name)
 
 
 def dockerignore() -> Callable[[Path], bool]:
-    """Whether Docker leaves a path of the project out of the image."""
+    """A function that tells whether Docker leaves a path of the project out of the image."""
     lines = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
     # Docker's rules start at the project's folder; git's, without a slash, would match anywhere.
     rules = [re.sub(r"^(!?)/?", r"\1/", line) for line in lines if line.strip() and not line.startswith("#")]
@@ -97,9 +97,9 @@ def dockerignore() -> Callable[[Path], bool]:
 def stage(folder: Path, left_out: Callable[[Path], bool]) -> None:
     """Copy the project into a folder, without the weights and what is `left_out`."""
 
-    def passed_over(directory: str, names: list[str]) -> set[str]:
+    def ignored_names(directory: str, names: list[str]) -> set[str]:
         paths = [Path(directory, name).relative_to(ROOT) for name in names]
-        # the weights come apart
+        # staged() adds the weights
         ignored = {path.name for path in paths if left_out(path) or path.parts[0] in (COG, "weights")}
         for path in paths:
             if path.name not in ignored and not _can_be_copied(ROOT / path):
@@ -109,7 +109,7 @@ def stage(folder: Path, left_out: Callable[[Path], bool]) -> None:
                 ignored.add(path.name)
         return ignored
 
-    shutil.copytree(ROOT, folder, ignore=passed_over, dirs_exist_ok=True)
+    shutil.copytree(ROOT, folder, ignore=ignored_names, dirs_exist_ok=True)
     shutil.copy2(ROOT / ".dockerignore", folder)
 
 
@@ -118,7 +118,7 @@ def _clear(folder: Path) -> None:
     for path in folder.iterdir():
         if path.is_dir() and path.name != COG:
             for directory, _, _ in os.walk(path):
-                # a copy of a folder in which nobody may write cannot be emptied
+                # a read-only folder cannot be emptied
                 os.chmod(directory, 0o700)
             shutil.rmtree(path)
         elif path.is_file():
@@ -127,14 +127,14 @@ def _clear(folder: Path) -> None:
 
 def _can_be_copied(path: Path) -> bool:
     if path.is_dir():
-        # a link to a folder that it is in has no end
+        # a link to a folder around it would be copied without end
         return not path.parent.resolve().is_relative_to(path.resolve())
     return path.is_file()
 
 
 def _link(source: str, target: str) -> None:
     try:
-        # of the file itself: the hub's cache holds its files as symbolic links
+        # links to the file itself: the hub's cache holds symbolic links
         os.link(os.path.realpath(source), target)
     except OSError:
         # another file system, or one without links; if the disk is what is wrong, copying says so

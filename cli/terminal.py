@@ -12,7 +12,7 @@ from cli.server import Line, signals_as_exits
 from llm.errors import UserError
 from llm.words import decimal, one_line, reason
 
-# what a terminal takes to write over the line that counts
+# moves a terminal to the beginning of the line, and erases the line
 _EMPTY_LINE = "\r\x1b[K"
 
 _SPANISH = {
@@ -42,48 +42,48 @@ class Parser(argparse.ArgumentParser):
 
 
 def command(main: Callable[[], int]) -> Callable[[], int]:
-    """A command's main() whose ends are an exit status: 1 after the one line of a UserError, 130 after a Ctrl-C,
-    141 where nobody reads the output any more.
+    """Decorate a command's main(), which then returns an exit status instead of raising.
 
-    SIGTERM and SIGHUP end it as a SystemExit, so that it leaves nothing half done behind.
+    1 after a UserError, whose line is printed; 130 after a Ctrl-C; 141 where nobody reads the output any more.
+    SIGTERM and SIGHUP become SystemExit, so that the blocks that are open clean up.
     """
 
     def run() -> int:
-        # this package's own was for the imports
+        # the handler of cli/__init__.py was for the imports
         if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             with signals_as_exits():
                 return main()
         except UserError as error:
-            # what the user typed may stand in it
+            # the message may quote what the user typed, line ends included
             print(one_line(str(error)), file=sys.stderr)
             return 1
         except KeyboardInterrupt:
             print("\nInterrumpido", file=sys.stderr)
             return 130
         except BrokenPipeError:
-            # whoever read the output has gone, `head` perhaps
+            # the reader of the output, perhaps `head`, has closed it
             return 141
 
     return run
 
 
 def write(text: str, output: TextIO) -> None:
-    """Raises BrokenPipeError if nobody reads it any more, UserError if it cannot be written."""
+    """Write at once. Raises BrokenPipeError if nobody reads the output any more, UserError if it cannot be written."""
     try:
         print(text, end="", file=output, flush=True)
     except OSError as error:
-        # Python would complain of it once more at its end
+        # else Python, which flushes the output at its end, would report the error again
         os.dup2(os.open(os.devnull, os.O_WRONLY), output.fileno())
         if isinstance(error, BrokenPipeError):
             raise
         raise UserError(f"No se puede escribir en la salida: {reason(error)}") from error
 
 
-def agree(to: str, *, yes: bool) -> None:
-    """Say what is about to happen, and go on only if the user wants it; `yes` is --yes. Raises UserError."""
-    print(to, file=sys.stderr)
+def agree(plan: str, *, yes: bool) -> None:
+    """Print what is about to happen, and ask the user unless `yes`, the option --yes. Raises UserError for a no."""
+    print(plan, file=sys.stderr)
     if yes:
         return
     if sys.stdin is None or not sys.stdin.isatty():
@@ -94,7 +94,10 @@ def agree(to: str, *, yes: bool) -> None:
 
 
 class Loading:
-    """The block in which the model loads: `tick` with the seconds so far, `show` for each line of the log."""
+    """A block in which the user waits, for a model to load or to answer. It prints what it does and how long it took.
+
+    In a terminal, tick() shows the seconds so far; show() prints a line of the log.
+    """
 
     def __init__(self, doing: str = "Cargando el modelo", done: str = "En marcha") -> None:
         self._doing = doing

@@ -20,12 +20,12 @@ def main() -> int:
         settings = Settings.read()
         if arguments.demo:
             settings = demo.ensure(settings)
-        there = os.path.lexists(settings.folder)
+        exists = os.path.lexists(settings.folder)
         model = hub.ensure(settings, print, thorough=True)
     except KeyboardInterrupt:
         print("\nInterrumpido: repita script/weights para terminar", file=sys.stderr)
         return 130
-    if there:
+    if exists:
         checked = "comprobado" if model.verified else f"no se comprueba, porque no tiene {checkpoint.MANIFEST}"
         print(f"{model.origin}: {checked}; no hay nada que hacer")
     return 0

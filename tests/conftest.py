@@ -12,9 +12,9 @@ import torch
 
 from cli import demo, server
 from llm.weights.settings import Settings
-from tests.client import Client
-from tests.gateway import Gateway
-from tests.processes import FINALLY, Marked
+from tests.support.client import Client
+from tests.support.gateway import Gateway
+from tests.support.processes import FINALLY, Marked
 
 # Tests compute too, beside whatever else runs. It has to be there before torch is imported: nothing above does.
 for _name, _value in server.LIBRARIES.items():
@@ -68,15 +68,15 @@ def processes() -> Iterator[Marked]:
 @pytest.fixture(scope="session")
 def falcon(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny falcon-rw-1b, in a weights folder of its own and without a manifest, as a user's."""
-    from tests import checkpoints
+    from tests.support import checkpoints
 
     return checkpoints.falcon(tmp_path_factory.mktemp("weights") / "falcon-rw-1b")
 
 
 @pytest.fixture(scope="session")
 def bfloat16_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A falcon for tests/logits.py."""
-    from tests import checkpoints
+    """A falcon for tests/support/logits.py."""
+    from tests.support import checkpoints
 
     # heads of 64, as falcon-rw-1b's: their square root divides ALiBi without rounding, in every attention
     return checkpoints.falcon(tmp_path_factory.mktemp("bfloat16") / "falcon", layers=3, width=256, heads=4)

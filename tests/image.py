@@ -17,8 +17,8 @@ import yaml
 from cli import server, staging
 from llm.devices import linear
 from llm.weights.settings import ROOT
-from tests import logits
-from tests.client import Client
+from tests.support import logits
+from tests.support.client import Client
 from tests.test_server import (  # noqa: F401
     test_a_client_that_goes_makes_room_for_another,
     test_a_whole_float_is_an_integer,
@@ -82,9 +82,9 @@ def test_bits_do_not_depend_on_company(image: Path, bfloat16_folder: Path) -> No
 
 
 def run(program: str, image: Path, *arguments: Path) -> Any:
-    """What one of the programs beside this file prints in the image's environment, with the torch that is locked."""
+    """What a program of tests/support prints in the image's environment, with the torch that is locked."""
     ran = subprocess.run(
-        [PYTHON, ROOT / "tests" / program, *arguments],
+        [PYTHON, ROOT / "tests" / "support" / program, *arguments],
         env={**os.environ, "PYTHONPATH": str(image)},
         capture_output=True,
         text=True,

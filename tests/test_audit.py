@@ -13,7 +13,7 @@ import pytest
 
 from cli.audit import audit
 from llm.errors import UserError
-from tests.project import copied
+from tests.support.project import copied
 
 pytestmark = pytest.mark.slow
 

@@ -23,7 +23,7 @@ from cli.report import shown
 from cli.server import LIBRARIES
 from llm.errors import UserError
 from llm.weights.settings import ROOT
-from tests.processes import FINALLY, Marked
+from tests.support.processes import FINALLY, Marked
 
 pytestmark = pytest.mark.slow
 

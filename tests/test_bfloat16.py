@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from llm.devices import forward, linear
 from llm.devices.attention import attend
 from llm.devices.model import Model
-from tests import checkpoints, logits
+from tests.support import checkpoints, logits
 
 pytestmark = pytest.mark.slow
 

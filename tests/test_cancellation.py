@@ -2,7 +2,6 @@
 
 import asyncio
 import ctypes
-import json
 import re
 import threading
 import uuid
@@ -15,12 +14,12 @@ import cog
 import httpx
 import pytest
 
-from cli import server
+from cli import events, server
 from llm import cancellation
 from llm.cancellation import follow_cancels, on_cancel
 from predict import Predictor
-from tests.client import Client
-from tests.processes import FINALLY
+from tests.support.client import Client
+from tests.support.processes import FINALLY
 
 GREEDY = {"temperature": 0, "repetition_penalty": 1, "prompt_template": "{pregunta}"}
 ANOTHER = "Esta versión de Cog cancela de otro modo"
@@ -102,8 +101,9 @@ def test_a_cancel_is_no_failure_however_early_it_comes(falcon_server: Client) ->
             asking = thread.submit(http.put, url, json={"input": inputs}, headers=headers)
             while not asking.done() and not http.post(f"{url}/cancel").is_success:
                 continue
-            answer = asking.result().text
-        return str(json.loads(answer[answer.rindex('{"id"') if number % 2 else 0 :])["status"])
+            answer = asking.result()
+        *_, (_, end) = events.read([answer.content]) if number % 2 else [("", answer.json())]
+        return str(end["status"])
 
     ends = [cancelled_at_once(number) for number in range(40)]
     # Cog itself loses one that comes before its worker has looked at the prediction

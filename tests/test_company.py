@@ -15,8 +15,8 @@ from llm.devices import attention, linear
 from llm.devices.model import Model
 from llm.weights import checkpoint
 from llm.weights.settings import Settings
-from tests import company
-from tests.client import Client
+from tests.support import company
+from tests.support.client import Client
 
 slow = pytest.mark.slow
 

@@ -28,11 +28,11 @@ import yaml
 from dnslib import QTYPE, RR, SRV, A, DNSRecord
 from dnslib.server import BaseResolver, DNSLogger, DNSServer
 
-from cli import schema, server
-from cli.service import events
+from cli import events, schema, server
+from cli.events import Event
 from llm.weights.settings import ROOT
-from tests.client import Client, Event
-from tests.processes import FINALLY, Marked
+from tests.support.client import Client
+from tests.support.processes import FINALLY, Marked
 
 DEPLOY = ROOT / "deploy"
 COMPOSE: dict[str, Any] = yaml.safe_load((DEPLOY / "compose.yaml").read_text(encoding="utf-8"))
@@ -308,7 +308,7 @@ class Site:
         """The events of a long prediction as they come: name, data."""
         with self.client.stream(method, path, json={"input": LONG}, headers=SSE) as response:
             assert response.status_code == httpx.codes.OK, response.read()
-            yield events(response)
+            yield events.read(response.iter_bytes())
 
     def end_of(self, prediction: str, max_tokens: int) -> str:
         """How it ends for the client that streams it."""
@@ -319,7 +319,7 @@ class Site:
             ) as response:
                 if response.status_code != httpx.codes.OK:
                     return str(response.status_code)
-                *_, (_, data) = events(response)
+                *_, (_, data) = events.read(response.iter_bytes())
                 return str(data.get("status"))
         except (httpx.RemoteProtocolError, httpx.ReadError):
             return "cut"

@@ -1,4 +1,4 @@
-"""script/deploy, as its user runs it, against tests/gateway.py with the tiny falcon."""
+"""script/deploy, as its user runs it, against tests/support/gateway.py with the tiny falcon."""
 
 import os
 import re
@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 
 from cli import deploy
-from tests import gateway as service
-from tests.client import Client
-from tests.gateway import MODEL, Gateway
-from tests.prediction import Prediction
-from tests.processes import FINALLY, Marked
-from tests.project import copied
+from tests.support import gateway as service
+from tests.support.client import Client
+from tests.support.gateway import MODEL, Gateway
+from tests.support.prediction import Prediction
+from tests.support.processes import FINALLY, Marked
+from tests.support.project import copied
 
 pytestmark = pytest.mark.slow
 

@@ -36,8 +36,8 @@ from llm.engine.scheduler import Chunk
 from llm.engine.sequence import Request, Sampling
 from llm.engine.slots import Slots
 from llm.errors import UserError
-from tests import checkpoints
-from tests.processes import until
+from tests.support import checkpoints
+from tests.support.processes import until
 
 GREEDY = Sampling(temperature=0)
 CHUNK = 32

@@ -1,4 +1,4 @@
-"""The programs of examples/, unmodified and as a user runs them, against tests/gateway.py with the embedded model.
+"""The programs of examples/, unmodified and as a user runs them, against the gateway with the embedded model.
 
 Those in JavaScript need node, and `npm ci` in a copy of their folder, which fetches the npm package `replicate` that
 package-lock.json names. Where node is missing, or that package cannot be fetched, they are skipped with a line.
@@ -19,10 +19,10 @@ import httpx
 import pytest
 
 from llm.weights.settings import ROOT
-from tests.gateway import MODEL, Gateway
-from tests.prediction import signature
-from tests.processes import FINALLY
-from tests.receiver import Headers, Receiver
+from tests.support.gateway import MODEL, Gateway
+from tests.support.prediction import signature
+from tests.support.processes import FINALLY
+from tests.support.receiver import Headers, Receiver
 
 pytestmark = pytest.mark.slow
 

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from cli import schema, server
 from llm.weights.settings import ROOT
-from tests import checkpoints
-from tests.client import Client
-from tests.processes import FINALLY
+from tests.support import checkpoints
+from tests.support.client import Client
+from tests.support.processes import FINALLY
 
 pytestmark = pytest.mark.slow
 
@@ -46,7 +46,7 @@ def asked(client: Client, tokens: int) -> socket.socket:
         connection.settimeout(FINALLY)
         connection.connect((server.HOST, client.server.port))
         connection.sendall("\r\n".join([*headers, "", body]).encode())
-        # Cog may refuse one: see tests/client.py
+        # Cog may refuse one: see tests/support/client.py
         if connection.recv(12, socket.MSG_WAITALL) != b"HTTP/1.1 409":
             return connection
         connection.close()

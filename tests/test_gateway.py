@@ -1,4 +1,4 @@
-"""tests/gateway.py, by the unmodified client of the real service: what it answers is what that client takes."""
+"""tests/support/gateway.py, by the unmodified client of the real service: what it answers is what that client takes."""
 
 import asyncio
 import json
@@ -13,11 +13,11 @@ from replicate.prediction import Prediction
 
 from cli import schema
 from llm.weights.settings import ROOT
-from tests import gateway as service
-from tests.client import Client
-from tests.gateway import MODEL, Gateway
-from tests.processes import FINALLY, until
-from tests.receiver import Receiver
+from tests.support import gateway as service
+from tests.support.client import Client
+from tests.support.gateway import MODEL, Gateway
+from tests.support.processes import FINALLY, until
+from tests.support.receiver import Receiver
 
 pytestmark = pytest.mark.slow
 

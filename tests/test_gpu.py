@@ -22,7 +22,7 @@ from llm.engine import runner
 from llm.engine.runner import Runner
 from llm.engine.scheduler import Chunk
 from llm.engine.sequence import Request, Sampling, Sequence
-from tests import checkpoints
+from tests.support import checkpoints
 
 META = torch.device("meta")
 CONTEXT = 2048

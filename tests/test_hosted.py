@@ -15,8 +15,8 @@ from cli.hosted import Reference, Refused
 from cli.terminal import agree
 from llm.errors import UserError
 from llm.weights import settings
-from tests.client import Client
-from tests.gateway import MODEL, Gateway
+from tests.support.client import Client
+from tests.support.gateway import MODEL, Gateway
 
 pytestmark = pytest.mark.slow
 

@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerFast
 from cli import server
 from llm.text.detokenizer import Text, split_stop_sequences
 from llm.text.prompt import COMPLETION
-from tests import checkpoints
-from tests.client import Client
+from tests.support import checkpoints
+from tests.support.client import Client
 
 EXAMPLES = settings(
     max_examples=40,

@@ -36,7 +36,7 @@ from llm.devices.model import Model
 from llm.errors import UserError
 from llm.weights import hub
 from llm.weights.settings import ROOT, Settings
-from tests import checkpoints
+from tests.support import checkpoints
 
 pytestmark = pytest.mark.slow
 

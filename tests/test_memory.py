@@ -12,8 +12,8 @@ import pytest
 
 from llm.devices import cgroups, memory
 from llm.weights.settings import ROOT
-from tests import checkpoints
-from tests.cgroups import genuine, python, written
+from tests.support import checkpoints
+from tests.support.cgroups import genuine, python, written
 
 GIB = 1 << 30
 V1 = "/ /sys/fs/cgroup/memory cgroup memory"

@@ -20,7 +20,7 @@ from llm.devices import memory
 from llm.devices import model as model_module
 from llm.devices.model import Model, rows_that_fit
 from llm.errors import UserError
-from tests import checkpoints
+from tests.support import checkpoints
 
 pytestmark = pytest.mark.slow
 

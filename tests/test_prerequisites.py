@@ -8,7 +8,7 @@ import pytest
 
 from cli import prerequisites
 from llm.errors import UserError
-from tests.programs import Programs
+from tests.support.programs import Programs
 
 
 @pytest.fixture

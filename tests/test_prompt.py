@@ -14,7 +14,7 @@ from llm.errors import UserError
 from llm.text.detokenizer import Text
 from llm.text.prompt import COMPLETION, MAX_CHARACTERS, Prompter
 from llm.weights.settings import Settings
-from tests import checkpoints
+from tests.support import checkpoints
 
 CHATML = (
     "{{ bos_token }}{% for message in messages %}<|im_start|>{{ message['role'] }}\n"

@@ -17,12 +17,12 @@ import pytest
 from cli import schema
 from llm.weights import checkpoint
 from llm.weights.settings import FALCON, FALCON_COMMIT, ROOT, Settings
-from tests.gateway import Gateway
-from tests.hub import Hub
-from tests.processes import FINALLY, Marked
-from tests.programs import Programs
-from tests.project import copied
-from tests.registry import Registry
+from tests.support.gateway import Gateway
+from tests.support.hub import Hub
+from tests.support.processes import FINALLY, Marked
+from tests.support.programs import Programs
+from tests.support.project import copied
+from tests.support.registry import Registry
 
 pytestmark = pytest.mark.slow
 

@@ -18,11 +18,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cli import inputs, schema, serve
+from cli import events, inputs, schema, serve
 from llm.text.prompt import COMPLETION
 from llm.weights import checkpoint
 from llm.weights.settings import ROOT, Settings
-from tests.client import Client
+from tests.support.client import Client
 
 Execute = Callable[[str], str]
 
@@ -112,12 +112,12 @@ def execute(environment: dict[str, str], tmp_path: Path) -> Execute:
 
 
 def python(command: str) -> str:
-    """A command script/NAME as that file runs it, with this Python, whether there is a .venv or not."""
+    """A command script/NAME as cli/run runs it, with this Python, whether there is a .venv or not."""
     script, _, arguments = command.partition(" ")
     text = (ROOT / script).read_text()
-    (module,) = re.findall(r'exec "\$root/\.venv/bin/python" -P -m (\S+) "\$@"\n$', text)
-    assert '"$root/script/setup"\n' in text
-    return f"{shlex.quote(sys.executable)} -P -m {module} {arguments}"
+    (name,) = re.findall(r'/cli/run" (\w+) "\$@"\n$', text)
+    assert script == f"script/{name}"
+    return f"{shlex.quote(sys.executable)} -P -m cli.{name} {arguments}"
 
 
 def test_every_command_is_run_or_listed() -> None:
@@ -178,8 +178,9 @@ def test_the_local_server_answers_curl(execute: Execute, demo_server: Client) ->
     assert address in curl
     # nobody listens at that proxy
     answer = execute(f"http_proxy=http://127.0.0.1:1 {curl.replace(address, demo_server.server.url)}")
-    assert '"status":"succeeded"' in answer
-    assert "".join(json.loads(chunk)["chunk"] for chunk in re.findall(r"event: output\ndata: (.*)", answer)) == ANSWER
+    streamed = list(events.read([answer.encode()]))
+    assert streamed[-1][1]["status"] == "succeeded"
+    assert "".join(data["chunk"] for name, data in streamed if name == "output") == ANSWER
 
 
 @pytest.mark.parametrize("path", ["README.md", "README.en.md", "deploy/README.md"])

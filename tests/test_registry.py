@@ -7,7 +7,7 @@ import pytest
 from cli import registry
 from cli.registry import Login
 from llm.errors import UserError
-from tests.registry import BASE, SECRET, USER, Registry
+from tests.support.registry import BASE, SECRET, USER, Registry
 
 LOGIN = Login(USER, SECRET)
 MODEL = "usuario/modelo"

@@ -12,7 +12,7 @@ from cli import schema, server
 from llm.engine.scheduler import MOST_ROWS
 from llm.errors import UserError
 from llm.weights.settings import ROOT
-from tests.client import Client
+from tests.support.client import Client
 
 TINY = """\
 from typing import Optional

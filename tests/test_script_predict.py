@@ -20,8 +20,8 @@ import psutil
 import pytest
 
 from cli import server
-from tests.processes import FINALLY, Marked
-from tests.project import copied
+from tests.support.processes import FINALLY, Marked
+from tests.support.project import copied
 
 pytestmark = pytest.mark.slow
 
@@ -171,7 +171,9 @@ def test_help_is_in_spanish(script: Run) -> None:
     assert {"argumentos:", "opciones:", "  -h, --help      muestra esta ayuda"} <= {*lines}
 
 
-@pytest.mark.parametrize("name", ["predict", "serve", "weights", "push", "deploy", "bench", "audit", "setup", "test"])
+@pytest.mark.parametrize(
+    "name", ["audit", "bench", "deploy", "predict", "push", "serve", "setup", "smoke", "test", "weights"]
+)
 def test_a_script_finds_its_project(project: Path, environment: dict[str, str], tmp_path: Path, name: str) -> None:
     (tmp_path / "orden").symlink_to(project / "script" / name)
     (tmp_path / "otra").symlink_to("orden")
@@ -181,6 +183,7 @@ def test_a_script_finds_its_project(project: Path, environment: dict[str, str], 
     for command, folder in (("./otra", tmp_path), (f"script/{name}", project)):
         result = subprocess.run([command, "--help"], cwd=folder, env=environment, capture_output=True, text=True)
         assert (result.returncode, result.stderr) == (0, "")
+        assert result.stdout.startswith({"setup": "", "test": "usage: "}.get(name, f"uso: script/{name} "))
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,12 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests import project
-from tests.gateway import Gateway
-from tests.hub import Hub, files_of
-from tests.processes import FINALLY, Marked
-from tests.programs import Programs
-from tests.registry import Registry
+from tests.support import project
+from tests.support.gateway import Gateway
+from tests.support.hub import Hub, files_of
+from tests.support.processes import FINALLY, Marked
+from tests.support.programs import Programs
+from tests.support.registry import Registry
 
 pytestmark = pytest.mark.slow
 

@@ -19,8 +19,8 @@ import pytest
 from cli import predict, schema, server, service
 from llm.errors import UserError
 from llm.weights.settings import ROOT
-from tests.client import Client
-from tests.processes import Marked
+from tests.support.client import Client
+from tests.support.processes import Marked
 
 LONG = {"pregunta": "Once upon a time", "temperature": 0, "max_tokens": 2048, "prompt_template": "{pregunta}"}
 SHORT = {**LONG, "max_tokens": 8}

@@ -20,12 +20,12 @@ from cli.hosted import Reference
 from cli.service import Answer, Cog, Hosted, Service
 from cli.smoke import Fault, Smoke
 from llm.errors import UserError
-from tests.client import Client
-from tests.gateway import MODEL, Gateway
-from tests.prediction import Body, Prediction
-from tests.problem import Problem
-from tests.processes import Marked
-from tests.project import copied
+from tests.support.client import Client
+from tests.support.gateway import MODEL, Gateway
+from tests.support.prediction import Body, Prediction
+from tests.support.problem import Problem
+from tests.support.processes import Marked
+from tests.support.project import copied
 
 pytestmark = pytest.mark.slow
 

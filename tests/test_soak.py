@@ -19,8 +19,9 @@ import psutil
 import pytest
 
 from cli import server
+from cli.events import Reader
 from llm.weights.settings import ROOT
-from tests.processes import FINALLY, Marked
+from tests.support.processes import FINALLY, Marked
 
 CLIENTS = 40
 QUESTIONS = 40
@@ -138,16 +139,12 @@ class Clients:
         url = f"/predictions/{uuid.UUID(int=draw.getrandbits(128))}"
         fate = draw.choice([0, 1, draw.randrange(50)])
         text = ""
-        events = 0
+        events, reader = 0, Reader()
         async with http.stream("PUT", url, json={"input": inputs}, headers={"Accept": "text/event-stream"}) as answer:
             if answer.status_code == httpx.codes.CONFLICT:
                 return "refused", ""
-            async for line in answer.aiter_lines():
-                field, _, value = line.partition(": ")
-                if field == "event":
-                    name = value
-                elif field == "data":
-                    data = json.loads(value)
+            async for piece in answer.aiter_bytes():
+                for name, data in reader.feed(piece):
                     if name == "completed":
                         return data.get("error") or data["status"], text
                     if name == "output":
@@ -165,7 +162,7 @@ class Clients:
 
 
 class Observer:
-    """Looks at server and worker from outside, and into the worker through tests/probe."""
+    """Looks at server and worker from outside, and into the worker through tests/support/probe."""
 
     def __init__(self, processes: list[psutil.Process], worker: socket.socket) -> None:
         self._processes = processes
@@ -189,7 +186,7 @@ def test_the_soak(
 ) -> None:
     minutes = pytestconfig.getoption("soak")
     with socket.create_server((server.HOST, 0)) as listener:
-        probe = {"PYTHONPATH": str(ROOT / "tests" / "probe"), "PROBE": str(listener.getsockname()[1])}
+        probe = {"PYTHONPATH": str(ROOT / "tests" / "support" / "probe"), "PROBE": str(listener.getsockname()[1])}
         with server.running(environment=falcon_environment | processes.environment | probe | MALLOC) as running:
             running.wait_until_ready()
             worker, _ = listener.accept()

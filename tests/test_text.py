@@ -12,7 +12,7 @@ from cli import demo
 from llm.errors import UserError
 from llm.text.detokenizer import CONTEXT, MOST_STOP_SEQUENCES, Text, _Characters, split_stop_sequences
 from llm.weights.settings import Settings
-from tests import checkpoints
+from tests.support import checkpoints
 
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 

@@ -14,8 +14,8 @@ import torch
 
 from llm.devices import cgroups, threads
 from llm.devices.threads import Threads, use_physical_cores
-from tests.cgroups import genuine, python, written
-from tests.processes import until
+from tests.support.cgroups import genuine, python, written
+from tests.support.processes import until
 
 CORES = 4
 

@@ -30,7 +30,7 @@ from llm.devices.model import Model
 from llm.engine.engine import Engine
 from llm.engine.sequence import Request, Sampling
 from llm.errors import UserError
-from tests import checkpoints
+from tests.support import checkpoints
 
 BOUNDARY, CONTEXT, WORDS = 64, 256, 300
 

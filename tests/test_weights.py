@@ -24,8 +24,8 @@ from llm.errors import UserError
 from llm.weights import checkpoint
 from llm.weights.hub import ensure, write_safetensors
 from llm.weights.settings import ROOT, Settings
-from tests import checkpoints
-from tests.hub import COMMIT, Hub, Repository, files_of
+from tests.support import checkpoints
+from tests.support.hub import COMMIT, Hub, Repository, files_of
 
 pytestmark = pytest.mark.slow
 

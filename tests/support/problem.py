@@ -1,4 +1,4 @@
-"""The errors of tests/gateway.py: what a request's body may hold, and how the API says what is wrong in it."""
+"""The errors of gateway.py: what a request's body may hold, and how the API says what is wrong in it."""
 
 import json
 from collections.abc import Iterator

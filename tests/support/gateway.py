@@ -37,9 +37,19 @@ from urllib.parse import urlsplit
 import httpx
 import jsonschema_rs
 
-from cli.service import events
-from tests.prediction import Body, Prediction, now
-from tests.problem import CHANGES, DEPLOYMENT, PREDICTION, VERSION_PREDICTION, Problem, check, invalid, not_found, read
+from cli import events
+from tests.support.prediction import Body, Prediction, now
+from tests.support.problem import (
+    CHANGES,
+    DEPLOYMENT,
+    PREDICTION,
+    VERSION_PREDICTION,
+    Problem,
+    check,
+    invalid,
+    not_found,
+    read,
+)
 
 Kind = TypeVar("Kind")
 
@@ -274,7 +284,7 @@ class Gateway:
             if response.status_code != HTTPStatus.OK:
                 prediction.complete("failed", error=response.read().decode())
                 return True
-            for name, data in events(response):
+            for name, data in events.read(response.iter_bytes()):
                 prediction.follow(name, data)
         if not prediction.over():
             raise httpx.RemoteProtocolError("the model's server closed its stream")

@@ -7,10 +7,9 @@ from typing import Any
 
 import httpx
 
+from cli import events
+from cli.events import Event
 from cli.server import Server
-from cli.service import events
-
-Event = tuple[str, dict[str, Any]]
 
 
 class Client:
@@ -50,5 +49,5 @@ class Client:
             with self._http.stream("POST", "/predictions", json={"input": inputs}, headers=headers) as response:
                 if response.status_code != httpx.codes.CONFLICT:
                     assert response.status_code == httpx.codes.OK, response.read()
-                    yield events(response)
+                    yield events.read(response.iter_bytes())
                     return

@@ -1,6 +1,6 @@
 """How far our bfloat16 logits are from transformers' float32 ones, against how far transformers' own bfloat16 ones are.
 
-Needs the image's packages alone: as a program, `python tests/logits.py FOLDER`, it runs in the image's environment.
+Needs the image's packages alone: `python tests/support/logits.py FOLDER` runs in the image's environment.
 """
 
 import json

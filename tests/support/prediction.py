@@ -1,4 +1,4 @@
-"""A prediction of tests/gateway.py: what the API shows of it, the events that its stream and its webhook tell."""
+"""A prediction of gateway.py: what the API shows of it, and the events of its stream and its webhook."""
 
 import hmac
 import json

@@ -1,6 +1,6 @@
 """Whether what a request gets depends on its company: the same random requests one after another, then together.
 
-Needs the image's packages alone: as a program, `python tests/company.py FOLDER`, it runs in the image's environment.
+Needs the image's packages alone: `python tests/support/company.py FOLDER` runs in the image's environment.
 """
 
 import json
