@@ -21,11 +21,10 @@ from typing import Any
 import httpx
 import pytest
 
-from cli import schema, server
-from cli.service import events
+from cli import events, schema, server
 from llm.weights.settings import ROOT
-from tests.processes import FINALLY
-from tests.project import copied
+from tests.support.processes import FINALLY
+from tests.support.project import copied
 
 # a base image of several GB may have to come first
 pytestmark = [pytest.mark.docker, pytest.mark.timeout(3600)]
@@ -204,7 +203,7 @@ def test_docker_stop_lets_a_stream_end(container: str) -> None:
             "POST", f"{url}/predictions", json={"input": LONG}, headers=SSE, timeout=FINALLY, trust_env=False
         ) as stream,
     ):
-        coming = events(stream)
+        coming = events.read(stream.iter_bytes())
         assert next(name for name, _ in coming if name == "output")
         stop = pool.submit(docker, "stop", container)
         # it takes no more
@@ -266,7 +265,7 @@ def ended(url: str, max_tokens: int, begun: threading.Semaphore) -> str:
             if response.status_code != httpx.codes.OK:
                 return str(response.status_code)
             end = ""
-            for name, data in events(response):
+            for name, data in events.read(response.iter_bytes()):
                 if name == "output" and not end:
                     begun.release()
                     end = "cut"
