@@ -194,6 +194,7 @@ def test_a_link_to_weights_of_the_users_own_is_followed(project: Path, push: Pus
     elsewhere = tmp_path / "blob"
     shutil.move(falcon / "model.safetensors", elsewhere)
     (falcon / "model.safetensors").symlink_to(elsewhere)
+    (falcon / "tokenizer.json").write_text("{}")
     push(NAME)
     _, files = pushed(notes)
     assert files["weights/falcon-rw-1b/model.safetensors"] == [LARGE, elsewhere.stat().st_ino]
@@ -506,6 +507,7 @@ def test_weights_that_did_not_change_are_not_built_again(project: Path, push: Pu
 
     (falcon / "manifest.json").unlink()
     (falcon / "config.json").write_text("{ }")
+    (falcon / "tokenizer.json").write_text("{}")
     (project / "nuevo.py").unlink()
     push(NAME)
     third = noted(notes)
