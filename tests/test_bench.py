@@ -249,8 +249,8 @@ def test_a_contender_ends_with_who_told_it(falcon_environment: dict[str, str]) -
     ("arguments", "status", "line"),
     [
         (["--model", "no-esta"], 1, "--model no-esta: ahí no hay ninguna carpeta"),
-        (["--model", "Mayúsculas"], 1, "esa carpeta ha de llamarse mayúsculas"),
-        (["--model", "vacía"], 1, "no es un modelo, le falta config.json"),
+        (["--model", "copia"], 1, "esa carpeta ha de llamarse otro"),
+        (["--model", "Vacía"], 1, "no es un modelo, le falta config.json"),
         (["--out", "archivo"], 1, "No se puede escribir en archivo: "),
         (["--rounds", "0"], 2, "0 no es un número de 1 a 100"),
         (["--tokens", "muchos"], 2, "muchos no es un número de 2 a 2048"),
@@ -266,8 +266,9 @@ def test_a_mistake_ends_in_its_line(
     status: int,
     line: str,
 ) -> None:
-    for name in ("Mayúsculas", "vacía"):
+    for name in ("copia", "Vacía"):
         (tmp_path / name).mkdir()
+    (tmp_path / "copia" / "manifest.json").write_text('{"id": "org/Otro", "revision": null, "commit": "v1"}')
     (tmp_path / "archivo").touch()
     run = subprocess.run(
         [project / "script" / "bench", *arguments],

@@ -212,6 +212,7 @@ def unknown_model(folder: Path) -> None:
     """A folder with all that a model's has, of a kind that transformers does not know."""
     folder.mkdir()
     (folder / "config.json").write_text('{"model_type": "otro"}')
+    (folder / "tokenizer.json").write_text("{}")
     (folder / "model.safetensors").touch()
 
 
