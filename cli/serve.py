@@ -27,12 +27,12 @@ def serve(port: int, environment: dict[str, str]) -> None:
     with server.running(port=port, environment=environment, log=loading.show) as running:
         with loading:
             running.wait_until_ready(loading.tick)
-        ready = f"Listo en {running.url}, hasta Ctrl-C. Pruebe en otra terminal:\n\n{_curl(running.url)}\n\n"
+        ready = f"Listo en {running.url}, hasta Ctrl-C. Pruebe en otra terminal:\n\n{curl_command(running.url)}\n\n"
         write(ready, sys.stdout)
         running.wait()
 
 
-def _curl(url: str) -> str:
+def curl_command(url: str) -> str:
     body = json.dumps({"input": {"pregunta": "What is the capital of France?", "temperature": 0}})
     headers = "-H 'Content-Type: application/json' -H 'Accept: text/event-stream'"
     # a proxy of the user's environment cannot reach this computer

@@ -185,7 +185,7 @@ def test_the_local_server_answers_curl(execute: Execute, demo_server: Client) ->
 
 @pytest.mark.parametrize("path", ["README.md", "README.en.md", "deploy/README.md"])
 def test_the_curl_shown_is_the_one_that_serve_prints(path: str) -> None:
-    assert serve._curl("http://127.0.0.1:5000") in commands((ROOT / path).read_text(encoding="utf-8"))
+    assert serve.curl_command("http://127.0.0.1:5000") in commands((ROOT / path).read_text(encoding="utf-8"))
 
 
 @pytest.mark.slow

@@ -13,9 +13,9 @@ What it leaves out, so that no test here says anything of it: cold starts, insta
 speed; billing and spending limits; rate limits (429) and a service that fails (5xx); HTTPS, and with it that a
 webhook's address has to be https; files, trainings, collections, search, readmes, examples, creating and deleting
 models and versions; the deadline in `Cancel-After`, hence the status `aborted`; outputs removed after an hour, and
-streams that expire; filters of lists, and a second page: a list has its 100 newest. It does not hold the model's page
-to be public or private, nor a token to one account. Where the API says what it refuses but not how (a deployment's name
-that is taken, one that is deleted while it runs), status and text are ours.
+streams that expire; lists of models, versions, predictions and deployments; official models; a second delivery of a
+webhook. It does not hold the model's page to be public or private, nor a token to one account. Where the API says what
+it refuses but not how (a deployment's name that is taken, one that is deleted while it runs), status and text are ours.
 """
 
 import hashlib
@@ -69,7 +69,6 @@ SECONDS_OFFLINE = 15 * 60
 """How long a deployment has to be without instances and unused before it can be deleted."""
 
 _MOST_SECONDS_TO_WAIT = 60
-_MOST_RESULTS = 100
 
 
 class Gateway:
@@ -79,8 +78,6 @@ class Gateway:
         """`server` is the address of a Cog server that is ready."""
         self.token = f"r8_{secrets.token_hex(18)}"
         self.model = model
-        self.official = False
-        """Whether the model runs without a version's name, as those that Replicate itself maintains."""
         self.owner, self.name = model.split("/")
         self.versions: dict[str, Body] = {}
         """Newest first. Without any, the model's page is there and nothing was pushed to it yet."""
@@ -144,22 +141,15 @@ class Gateway:
             "owner": self.owner,
             "name": self.name,
             "visibility": "private",
-            "is_official": self.official,
+            "is_official": False,
             "run_count": len(self.predictions),
             "latest_version": next(iter(self.versions.values()), None),
             **dict.fromkeys(optional),
         }
 
-    def list_versions(self, name: str) -> Body:
-        self._check_model(name)
-        return _page(list(self.versions.values()))
-
     def get_version(self, name: str, id: str) -> Body:
         self._check_model(name)
         return _found(self.versions, id)
-
-    def list_predictions(self) -> Body:
-        return _page([prediction.shown() for prediction in reversed(self.predictions.values())])
 
     def get_prediction(self, id: str) -> Body:
         return _found(self.predictions, id).shown()
@@ -170,11 +160,9 @@ class Gateway:
         return prediction.shown()
 
     def predict(self, body: Body) -> Prediction:
-        """A prediction of the version that the body names: ID, OWNER/NAME:ID or, of an official model, OWNER/NAME."""
+        """A prediction of the version that the body names: ID or OWNER/NAME:ID."""
         check(body, VERSION_PREDICTION)
         name, colon, id = body["version"].rpartition(":")
-        if self.official and body["version"] == self.model:
-            return self.predict_official(self.model, {key: body[key] for key in body if key != "version"})
         if id not in self.versions or (colon and name != self.model):
             raise Problem(
                 HTTPStatus.UNPROCESSABLE_ENTITY,
@@ -183,19 +171,10 @@ class Gateway:
             )
         return self._start(body, VERSION_PREDICTION, id)
 
-    def predict_official(self, name: str, body: Body) -> Prediction:
-        self._check_model(name)
-        if not self.official:
-            raise not_found()
-        return self._start(body, PREDICTION, next(iter(self.versions)), shown="hidden")
-
     def predict_deployed(self, name: str, body: Body) -> Prediction:
         deployment = _found(self.deployments, name)
         deployment.used = time.monotonic()
         return self._start(body, PREDICTION, deployment.release["version"])
-
-    def list_deployments(self) -> Body:
-        return _page([deployment.shown() for deployment in reversed(self.deployments.values())])
 
     def get_deployment(self, name: str) -> Body:
         return _found(self.deployments, name).shown()
@@ -249,10 +228,10 @@ class Gateway:
 
     # A prediction's way
 
-    def _start(self, body: Body, schema: Body, version: str, shown: str = "") -> Prediction:
+    def _start(self, body: Body, schema: Body, version: str) -> Prediction:
         inputs = self.versions[version]["openapi_schema"]["components"]["schemas"]["Input"]
         check(body, {**schema, "properties": {**schema["properties"], "input": inputs}})
-        prediction = Prediction(self.url, self.model, shown or version, body, self.webhook_secret)
+        prediction = Prediction(self.url, self.model, version, body, self.webhook_secret)
         self.predictions[prediction.id] = prediction
         with self._moved:
             self._line.append(prediction)
@@ -340,10 +319,6 @@ class _Deployment:
         return {"owner": self.owner, "name": self.name, "current_release": self.release}
 
 
-def _page(results: list[Body]) -> Body:
-    return {"next": None, "previous": None, "results": results[:_MOST_RESULTS]}
-
-
 def _found(things: dict[str, Kind], name: str) -> Kind:
     if name not in things:
         raise not_found()
@@ -356,14 +331,10 @@ _ROUTES: list[tuple[str, str, Callable[..., Any]]] = [
     ("GET", "/hardware", Gateway.hardware),
     ("GET", "/webhooks/default/secret", Gateway.secret),
     ("GET", f"/models/{_OWNED}", Gateway.get_model),
-    ("GET", f"/models/{_OWNED}/versions", Gateway.list_versions),
     ("GET", f"/models/{_OWNED}/versions/(?P<id>[^/]+)", Gateway.get_version),
-    ("POST", f"/models/{_OWNED}/predictions", Gateway.predict_official),
-    ("GET", "/predictions", Gateway.list_predictions),
     ("POST", "/predictions", Gateway.predict),
     ("GET", "/predictions/(?P<id>[^/]+)", Gateway.get_prediction),
     ("POST", "/predictions/(?P<id>[^/]+)/cancel", Gateway.cancel_prediction),
-    ("GET", "/deployments", Gateway.list_deployments),
     ("POST", "/deployments", Gateway.create_deployment),
     ("GET", f"/deployments/{_OWNED}", Gateway.get_deployment),
     ("PATCH", f"/deployments/{_OWNED}", Gateway.update_deployment),
@@ -371,8 +342,7 @@ _ROUTES: list[tuple[str, str, Callable[..., Any]]] = [
     ("POST", f"/deployments/{_OWNED}/predictions", Gateway.predict_deployed),
     ("GET", "/streams/(?P<key>[^/]+)", Gateway.stream),
 ]
-_WITH_BODY = {Gateway.predict, Gateway.predict_official, Gateway.predict_deployed}
-_WITH_BODY |= {Gateway.create_deployment, Gateway.update_deployment}
+_WITH_BODY = {Gateway.predict, Gateway.predict_deployed, Gateway.create_deployment, Gateway.update_deployment}
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -8,8 +8,8 @@ import threading
 import time
 from base64 import b32encode, b64decode, b64encode
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from datetime import UTC, datetime
-from http import HTTPStatus
 from itertools import count
 from queue import SimpleQueue
 from typing import Any
@@ -20,8 +20,6 @@ Body = dict[str, Any]
 
 SECONDS_BETWEEN_WEBHOOKS = 0.5
 """For output and logs, at least."""
-SECONDS_TO_RETRY = (0.1, 0.3, 1.0)
-"""Before each further delivery of a prediction's last webhook. Replicate's last one comes after a minute."""
 
 _TERMINAL = ("succeeded", "failed", "canceled")
 
@@ -157,25 +155,18 @@ class _Webhook:
         while event != "completed":
             event, body = self._bodies.get()
             if event in self._wanted:
-                self._send(body, SECONDS_TO_RETRY if event == "completed" else ())
+                self._send(body)
 
-    def _send(self, body: str, pauses: tuple[float, ...]) -> None:
-        id = f"msg_{secrets.token_hex(12)}"
-        for pause in (0.0, *pauses):
-            time.sleep(pause)
-            timestamp = str(int(time.time()))
-            headers = {
-                "Content-Type": "application/json",
-                "webhook-id": id,
-                "webhook-timestamp": timestamp,
-                "webhook-signature": signature(self._secret, id, timestamp, body),
-            }
-            try:
-                answer = httpx.post(self._url, content=body.encode(), headers=headers, timeout=5, trust_env=False)
-            except httpx.HTTPError:
-                continue
-            if answer.status_code < HTTPStatus.BAD_REQUEST:
-                return
+    def _send(self, body: str) -> None:
+        id, timestamp = f"msg_{secrets.token_hex(12)}", str(int(time.time()))
+        headers = {
+            "Content-Type": "application/json",
+            "webhook-id": id,
+            "webhook-timestamp": timestamp,
+            "webhook-signature": signature(self._secret, id, timestamp, body),
+        }
+        with suppress(httpx.HTTPError):
+            httpx.post(self._url, content=body.encode(), headers=headers, timeout=30, trust_env=False)
 
 
 def signature(secret: str, id: str, timestamp: str, body: str) -> str:
