@@ -32,7 +32,7 @@ DECODED = 2
 SPARE = 64
 """Positions that the cache has beyond the longest row."""
 
-FEWEST_LAYERS = 4
+FEWEST_LAYERS = 2
 """Layers that are tried, and more where the first of some kind comes later: the others compute in the same way."""
 
 BOUNDARIES = {"attention_chunk_size", "original_max_position_embeddings", "sliding_window", "window_size"}
