@@ -116,4 +116,4 @@ def test_a_link_that_leads_nowhere_is_named(tmp_path: Path, without_registry: di
     run = script_weights(tmp_path, **without_registry)
     assert run.returncode == 1
     (line,) = run.stderr.splitlines()
-    assert line.startswith(f"{tmp_path}/{NAME} no es un modelo") and "mueva o borre esa carpeta" in line
+    assert line.startswith(f"{tmp_path}/{NAME} es un enlace a no, que aquí no existe: ponga en su lugar lo que enlaza")

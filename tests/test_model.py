@@ -145,7 +145,7 @@ def test_a_context_that_does_not_fit_is_shortened(
     token = model.token_bytes[CPU]
     free = SimpleNamespace(available=token * 900 / model_module.CPU_SHARE)
     monkeypatch.setattr(memory, "available", lambda: free.available)
-    assert model.rows(32, chunk=256) == (1, 768)
+    assert model.rows(32, chunk=256, say=print) == (1, 768)
     assert "contexto de 2048 tokens: se usan 768" in capsys.readouterr().out
     free.available = token * 200 / model_module.CPU_SHARE
     with pytest.raises(UserError, match="No queda memoria para el contexto"):
@@ -181,7 +181,7 @@ def test_a_long_context_is_shortened_until_four_rows_fit(
     model.context = 131_072
     free = SimpleNamespace(available=tokens * model.token_bytes[CPU] / model_module.CPU_SHARE)
     monkeypatch.setattr(memory, "available", lambda: free.available)
-    assert model.rows(most, chunk=256) == expected
+    assert model.rows(most, chunk=256, say=print) == expected
     lines = capsys.readouterr().out.splitlines()
     assert [f"se usan {expected[1]}" in line for line in lines] == [True] * (expected[1] < 131_072)
 

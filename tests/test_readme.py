@@ -177,7 +177,9 @@ def test_the_local_server_answers_curl(execute: Execute, demo_server: Client) ->
     address = f"http://127.0.0.1:{serve.split()[-1]}"
     assert address in curl
     # nobody listens at that proxy
-    answer = execute(f"http_proxy=http://127.0.0.1:1 {curl.replace(address, demo_server.server.url)}")
+    command = f"http_proxy=http://127.0.0.1:1 {curl.replace(address, demo_server.server.url)}"
+    # curl writes its progress to the standard error
+    answer = execute(f"{command} 2>/dev/null")
     streamed = list(events.read([answer.encode()]))
     assert streamed[-1][1]["status"] == "succeeded"
     assert "".join(data["chunk"] for name, data in streamed if name == "output") == ANSWER

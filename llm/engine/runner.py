@@ -122,7 +122,7 @@ class Runner:
         """Take a sequence's row back, once or again. A step may still compute the row: what that writes is overwritten
         before it is read."""
         if self._has_row(sequence):
-            self.active[sequence.place : sequence.place + 1].fill_(False)
+            self._deactivate(sequence.place)
             del self.rows[sequence.place]
 
     def clear(self, sequence: Sequence) -> None:
@@ -130,6 +130,11 @@ class Runner:
         one meets the NaN too, and is cleared then."""
         if self._has_row(sequence) or sequence.row not in self.rows:
             self.slots.clear(sequence.place)
+
+    def _deactivate(self, number: int) -> None:
+        """A graph still computes the row: at position 0, which every capacity has."""
+        self.active[number : number + 1].fill_(False)
+        self.positions[number : number + 1].fill_(0)
 
     def _has_row(self, sequence: Sequence) -> bool:
         return sequence.row is not None and self.rows.get(sequence.row) is sequence
@@ -151,7 +156,7 @@ class Runner:
         self.sampling.move(source, target)
         for tensor in (self.history, self.positions, self.active):
             tensor[target] = tensor[source]
-        self.active[source : source + 1].fill_(False)
+        self._deactivate(source)
         # last, as all that the host knows: until then a device that fails leaves the row where it was
         self.rows[target] = self.rows.pop(source)
         sequence.row = target
