@@ -17,10 +17,10 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-from tests.processes import FINALLY, Marked, until
 
 from cli.install import Gpu, build_for
 from llm.weights.settings import ROOT
+from tests.support.processes import FINALLY, Marked, until
 
 pytestmark = pytest.mark.slow
 
