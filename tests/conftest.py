@@ -1,6 +1,5 @@
 """What several files of tests share: the models' folders, and the genuine server over each, started once."""
 
-import fcntl
 import os
 import signal
 from collections.abc import Iterator
@@ -11,7 +10,6 @@ import pytest
 import torch
 
 from cli import demo, server
-from llm.weights.settings import Settings
 from tests.support.client import Client
 from tests.support.gateway import Gateway
 from tests.support.processes import FINALLY, Marked
@@ -90,11 +88,9 @@ def falcon_environment(falcon: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def demo_folder() -> Path:
-    """The embedded model, where script/predict --demo has it: it is made once for all."""
-    with Path(__file__).open() as this:
-        # two processes test at once: the second one waits
-        fcntl.flock(this, fcntl.LOCK_EX)
-        return demo.ensure(Settings.read()).folder
+    from tests.support import embedded
+
+    return embedded.folder()
 
 
 @pytest.fixture(scope="session")

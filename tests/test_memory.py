@@ -122,13 +122,15 @@ def test_a_genuine_group_counts() -> None:
     limit = 900 << 20
     with genuine("memory", {"memory.max": str(limit), "memory.limit_in_bytes": str(limit)}) as group:
         taken = limit - int(python(group, "from llm.devices import memory; print(memory.available())"))
-    assert 1 << 20 < taken < 200 << 20
+    # the interpreter and its libraries: a torch with CUDA's takes 300 MB
+    assert 1 << 20 < taken < 600 << 20
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux holds these limits")
 @pytest.mark.parametrize("option", ["-v", "-d"])
 def test_a_limited_address_space_counts(option: str) -> None:
-    limit = 4 << 20
+    # a torch with CUDA's libraries has 4 GB of addresses
+    limit = 32 << 20
     program = (
         "from llm.devices import memory; from llm.devices.memory import available;"
         "before = available(); block = bytearray(1 << 30); print(before, available())"
@@ -139,7 +141,7 @@ def test_a_limited_address_space_counts(option: str) -> None:
     )
     before, after = map(int, run.stdout.split())
     # the interpreter and its libraries, and what is left for stacks
-    assert limit * 1024 - memory.STACK_BYTES - GIB < before < limit * 1024 - memory.STACK_BYTES
+    assert limit * 1024 - memory.STACK_BYTES - 16 * GIB < before < limit * 1024 - memory.STACK_BYTES
     assert GIB <= before - after < GIB + (1 << 20)
 
 
@@ -149,8 +151,12 @@ def test_the_limits_of_a_shell_are_those_of_the_cache_and_the_threads(tmp_path: 
     checkpoints.llama(tmp_path / "llama", context=1 << 17)
     question = ["-i", "pregunta=Once upon a time", "-i", "max_tokens=2"]
     model = {"MODEL_ID": "llama", "WEIGHTS_DIR": str(tmp_path), "DTYPE": "float32"}
+    # beside the addresses of torch's own libraries, of which a build with CUDA has more
+    libraries = "import psutil, torch; print(psutil.Process().memory_info().vms >> 10)"
+    taken = int(subprocess.check_output([sys.executable, "-c", libraries], text=True))
+    limit = f'ulimit -v {taken + 2_400_000}; exec "$0" -m cli.predict "$@"'
     run = subprocess.run(
-        ["bash", "-c", 'ulimit -v 3200000; exec "$0" -m cli.predict "$@"', sys.executable, *question],
+        ["bash", "-c", limit, sys.executable, *question],
         cwd=ROOT,
         env={**os.environ, **model, "OMP_NUM_THREADS": "1"},
         capture_output=True,

@@ -9,12 +9,10 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import BatchEncoding, PreTrainedTokenizerFast
 
-from cli import demo
 from llm.errors import UserError
 from llm.text.detokenizer import Text
 from llm.text.prompt import COMPLETION, MAX_CHARACTERS, Prompter
-from llm.weights.settings import Settings
-from tests.support import checkpoints
+from tests.support import checkpoints, embedded
 
 CHATML = (
     "{{ bos_token }}{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -69,7 +67,7 @@ def sentencepiece() -> PreTrainedTokenizerFast:
 
 
 def smollm2() -> PreTrainedTokenizerFast:
-    folder = demo.ensure(Settings.read()).folder
+    folder = embedded.folder()
     return PreTrainedTokenizerFast.from_pretrained(folder)  # type: ignore[no-any-return]
 
 

@@ -8,11 +8,9 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from cli import demo
 from llm.errors import UserError
 from llm.text.detokenizer import CONTEXT, MOST_STOP_SEQUENCES, Text, _Characters, split_stop_sequences
-from llm.weights.settings import Settings
-from tests.support import checkpoints
+from tests.support import checkpoints, embedded
 
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 
@@ -33,7 +31,7 @@ def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerFast:
     if request.param == "falcon":
         return checkpoints.tokenizer()
     if request.param == "smollm2":
-        folder = demo.ensure(Settings.read()).folder
+        folder = embedded.folder()
         return PreTrainedTokenizerFast.from_pretrained(folder)  # type: ignore[no-any-return]
     if request.param == "llama":
         blanks = decoders.Replace("▁", " ")
