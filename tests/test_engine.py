@@ -553,6 +553,14 @@ def test_a_lack_of_memory_at_the_start_is_one_line(
         engine.start()
 
 
+def test_a_lack_of_memory_in_the_trial_is_no_fault_of_the_model(
+    falcon_model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Slots, "ensure_capacity", failing(Slots.ensure_capacity, CPU_OUT_OF_MEMORY))
+    with pytest.raises(UserError, match="Falta memoria para empezar"):
+        Engine(falcon_model, 2)
+
+
 def test_a_cache_that_cannot_be_given_back_stops_nobody(falcon_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = started(falcon_model, rows=1)
     rest = engine._runner.rest

@@ -105,12 +105,12 @@ class Engine:
 
     def _serve(self, prefix: list[int]) -> None:
         try:
-            # here, and not in the thread that made the engine: see Model.load
-            self._runner = Runner(self._model, self.most_rows, self._capture)
-            self.seconds |= startup.warm_up(self._runner, prefix, self._scheduler.chunk, self._say)
+            with startup.memory():
+                # here, and not in the thread that made the engine: see Model.load
+                self._runner = Runner(self._model, self.most_rows, self._capture)
+                self.seconds |= startup.warm_up(self._runner, prefix, self._scheduler.chunk, self._say)
         except Exception as error:  # setup raises it
-            no_memory = UserError("Falta memoria para empezar: cierre otros programas, o ponga MAX_CONTEXT más bajo")
-            self._started.set_exception(no_memory if is_out_of_memory(error) else error)
+            self._started.set_exception(error)
             return
         self._started.set_result(None)
         while not self.lost:

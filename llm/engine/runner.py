@@ -37,12 +37,11 @@ class PendingIds:
         self._host = torch.empty(rows, dtype=torch.long, pin_memory=self._cuda)
         self._copied = torch.cuda.Event() if self._cuda else None
 
-    def copy(self, ids: Tensor) -> "PendingIds":
+    def copy(self, ids: Tensor) -> None:
         """Begin to copy the ids of the step, (rows,) int64."""
         self._host.copy_(ids, non_blocking=self._cuda)
         if self._copied:
             self._copied.record()
-        return self
 
     def read(self) -> list[int]:
         """Wait for them. Returns an id for each row of the step, NOT_A_NUMBER where its logits are none."""

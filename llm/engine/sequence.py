@@ -38,7 +38,8 @@ class Request:
 
 
 class Status(Enum):
-    """Where a sequence is on its way. It only moves down this list; a cancel or an error ends it from anywhere."""
+    """Where a sequence is on its way: down this list, and back only from PREFILLING to WAITING. A cancel or an error
+    ends it from anywhere."""
 
     WAITING = auto()
     """Queued: no row yet. A prompt without memory comes back here until another sequence gives its row back."""

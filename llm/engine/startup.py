@@ -1,15 +1,30 @@
 """Getting ready: the context and the rows that the memory holds, the first tokens, the prefix, the graphs."""
 
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 
+from llm.devices.memory import is_out_of_memory
 from llm.devices.model import Model
 from llm.engine.runner import Runner
 from llm.engine.scheduler import Chunk
 from llm.engine.sequence import Request, Sampling, Sequence
 from llm.engine.trial import agreeing_context
+from llm.errors import UserError
 from llm.words import Say, decimal, first_line
+
+
+@contextmanager
+def memory() -> Iterator[None]:
+    """Turn a lack of memory while the engine gets ready into one line, a UserError."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError("Falta memoria para empezar: cierre otros programas, o ponga MAX_CONTEXT más bajo") from error
 
 
 def fit(model: Model, most_rows: int, chunk: int, say: Say) -> tuple[Model, int]:
@@ -19,7 +34,7 @@ def fit(model: Model, most_rows: int, chunk: int, say: Say) -> tuple[Model, int]
     passes of several rows, or the memory is too small for one row.
     """
     # on a thread that ends: see Model.load
-    with ThreadPoolExecutor(1) as thread:
+    with memory(), ThreadPoolExecutor(1) as thread:
         model = replace(model, context=thread.submit(agreeing_context, model, say).result())
     rows, context = model.rows(most_rows, chunk, say)
     return replace(model, context=context), rows

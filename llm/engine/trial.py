@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llm.devices.memory import is_out_of_memory
 from llm.devices.model import Model
 from llm.engine.runner import Runner
 from llm.engine.scheduler import Chunk
@@ -75,9 +76,9 @@ def agreeing_context(model: Model, say: Say) -> int:
                 if reason:
                     say(f"El contexto acaba en {boundary} tokens y no en {context}: más allá, {name} {reason}")
                     return boundary
-    except torch.OutOfMemoryError:
-        raise
     except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
         raise UserError(
             f"{name} no sabe atender varias preguntas a la vez ({first_line(error)}): use otro modelo "
             "(Falcon, Llama...)"
