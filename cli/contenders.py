@@ -46,7 +46,7 @@ def our_engine(settings: Settings) -> tuple[Generate, dict[str, Any]]:
         return sum(len(list(generation)) for generation in generations)
 
     return generate, {
-        "dtype": str(model.network.dtype).removeprefix("torch."),
+        "dtype": model.precision,
         "device": str(model.device),
         "context": engine.context,
         "rows": engine.most_rows,

@@ -69,11 +69,11 @@ def test_it_is_the_images_python(falcon_server: Client, config: dict[str, Any]) 
 
 def test_logits_are_as_near_to_float32_as_those_of_transformers(image: Path, bfloat16_folder: Path) -> None:
     found = run("logits.py", image, bfloat16_folder)
-    assert len(found["distances"]) == len(logits.CASES) / (1 if linear.computes_in_bfloat16() else 2)
+    assert len(found["distances"]) == len(logits.CASES) / (1 if linear.BFloat16Linear.is_fast() else 2)
     assert max(found["distances"]) < logits.MOST
 
 
-@pytest.mark.skipif(not linear.computes_in_bfloat16(), reason="this processor does not compute in bfloat16")
+@pytest.mark.skipif(not linear.layout(chosen=None), reason="this processor has no layout of its own")
 def test_bits_do_not_depend_on_company(image: Path, bfloat16_folder: Path) -> None:
     found = run("company.py", image, bfloat16_folder)
     if not found["batch_invariant"]:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from llm.devices import forward, linear
 from llm.devices.attention import attend
 from llm.devices.model import Model
+from llm.devices.padding import RowPadding
 from tests.support import checkpoints, logits
 
 pytestmark = pytest.mark.slow
@@ -19,12 +20,12 @@ pytestmark = pytest.mark.slow
 def test_logits_are_as_near_to_float32_as_those_of_transformers(
     bfloat16_folder: Path, length: int, rows: int, packed: bool
 ) -> None:
-    if packed and not linear.computes_in_bfloat16():
+    if packed and not linear.BFloat16Linear.is_fast():
         pytest.skip("this processor does not compute in bfloat16")
     assert logits.distance(bfloat16_folder, length, rows, packed) < logits.MOST
 
 
-@pytest.mark.skipif(not linear.computes_in_bfloat16(), reason="this processor does not compute in bfloat16")
+@pytest.mark.skipif(not linear.BFloat16Linear.is_fast(), reason="this processor does not compute in bfloat16")
 @pytest.mark.parametrize("shape", [(1, 1), (3, 1), (4, 1), (2, 3), (5,)])
 def test_a_packed_layer_takes_any_shape(shape: tuple[int, ...]) -> None:
     plain = torch.nn.Linear(64, 32, dtype=torch.bfloat16)
@@ -33,8 +34,8 @@ def test_a_packed_layer_takes_any_shape(shape: tuple[int, ...]) -> None:
     x = torch.randn(*shape, 64).bfloat16()
     with torch.inference_mode():
         expected = plain(x)
-        packed = linear.PackedLinear(plain)
-        packed.decode = packed.prefill = linear.RowPadding(packed, linear.DECODE_ROWS, linear.FEWEST_ROWS)
+        packed = linear.BFloat16Linear(plain.weight, plain.bias)
+        packed.decode = packed.prefill = RowPadding(packed, packed.decode_rows, packed.decode_rows)
         with forward.run(pass_):
             result = packed(x)
         if len(shape) == 1:
@@ -42,7 +43,7 @@ def test_a_packed_layer_takes_any_shape(shape: tuple[int, ...]) -> None:
     torch.testing.assert_close(result, expected)
 
 
-@pytest.mark.skipif(not linear.computes_in_bfloat16(), reason="this processor does not compute in bfloat16")
+@pytest.mark.skipif(not linear.BFloat16Linear.is_fast(), reason="this processor does not compute in bfloat16")
 def test_attention_is_ours_in_our_passes_and_torchs_in_all_others(bfloat16_folder: Path) -> None:
     query, key, value = (torch.randn(1, 4, tokens, 64).bfloat16() for tokens in (1, 64, 64))
 
@@ -52,8 +53,7 @@ def test_attention_is_ours_in_our_passes_and_torchs_in_all_others(bfloat16_folde
     theirs, ours = attention(), attend(query, key, value)
     assert not torch.equal(theirs, ours)
 
-    model = Model.read(bfloat16_folder, torch.bfloat16)
-    model.pack()
+    model = Model.read(bfloat16_folder, torch.bfloat16, layout=linear.BFloat16Linear)
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
     with ThreadPoolExecutor(1) as thread:
         layer = model.network.get_input_embeddings()

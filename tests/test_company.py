@@ -1,46 +1,69 @@
 """A text depends on its own inputs alone: not on who else asks, nor on how its prompt is read."""
 
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import psutil
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llm.devices import attention, linear
+from llm.devices import attention, cgroups, linear
 from llm.devices.model import Model
+from llm.devices.padding import RowPadding
+from llm.devices.threads import Threads
 from llm.weights import checkpoint
 from llm.weights.settings import Settings
 from tests.support import company
 from tests.support.client import Client
 
 slow = pytest.mark.slow
+each_layout = pytest.mark.parametrize("layout", [linear.BFloat16Linear, linear.Float16Linear])
 
 
-def packed(folder: Path) -> Model:
-    if not linear.computes_in_bfloat16():
-        pytest.skip("this processor does not compute in bfloat16")
-    model = Model.read(folder, torch.bfloat16)
-    model.pack()
+def packed(folder: Path, layout: type[linear.PackedLinear]) -> Model:
+    if not layout.is_fast():
+        pytest.skip(f"this processor does not compute with {layout.__name__}")
+    model = Model.read(folder, layout.dtype, layout=layout)
     if not model.batch_invariant:
         pytest.skip("this processor has no numbers of rows that agree, and setup says so")
     return model
 
 
 @slow
-def test_the_bits_of_a_small_falcon_do_not_depend_on_company(bfloat16_folder: Path) -> None:
-    found = company.compare(packed(bfloat16_folder), count=200, most_tokens=24)
-    assert found == {"tokens": 200, "logits": 200, "requests": 200}
+@each_layout
+def test_the_bits_of_a_small_falcon_do_not_depend_on_company(
+    bfloat16_folder: Path, layout: type[linear.PackedLinear]
+) -> None:
+    compared = company.compare(packed(bfloat16_folder, layout), count=200, most_tokens=24)
+    assert compared == {"tokens": 200, "logits": 200, "requests": 200}
 
 
 @slow
-def test_the_bits_of_the_embedded_model_do_not_depend_on_company(demo_folder: Path) -> None:
-    found = company.compare(packed(demo_folder), count=40, most_tokens=8)
-    assert found == {"tokens": 40, "logits": 40, "requests": 40}
+@each_layout
+def test_the_bits_of_the_embedded_model_do_not_depend_on_company(
+    demo_folder: Path, layout: type[linear.PackedLinear]
+) -> None:
+    compared = company.compare(packed(demo_folder, layout), count=40, most_tokens=8)
+    assert compared == {"tokens": 40, "logits": 40, "requests": 40}
+
+
+@slow
+@each_layout
+def test_nor_with_three_threads_which_cut_tensors_at_odd_places(
+    demo_folder: Path, layout: type[linear.PackedLinear], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(psutil, "cpu_count", lambda logical=True: 3)
+    monkeypatch.setattr(cgroups, "processors", lambda: 3)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1, 2})
+    monkeypatch.setattr(Threads, "fit", lambda self: None)
+    compared = company.compare(packed(demo_folder, layout), count=12, most_tokens=4)
+    assert compared == {"tokens": 12, "logits": 12, "requests": 12}
 
 
 @slow
@@ -50,8 +73,8 @@ def test_in_float32_the_tokens_do_not_depend_on_company(falcon: Path) -> None:
 
 @slow
 def test_32_clients_at_once_get_the_texts_that_each_gets_alone(demo_server: Client) -> None:
-    if not linear.computes_in_bfloat16():
-        pytest.skip("this processor does not compute in bfloat16")
+    if not linear.layout(chosen=None):
+        pytest.skip("this processor has no layout of its own")
     if "puede cambiar" in demo_server.get("/health-check")["setup"]["logs"]:
         pytest.skip("this processor has no numbers of rows that agree, and setup says so")
 
@@ -66,7 +89,7 @@ def test_32_clients_at_once_get_the_texts_that_each_gets_alone(demo_server: Clie
         assert list(clients.map(text, range(32))) == alone
 
 
-def padding(sums: Callable[[int, int], int], numbers: tuple[int, ...], reference: int) -> linear.RowPadding:
+def padding(sums: Callable[[int, int], int], numbers: tuple[int, ...], reference: int) -> RowPadding:
     """Of a processor where the row at `place` of `rows` is summed in the order `sums(rows, place)`."""
     weight = torch.randn(512, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
 
@@ -81,7 +104,7 @@ def padding(sums: Callable[[int, int], int], numbers: tuple[int, ...], reference
         return torch.stack(rows)
 
     layer = SimpleNamespace(buffer=torch.zeros(1, 1, 512), product=product)
-    return linear.RowPadding(cast(linear.PackedLinear, layer), numbers, reference)
+    return RowPadding(cast(linear.PackedLinear, layer), numbers, [reference])
 
 
 def test_rows_are_filled_up_only_where_the_processor_would_give_other_bits() -> None:
@@ -119,10 +142,10 @@ def test_attention_is_asked_with_both_numbers_of_threads(thread_count: None, mon
 
     monkeypatch.setattr(attention, "attend", by_threads)
     torch.set_num_threads(1)
-    tile = attention.batch_invariant_tile(heads=4, size=64)
+    tile = attention.batch_invariant_tile(4, 64, torch.float32)
     assert tile
-    assert attention.agrees(tile, 4, 64, threads=1)
-    assert not attention.agrees(tile, 4, 64, threads=2)
+    assert attention.agrees(tile, 4, 64, torch.float32, threads=1)
+    assert not attention.agrees(tile, 4, 64, torch.float32, threads=2)
     assert torch.get_num_threads() == 1
 
 
@@ -131,11 +154,11 @@ def test_attention_is_asked_with_both_numbers_of_threads(thread_count: None, mon
 def test_setup_says_where_company_can_change_a_text(
     agrees: bool, bfloat16_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if not linear.computes_in_bfloat16():
-        pytest.skip("this processor does not compute in bfloat16")
-    monkeypatch.setattr(linear.RowPadding, "_agrees", lambda self, rows: agrees)
+    if not linear.layout(chosen=None):
+        pytest.skip("this processor has no layout of its own")
+    monkeypatch.setattr(RowPadding, "_agrees", lambda self, rows: agrees)
     monkeypatch.setattr(attention, "agrees", lambda *args: True)
-    settings = Settings(bfloat16_folder.name, None, bfloat16_folder.parent, None, "bfloat16")
+    settings = Settings(bfloat16_folder.name, None, bfloat16_folder.parent, None, None)
     model = Model.load(checkpoint.verify(settings), settings, print)
     assert model.batch_invariant == agrees
     line = "En este procesador un texto puede cambiar según qué otras preguntas haya a la vez\n"
@@ -147,7 +170,7 @@ def test_attentions_tiles_are_padded_to_what_the_processor_needs(
     needed: int, tile: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(attention, "agrees", lambda tile, *args: tile == needed)
-    assert attention.batch_invariant_tile(heads=4, size=64) == tile
+    assert attention.batch_invariant_tile(4, 64, torch.float32) == tile
 
 
 def test_attention_is_asked_for_what_could_change_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,4 +179,4 @@ def test_attention_is_asked_for_what_could_change_it(monkeypatch: pytest.MonkeyP
         return F.scaled_dot_product_attention(query, key, value, mask)
 
     monkeypatch.setattr(attention, "attend", torchs)
-    assert attention.batch_invariant_tile(heads=4, size=64) is None
+    assert attention.batch_invariant_tile(4, 64, torch.float32) is None

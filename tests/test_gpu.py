@@ -127,6 +127,8 @@ def model_of(network: PreTrainedModel, device: torch.device = META, token_bytes:
         vocabulary=checkpoints.TOKENS,
         stop_ids=frozenset(),
         layers=network.config.num_hidden_layers,
+        parameters=network.num_parameters(),
+        precision="bfloat16",
         token_bytes=Counter({device: token_bytes}),
     )
 

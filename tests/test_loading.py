@@ -405,7 +405,7 @@ def test_without_memory_the_reason_is_said(llama: Path, monkeypatch: pytest.Monk
             patch.setattr(target, name, raising(error))
             assert re.search(says, refused(llama))
     with monkeypatch.context() as patch:
-        patch.setattr(linear, "computes_in_bfloat16", lambda: True)
+        patch.setattr(linear, "layout", lambda chosen: linear.BFloat16Linear)
         patch.setattr(linear, "pack", raising(error))
         assert re.search(says, refused(llama, "bfloat16"))
 

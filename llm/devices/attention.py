@@ -16,8 +16,10 @@ TILE = 64
 """Queries of a prompt that are computed together."""
 MULTIPLES = (8, 32)
 """What a tile is padded to a multiple of: the first for which the processor proves to be batch-invariant."""
-FEWEST_KEYS = 32
-"""That a tile reads: for the smallest products MKL sums in another order."""
+LENGTH_STEP = 64
+"""A tile, and a decode pass, read a multiple of so many keys: for other numbers MKL sums in other orders."""
+BLOCK = 128
+"""Values that a tile sums at once in float32: MKL splits longer sums at places that depend on their length."""
 
 
 @functools.cache
@@ -71,16 +73,17 @@ def attend(
     if tile is None:
         return _weighted(query, key, value, attn_mask, scale)
     assert attn_mask is not None
-    if missing := max(0, FEWEST_KEYS - length):
-        key, value = F.pad(key, (0, 0, 0, missing)), F.pad(value, (0, 0, 0, missing))
-        attn_mask = F.pad(attn_mask, (0, missing), value=-torch.inf)
-    # scores in float32, as torch's kernel has them: so many queries pay for it
-    query, key = query.float(), key.float()
+    missing = -length % LENGTH_STEP
+    attn_mask = F.pad(attn_mask, (0, missing), value=-torch.inf)
+    # Scores in float32, as torch's kernel has them: so many queries pay for it. Where rows lie elsewhere in memory, MKL
+    # sums in other orders: padded or not, what is multiplied is contiguous.
+    query, key = query.float().contiguous(), key.float()
+    key, value = (F.pad(x, (0, 0, 0, missing)) if missing else x.contiguous() for x in (key, value))
     tiles = []
     for first in range(0, queries, TILE):
         part = query[..., first : first + TILE, :]
         size = part.shape[-2]
-        seen = max(FEWEST_KEYS, length - queries + first + size)
+        seen = -(-(length - queries + first + size) // LENGTH_STEP) * LENGTH_STEP
         mask = attn_mask[..., first : first + size, :seen]
         if missing := -size % tile:
             part, mask = F.pad(part, (0, 0, 0, missing)), F.pad(mask, (0, 0, 0, missing))
@@ -92,35 +95,43 @@ def attend(
 def _weighted(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     scores = (query @ key.transpose(-1, -2)).float()
     scores = scores * scale if mask is None else torch.add(mask, scores, alpha=scale, out=scores)
-    return F.softmax(scores, -1).to(value.dtype) @ value
+    weights = F.softmax(scores, -1).to(value.dtype)
+    # one query's sums are not split, and sums of bfloat16 are rounded
+    if query.shape[-2] == 1 or value.dtype != torch.float32:
+        return weights @ value
+    result = weights[..., :BLOCK] @ value[..., :BLOCK, :]
+    for first in range(BLOCK, value.shape[-2], BLOCK):
+        result += weights[..., first : first + BLOCK] @ value[..., first : first + BLOCK, :]
+    return result
 
 
-def batch_invariant_tile(heads: int, size: int) -> int | None:
+def batch_invariant_tile(heads: int, size: int, dtype: torch.dtype) -> int | None:
     """The first of MULTIPLES for which a query has the same bits however its prompt is cut into chunks, however far
     the cache reaches, and beside any other rows. None where none is."""
     for tile in MULTIPLES:
-        if agrees(tile, heads, size, torch.get_num_threads()):
+        if agrees(tile, heads, size, dtype, torch.get_num_threads()):
             return tile
     return None
 
 
-def agrees(tile: int, heads: int, size: int, threads: int) -> bool:
+def agrees(tile: int, heads: int, size: int, dtype: torch.dtype, threads: int) -> bool:
     """Whether a query has the same bits in several passes of this number of threads as in one pass of `threads`."""
-    most = 520
-    query, key, value = torch.randn(3, 1, heads, most, size, generator=torch.Generator().manual_seed(0)).bfloat16()
+    most = 576
+    query, key, value = torch.randn(3, 1, heads, most, size, generator=torch.Generator().manual_seed(0)).to(dtype)
     sees = torch.ones(most, most, dtype=torch.bool).tril_()
 
     def bits(first: int, end: int, length: int, rows: int, tile: int | None) -> Tensor:
         cut = query[:, :, first:end], key[:, :, :length], value[:, :, :length]
-        q, k, v = (x.expand(rows, -1, -1, -1) for x in cut)
+        # contiguous, as what the cache gives
+        q, k, v = (x.expand(rows, -1, -1, -1).contiguous() for x in cut)
         return attend(q, k, v, sees[first:end, :length], tile=tile)
 
     now = torch.get_num_threads()
     torch.set_num_threads(threads)
     whole = bits(0, most, most, 1, tile)
-    alone = bits(40, 41, 41, 1, None)
+    alone = bits(40, 41, LENGTH_STEP, 1, None)
     torch.set_num_threads(now)
-    cuts = [(0, 2, 1), (0, 5, 1), (0, 11, 4), (3, 17, 1), (0, 45, 3), (5, 133, 2), (500, most, 3)]
+    cuts = [(0, 2, 1), (0, 5, 1), (0, 11, 4), (3, 17, 1), (0, 45, 3), (5, 133, 2), (160, 240, 1), (500, most, 3)]
     prefill = [(bits(first, end, end, rows, tile) == whole[:, :, first:end]).all() for first, end, rows in cuts]
-    decode = [(bits(40, 41, length, rows, None) == alone).all() for length, rows in [(64, 3), (most, 4)]]
+    decode = [(bits(40, 41, length, rows, None) == alone).all() for length, rows in [(2 * LENGTH_STEP, 3), (most, 4)]]
     return all(map(bool, prefill + decode))

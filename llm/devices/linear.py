@@ -1,100 +1,84 @@
-"""Linear layers for the CPU: weights packed as the processor reads them fastest, and batch-invariant products.
+"""Linear layers for the CPU: weights laid out as the processor reads them fastest, and batch-invariant products.
 
 How a product is summed, and so its last bits, may depend on how many rows are computed together. Packed layers pad
-their input to numbers of rows for which the processor, asked at start, gives every row the same bits.
+their input to numbers of rows for which the processor, asked at start, gives every row the same bits: see padding.py.
 """
 
 import ctypes
 import mmap
 import sys
+from abc import ABC, abstractmethod
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from llm.devices import forward
+from llm.devices import forward, memory
+from llm.devices.padding import RowPadding
 
-FEWEST_ROWS = 4
-"""Fewer are padded: oneDNN reads the weights a fifth faster for four rows than for one (Zen 4)."""
-DECODE_ROWS = (FEWEST_ROWS, 8, 16, 32)
-PREFILL_ROWS = (*DECODE_ROWS, 64, 128, 256)
-"""What the rows of a decode pass and the tokens of a prefill pass are padded to, where they have to be."""
 BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16"}
+FLOAT16_FLAGS = {"avx2", "fma", "f16c"}
+
+PACKED_AT_ONCE = 8
+"""Layers that threads pack side by side, at most: each needs memory for its weight."""
 
 
-def computes_in_bfloat16() -> bool:
-    """Whether the CPU has instructions for it; else it is slower in bfloat16 than in float32."""
-    cpuinfo = Path("/proc/cpuinfo")
-    return cpuinfo.exists() and not BFLOAT16_FLAGS.isdisjoint(cpuinfo.read_text().split())
+class PackedLinear(nn.Module, ABC):
+    """An nn.Linear whose weight is in another layout, several times as fast to read for a few rows.
 
-
-class RowPadding:
-    """To how many rows a packed layer pads its input, so that a row's bits do not depend on the number of rows.
-
-    Where the processor's kernels sum in other orders for other numbers of rows, the input is padded to a number that
-    agrees with a reference number. Which ones agree is asked of the processor: a few at start, others when they first
-    come up.
+    The layer skips the padding of a prefill pass: prompts of different lengths cost no more than their tokens.
     """
 
-    def __init__(self, layer: "PackedLinear", numbers: tuple[int, ...], reference: int):
-        """layer: asked for all layers of its shape; numbers: candidates to pad to, `reference` among them."""
-        self._layer = layer
-        self._row = torch.randn(1, layer.buffer.shape[-1], generator=torch.Generator().manual_seed(0)).bfloat16()
-        # minus the rounded product: what remains shows the bits of the sum that bfloat16 rounds away
-        self._bias = -self._bits(reference, None)[0]
-        self._expected = self._bits(reference, self._bias)[0]
-        agreeing = tuple(number for number in numbers if self._agrees(number))
-        self.batch_invariant = reference in agreeing
-        """Whether the processor gives a row the same bits at any place among some number of rows."""
-        self._numbers = agreeing if self.batch_invariant else numbers
-        self.most = self._numbers[-1]
-        self._padded: dict[tuple[int, int], int] = {}
-        """By rows and threads."""
-
-    def __getitem__(self, rows: int) -> int:
-        """For 1 <= rows <= most."""
-        key = rows, torch.get_num_threads()
-        if key not in self._padded:
-            needs_none = rows >= FEWEST_ROWS and self._agrees(rows)
-            self._padded[key] = rows if needs_none else next(number for number in self._numbers if number >= rows)
-        return self._padded[key]
-
-    def agrees_now(self) -> bool:
-        """Whether as many threads as there are now give the bits of the number of threads at start."""
-        return all(map(self._agrees, self._numbers))
-
-    def _agrees(self, rows: int) -> bool:
-        return bool((self._bits(rows, self._bias) == self._expected).all())
-
-    def _bits(self, rows: int, bias: Tensor | None) -> Tensor:
-        return self._layer.product(self._row.expand(rows, -1).contiguous(), bias)
-
-
-class PackedLinear(nn.Module):
-    """An nn.Linear whose weight is in oneDNN's blocked layout, about twice as fast to read for a few rows.
-
-    The layer skips the padding of a prefill pass: prompts of different lengths cost no more than their tokens. It takes
-    the weight from the module that it replaces: packing a model needs memory for its weights and one more layer.
-    """
+    dtype: ClassVar[torch.dtype]
+    """Of inputs, biases and products."""
+    read_as: ClassVar[torch.dtype | None]
+    """What a checkpoint is loaded in, to be packed; None: in its own dtype."""
+    precision: ClassVar[str]
+    """In Spanish, for the log."""
+    decode_rows: ClassVar[tuple[int, ...]]
+    prefill_rows: ClassVar[tuple[int, ...]]
+    """What the rows of a decode pass and the tokens of a prefill pass are padded to, where they have to be."""
 
     decode: RowPadding
     """In a decode pass, and in the last layer of a prefill pass, which reads one token of each prompt."""
     prefill: RowPadding
     """In every other layer of a prefill pass."""
 
-    def __init__(self, linear: nn.Linear):
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        """weight (out features, in features); bias (out features,)."""
         super().__init__()
-        self.out_features = linear.out_features
-        self.bias = linear.bias
-        self.buffer = linear.weight.new_zeros(PREFILL_ROWS[-1], 1, linear.in_features)
+        self.out_features = len(weight)
+        self.bias = None if bias is None else bias.detach().to(self.dtype)
+        self.buffer = torch.zeros(self.prefill_rows[-1], 1, weight.shape[1], dtype=self.dtype)
         """Where rows are padded. The padding's values do not matter."""
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
-        del linear.weight
+        self.packed = self.pack(weight.contiguous())
+
+    @staticmethod
+    @abstractmethod
+    def is_fast() -> bool:
+        """Whether this processor has the instructions."""
+
+    @staticmethod
+    @abstractmethod
+    def fits(weight: Tensor) -> bool:
+        """Whether the layout holds a weight, (out features, in features), as precisely as the products need."""
+
+    @staticmethod
+    @abstractmethod
+    def pack(weight: Tensor) -> Any:
+        """A copy of a weight, (out features, in features), in the layout."""
+
+    @abstractmethod
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """With all rows of x (..., in features) at once, contiguous."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., in features) bfloat16. Returns (..., out features) bfloat16, 0 for padding."""
+        """x (..., in features) of `dtype`. Returns (..., out features), 0 for padding."""
         tokens = x.numel() // x.shape[-1]
         pass_ = forward.current()
         if pass_ is None or tokens != pass_.tokens:
@@ -112,49 +96,179 @@ class PackedLinear(nn.Module):
             return torch.cat([self._product(part, len(part), padding) for part in parts]).view(*x.shape[:-1], -1)
         padded = padding[rows]
         if padded == rows:
-            return self.product(x, self.bias)
+            return self.product(x.contiguous(), self.bias)
         single = x.shape[1] == 1
         self.buffer[:rows] = x if single else x.reshape(rows, 1, -1)
         product = self.product(self.buffer[:padded], self.bias)[:rows]
         return product if single else product.view(*x.shape[:-1], -1)
 
+
+class BFloat16Linear(PackedLinear):
+    """Weights, inputs and products in bfloat16: oneDNN's blocked layout."""
+
+    dtype = read_as = torch.bfloat16
+    precision = "bfloat16"
+    # oneDNN reads the weights a fifth faster for four rows than for one (Zen 4)
+    decode_rows = (4, 8, 16, 32)
+    prefill_rows = (*decode_rows, 64, 128, 256)
+
+    @staticmethod
+    def is_fast() -> bool:
+        return not BFLOAT16_FLAGS.isdisjoint(_flags())
+
+    @staticmethod
+    def fits(weight: Tensor) -> bool:
+        return weight.dtype == torch.bfloat16
+
+    @staticmethod
+    def pack(weight: Tensor) -> Tensor:
+        packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight)
+        return packed
+
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """With all rows of x (..., in features) at once."""
         product: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, bias, "none", [], "")
         return product
 
 
-def pack(model: PreTrainedModel) -> bool:
-    """Replace every nn.Linear of a bfloat16 model on the CPU, in place, by a PackedLinear.
+class Float16Linear(PackedLinear):
+    """Weights in float16, inputs, sums and products in float32: FBGEMM's layout, for processors without bfloat16."""
 
-    Returns whether the layers are batch-invariant on this processor.
+    dtype = torch.float32
+    read_as = None
+    precision = "float16, con las cuentas en float32"
+    # with kernels for two rows and for one, alone or as the rest of more rows, FBGEMM sums in other orders
+    decode_rows = (3, 4, 6, 8, 12, 16, 18, 24, 30, 33, 36)
+    prefill_rows = (*decode_rows, *range(48, 253, 12), 256)
+
+    LEAST_EXACT: ClassVar = 2**-17
+    """A bfloat16 number below may be rounded, by 3e-8 at most."""
+    LARGEST_CHANGED_SHARE: ClassVar = 0.01
+    """Of a layer's weights, those that may be rounded: 0.03 % in a usual layer."""
+
+    @staticmethod
+    def is_fast() -> bool:
+        return FLOAT16_FLAGS.issubset(_flags()) and "fbgemm" in torch.backends.quantized.supported_engines
+
+    @staticmethod
+    def fits(weight: Tensor) -> bool:
+        low, high = weight.aminmax()
+        if max(-low, high) > torch.finfo(torch.float16).max:
+            return False
+        if weight.dtype == torch.bfloat16:
+            changed = (weight.abs() < Float16Linear.LEAST_EXACT).count_nonzero() - (weight == 0).count_nonzero()
+        else:
+            changed = (weight.half() != weight).count_nonzero()
+        return changed.item() <= Float16Linear.LARGEST_CHANGED_SHARE * weight.numel()
+
+    @staticmethod
+    def pack(weight: Tensor) -> Any:
+        return torch.ops.quantized.linear_prepack_fp16(weight.float(), None)
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        product: Tensor = torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
+        return product if bias is None else product.add_(bias)
+
+
+def _flags() -> set[str]:
+    """What /proc/cpuinfo says that the processor can; nothing where there is none, as on macOS."""
+    cpuinfo = Path("/proc/cpuinfo")
+    return set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
+
+
+def layout(chosen: torch.dtype | None) -> type[PackedLinear] | None:
+    """The layout for a model on this machine's CPU; None where there is none for the dtype that the user chose, or a
+    GPU computes."""
+    if torch.cuda.is_available() or torch.backends.mps.is_available():
+        return None
+    if BFloat16Linear.is_fast():
+        return BFloat16Linear if chosen in (None, torch.bfloat16) else None
+    return Float16Linear if chosen is None and Float16Linear.is_fast() else None
+
+
+def fits(network: PreTrainedModel, layout: type[PackedLinear]) -> bool:
+    """Whether the layout holds all of a network's linear layers as precisely as the products need."""
+    return all(layout.fits(weight) for module in network.modules() if (weight := _weight(module)) is not None)
+
+
+def pack(network: PreTrainedModel, layout: type[PackedLinear]) -> bool:
+    """Replace every linear layer of a network on the CPU, in place. All else then computes in `layout.dtype`.
+
+    Each weight is dropped as soon as it is packed: packing needs memory for the weights and PACKED_AT_ONCE more layers.
+    Returns whether the network's products are batch-invariant on this processor.
     """
-    users = Counter(p.data_ptr() for _, p in model.named_parameters(remove_duplicate=False))
-    last = model.get_output_embeddings()
-    first: dict[torch.Size, PackedLinear] = {}
+    users = Counter(p.data_ptr() for _, p in network.named_parameters(remove_duplicate=False))
+    last = network.get_output_embeddings()
+    linears = {name: module for name, module in network.named_modules() if _weight(module) is not None}
+    names_of_last = {name for name, module in linears.items() if module is last}
+    threads = torch.get_num_threads()
+
+    def replace(name: str) -> PackedLinear:
+        weight = _weight(linears[name])
+        assert weight is not None
+        layer = layout(weight, linears[name].bias)
+        parent, _, child = name.rpartition(".")
+        setattr(network.get_submodule(parent), child, layer)
+        del linears[name].weight
+        if users[weight.data_ptr()] == 1:
+            _drop_pages(weight)
+        memory.trim()
+        return layer
+
+    # packing computes on one thread
+    with ThreadPoolExecutor(min(threads, PACKED_AT_ONCE), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        layers = dict(zip(linears, pool.map(replace, linears), strict=True))
+    torch.set_num_threads(threads)
+    _convert_all_else(network, layout.dtype)
+
+    first: dict[tuple[int, int], PackedLinear] = {}
     buffers: dict[int, Tensor] = {}
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear):
-            weight = module.weight.detach()
-            parent, _, child = name.rpartition(".")
-            layer = PackedLinear(module)
-            layer.buffer = buffers.setdefault(module.in_features, layer.buffer)
-            of_this_shape = first.setdefault(weight.shape, layer)
-            if of_this_shape is layer:
-                layer.decode = RowPadding(layer, DECODE_ROWS, DECODE_ROWS[0])
-                # of a prompt the last layer reads no more than the end
-                layer.prefill = layer.decode if module is last else RowPadding(layer, PREFILL_ROWS, PREFILL_ROWS[-1])
-            layer.decode, layer.prefill = of_this_shape.decode, of_this_shape.prefill
-            setattr(model.get_submodule(parent), child, layer)
-            if users[weight.data_ptr()] == 1:
-                _drop_pages(weight)
-    return all(layer.decode.batch_invariant and layer.prefill.batch_invariant for layer in first.values())
+    for name, layer in layers.items():
+        in_features = layer.buffer.shape[-1]
+        layer.buffer = buffers.setdefault(in_features, layer.buffer)
+        of_this_shape = first.setdefault((layer.out_features, in_features), layer)
+        if of_this_shape is layer:
+            layer.decode = RowPadding(layer, layout.decode_rows, layout.decode_rows)
+            # of a prompt the last layer reads no more than the end
+            if name in names_of_last:
+                layer.prefill = layer.decode
+            else:
+                layer.prefill = RowPadding(layer, layout.prefill_rows, reversed(layout.prefill_rows))
+        layer.decode, layer.prefill = of_this_shape.decode, of_this_shape.prefill
+    agree = all(layer.decode.batch_invariant and layer.prefill.batch_invariant for layer in first.values())
+    return agree and not any(_has_products(module) for module in network.modules())
 
 
-def agree_now(model: PreTrainedModel) -> bool:
-    """Whether as many threads as there are now give a packed model's layers the bits of the number at start."""
-    layers = [module for module in model.modules() if isinstance(module, PackedLinear)]
+def agree_now(network: PreTrainedModel) -> bool:
+    """Whether as many threads as there are now give a packed network's layers the bits of the number at start."""
+    layers = [module for module in network.modules() if isinstance(module, PackedLinear)]
     return all(padding.agrees_now() for padding in {p for layer in layers for p in (layer.decode, layer.prefill)})
+
+
+def _weight(module: nn.Module) -> Tensor | None:
+    """Of a linear layer, (out features, in features)."""
+    if isinstance(module, nn.Linear):
+        return module.weight.detach()
+    return module.weight.detach().t() if isinstance(module, Conv1D) else None
+
+
+def _has_products(module: nn.Module) -> bool:
+    """Whether a module that is not packed multiplies by a matrix, as a mixture of experts does."""
+    return not isinstance(module, nn.Embedding) and any(p.dim() > 1 for p in module.parameters(recurse=False))
+
+
+def _convert_all_else(network: PreTrainedModel, dtype: torch.dtype) -> None:
+    embeddings = network.get_input_embeddings()
+    for module in network.modules():
+        if type(module) is nn.Embedding and module is embeddings and module.weight.dtype != dtype:
+            # The weight keeps its size. As a buffer it does not pass for the network's dtype.
+            weight = module.weight.detach()
+            del module.weight
+            module.register_buffer("weight", weight, persistent=False)
+            module.register_forward_hook(lambda _, inputs, output: output.to(dtype))
+            continue
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            if tensor.is_floating_point():
+                tensor.data = tensor.data.to(dtype)
 
 
 def _drop_pages(weight: Tensor) -> None:

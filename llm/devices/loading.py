@@ -7,6 +7,8 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from torch import Tensor
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -25,9 +27,10 @@ from llm.weights.checkpoint import shown
 from llm.words import first_line, one_line
 
 
-def load(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedTokenizerFast, PreTrainedModel]:
+def load(folder: Path, dtype: torch.dtype | None) -> tuple[PreTrainedTokenizerFast, PreTrainedModel]:
     """Load a causal language model onto one GPU, or onto the devices that accelerate chooses.
 
+    dtype: None for the checkpoint's own, unless a table that the model computes for itself would lose precision.
     Raises UserError where a part of the model is missing, and all that transformers raises: see `explained`.
     """
     formats.check_folder(shown(folder), folder)
@@ -41,18 +44,42 @@ def load(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedTokenizerFast, Pre
         raise UserError(
             f"El tokenizador {type(tokenizer).__name__} no se admite: elija un modelo que traiga tokenizer.json"
         )
-    # mismatched sizes do not raise here, so that _check_weights names one
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=dtype,
-        device_map=device_map(config, dtype),
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,
-        **local,
-    )
-    network: PreTrainedModel = loaded[0]
-    _check_weights(folder, network, report=loaded[1])
-    return tokenizer, network.eval()
+
+    def network_in(dtype: torch.dtype) -> PreTrainedModel:
+        # mismatched sizes do not raise here, so that _check_weights names one
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            device_map=device_map(config, dtype),
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **local,
+        )
+        network: PreTrainedModel = loaded[0].eval()
+        _check_weights(folder, network, report=loaded[1])
+        return network
+
+    network = network_in(dtype or _stored_dtype(folder))
+    if dtype is None and not all(buffer.dtype == torch.float32 for buffer in _made_when_loaded(network)):
+        network = network_in(torch.float32)
+    return tokenizer, network
+
+
+def _stored_dtype(folder: Path) -> torch.dtype:
+    """What all of a checkpoint's weights are stored in; float32 where they differ, or are not in safetensors."""
+    names = set()
+    for path in folder.glob("model*.safetensors"):
+        with safe_open(path, "pt") as weights:
+            names |= {weights.get_slice(key).get_dtype() for key in weights.keys()}  # noqa: SIM118
+    if names == {"BF16"}:
+        return torch.bfloat16
+    return torch.float16 if names == {"F16"} else torch.float32
+
+
+def _made_when_loaded(network: PreTrainedModel) -> list[Tensor]:
+    """The floating-point buffers that no checkpoint stores, such as tables of positions."""
+    stored = network.state_dict()
+    return [b for name, b in network.named_buffers() if name not in stored and b.is_floating_point()]
 
 
 def device_map(config: PreTrainedConfig, dtype: torch.dtype) -> str | torch.device:

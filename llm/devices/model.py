@@ -12,7 +12,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from llm.devices import attention, gpu, linear, loading, memory
+from llm.devices import activation, attention, gpu, linear, loading, memory
+from llm.devices.linear import PackedLinear
 from llm.devices.threads import use_physical_cores
 from llm.errors import UserError
 from llm.weights import checkpoint
@@ -50,6 +51,9 @@ class Model:
     """How many ids are tokens that the model reads. Some models have logits for more."""
     stop_ids: frozenset[int]
     layers: int
+    parameters: int
+    precision: str
+    """Of the weights, and of the products where that is another, in Spanish."""
     token_bytes: Counter[torch.device]
     """What one token of one row takes in the key/value cache, in bytes, on each device."""
     context_chosen: bool = False
@@ -74,13 +78,12 @@ class Model:
     @classmethod
     def _load(cls, weights: checkpoint.Weights, settings: Settings, say: Say) -> "Model":
         threads = use_physical_cores()
-        dtype = getattr(torch, settings.dtype) if settings.dtype else best_dtype()
-        start = time.perf_counter()
-        model = cls.read(weights.folder, dtype, settings.max_context, say)
-        model.seconds["load"] = time.perf_counter() - start
+        chosen = getattr(torch, settings.dtype) if settings.dtype else None
+        model = cls.read(weights.folder, chosen or best_dtype(), settings.max_context, say, linear.layout(chosen))
         where = ", ".join(sorted({str(device) for device in model.token_bytes}))
         cores = f" con {threads} hilos" if model.device.type == "cpu" else ""
-        say(f"Modelo: {weights.origin}, {_parameters(model.network)} en {str(dtype).removeprefix('torch.')}")
+        millions = f"{model.parameters / 1e6:,.0f}".replace(",", ".")
+        say(f"Modelo: {weights.origin}, {millions} millones de parámetros en {model.precision}")
         if not weights.verified:
             say(f"Sin verificar: {checkpoint.shown(weights.folder)} no tiene manifest.json")
         say(f"Cargado en {where}{cores} en {decimal(model.seconds['load'])} s")
@@ -88,30 +91,47 @@ class Model:
             gpu.avoid_cudnn_attention()
         if model.spread:
             say("El modelo está repartido entre varios dispositivos: cada paso va sin grafos CUDA, más despacio")
-        elif model.device.type == "cpu" and dtype == torch.bfloat16 and linear.computes_in_bfloat16():
-            start = time.perf_counter()
-            model.pack()
-            model.seconds["pack"] = time.perf_counter() - start
+        if model.packed:
             say(f"Pesos ordenados para el procesador en {decimal(model.seconds['pack'])} s")
             if not model.batch_invariant:
                 say("En este procesador un texto puede cambiar según qué otras preguntas haya a la vez")
         return model
 
     @classmethod
-    def read(cls, folder: Path, dtype: torch.dtype, max_context: int | None = None, say: Say = unsaid) -> "Model":
+    def read(
+        cls,
+        folder: Path,
+        dtype: torch.dtype,
+        max_context: int | None = None,
+        say: Say = unsaid,
+        layout: type[PackedLinear] | None = None,
+    ) -> "Model":
         """Read a folder onto one GPU, or onto the devices that accelerate chooses.
 
-        max_context: tokens of prompt and answer together, where the model's own context is longer. Raises UserError
-        where the folder does not hold a whole causal language model that this project can serve.
+        dtype: what the model computes in. max_context: tokens of prompt and answer together, where the model's own
+        context is longer. layout: of the linear layers, where the model is on the CPU alone and the layout holds the
+        weights. Raises UserError where the folder does not hold a whole causal language model that this project can
+        serve.
         """
+        start = time.perf_counter()
         with loading.explained(folder):
-            tokenizer, network = loading.load(folder, dtype)
+            tokenizer, network = loading.load(folder, layout.read_as if layout else dtype)
+            if layout and not (len(_devices(network)) < 2 and linear.fits(network, layout)):
+                say("float16 cambiaría los pesos: el modelo va en float32, más despacio")
+                layout = None
+                if network.dtype != dtype:
+                    del network
+                    tokenizer, network = loading.load(folder, dtype)
+            loaded = time.perf_counter()
+            parameters = network.num_parameters()
+            layers_agree = linear.pack(network, layout) if layout else False
+            packed = time.perf_counter()
             cached = _probe(network)
-        devices = {torch.device(d if d != "disk" else "cpu") for d in getattr(network, "hf_device_map", {}).values()}
+        devices = _devices(network)
         gpus = sorted((d for d in devices if d.type != "cpu"), key=str)
         context = _context(network, tokenizer, cached, say)
         embeddings: Any = network.get_input_embeddings()
-        return cls(
+        model = cls(
             network=network,
             tokenizer=tokenizer,
             device=gpus[0] if gpus else torch.device(network.device),
@@ -121,17 +141,21 @@ class Model:
             vocabulary=min(max(tokenizer.get_vocab().values()) + 1, embeddings.weight.shape[0]),
             stop_ids=_stop_ids(network, tokenizer),
             layers=len(cached),
+            parameters=parameters,
+            precision=layout.precision if layout else str(dtype).removeprefix("torch."),
             token_bytes=_token_bytes(cached),
+            seconds={"load": loaded - start} | ({"pack": packed - loaded} if layout else {}),
         )
-
-    def pack(self) -> None:
-        """Lay a bfloat16 model on the CPU out as the processor reads it fastest, in place."""
-        attention.intercept()
-        self.packed = True
-        layers_agree = linear.pack(self.network)
-        tile = attention.batch_invariant_tile(*self._heads)
-        self.tile = tile or attention.MULTIPLES[-1]
-        self.batch_invariant = layers_agree and tile is not None
+        if layout:
+            activation.replace(network)
+            attention.intercept()
+            tile = attention.batch_invariant_tile(*model._heads, layout.dtype)
+            model.packed = True
+            model.tile = tile or attention.MULTIPLES[-1]
+            # of the attention of a model that does not call torch's nothing is known
+            known = network.config._attn_implementation == "sdpa"
+            model.batch_invariant = layers_agree and tile is not None and known
+        return model
 
     def bits_agree(self, threads: int) -> bool:
         """Whether as many threads as there are now give the bits of `threads` threads, where the model is
@@ -139,7 +163,7 @@ class Model:
         if not self.batch_invariant:
             return True
         assert self.tile
-        return attention.agrees(self.tile, *self._heads, threads) and linear.agree_now(self.network)
+        return attention.agrees(self.tile, *self._heads, self.network.dtype, threads) and linear.agree_now(self.network)
 
     @property
     def _heads(self) -> tuple[int, int]:
@@ -213,20 +237,21 @@ def rows_that_fit(token_bytes: Counter[torch.device], free: dict[torch.device, i
 
 
 def best_dtype() -> torch.dtype:
-    """bfloat16 where the processor computes in it, else float16 on a GPU and float32 on a CPU."""
+    """What a model computes in: bfloat16 where the processor does, else float16 on a GPU and float32 on a CPU."""
     if torch.cuda.is_available():
         # a spread model computes in one dtype, so every GPU has to know it
         every = all(gpu.is_ampere(torch.device("cuda", i)) for i in range(torch.cuda.device_count()))
         return torch.bfloat16 if every else torch.float16
-    return torch.bfloat16 if torch.backends.mps.is_available() or linear.computes_in_bfloat16() else torch.float32
+    return torch.bfloat16 if torch.backends.mps.is_available() or linear.BFloat16Linear.is_fast() else torch.float32
 
 
 def _mega(size: int) -> str:
     return f"{size / 1e6:.0f} MB"
 
 
-def _parameters(network: PreTrainedModel) -> str:
-    return f"{sum(p.numel() for p in network.parameters()) / 1e6:,.0f} millones de parámetros".replace(",", ".")
+def _devices(network: PreTrainedModel) -> set[torch.device]:
+    """Those that accelerate chose; empty where there was no choice."""
+    return {torch.device(d if d != "disk" else "cpu") for d in getattr(network, "hf_device_map", {}).values()}
 
 
 def _probe(network: PreTrainedModel) -> list[DynamicLayer]:

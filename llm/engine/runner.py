@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from llm.devices import forward, memory
+from llm.devices.attention import LENGTH_STEP
 from llm.devices.gpu import Capture, Replay
 from llm.devices.model import Model
 from llm.devices.threads import Threads
@@ -74,14 +75,16 @@ class Runner:
         self.rows: dict[int, Sequence] = {}
         self.prefix: list[int] = []
         """What `save_prefix` was given."""
-        self.slots = Slots(model.layers, rows, model.context, device, grows=device.type == "cpu")
+        # whole steps of the CPU's attention, also at the end of a context that is none
+        longest = -(-model.context // LENGTH_STEP) * LENGTH_STEP if model.batch_invariant else model.context
+        self.slots = Slots(model.layers, rows, longest, device, grows=device.type == "cpu")
         self.history = torch.zeros(rows, model.context, dtype=torch.long, device=device)
         self.positions = torch.zeros(rows, dtype=torch.long, device=device)
         self.active = torch.zeros(rows, dtype=torch.bool, device=device)
         self.sampling = SamplingRows.empty(rows, device)
         self.logits = torch.zeros(rows, model.vocabulary, device=device)
         self.chosen = torch.zeros(rows, dtype=torch.long, device=device)
-        self.columns = torch.arange(model.context, device=device)
+        self.columns = torch.arange(longest, device=device)
         self.takes_positions = "position_ids" in inspect.signature(model.network.forward).parameters
         self.threads = Threads() if device.type == "cpu" else None
         self.capture = capture

@@ -6,8 +6,9 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
 from llm.devices import forward
+from llm.devices.attention import LENGTH_STEP
 
-CAPACITY_STEP = 64
+CAPACITY_STEP = LENGTH_STEP
 """On a CPU rows grow by this many positions. Each time they are copied, which takes as long as a step or two."""
 SMALLEST = (1, CAPACITY_STEP)
 """Rows and positions that are allocated there while nobody asks."""

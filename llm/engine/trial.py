@@ -95,7 +95,7 @@ def _reason_to_end_at(model: Model, boundary: int) -> str | None:
     past = boundary + SHORT
     most_work = GPU_WORK if model.device.type == "cuda" else CPU_WORK
     attention = 2 * past * model.network.config.get_text_config().hidden_size * model.layers
-    work = past * (model.network.num_parameters() + attention)
+    work = past * (model.parameters + attention)
     if past + DECODED >= model.context or work > most_work:
         return "no se puede comprobar al cargar"
     return None if _agree(model, past) else "calcula otro texto cuando atiende varias preguntas a la vez"

@@ -14,6 +14,7 @@ from unittest.mock import patch
 
 import torch
 
+from llm.devices import linear
 from llm.devices.model import Model
 from llm.engine import engine
 from llm.engine.engine import Engine
@@ -123,7 +124,8 @@ def _answers(
 
 
 if __name__ == "__main__":
-    loaded = Model.read(Path(sys.argv[1]), torch.bfloat16)
-    loaded.pack()
+    layout = linear.layout(chosen=None)
+    assert layout
+    loaded = Model.read(Path(sys.argv[1]), layout.dtype, layout=layout)
     invariant = {"batch_invariant": int(loaded.batch_invariant)}
     print(json.dumps({"torch": torch.__version__} | invariant | compare(loaded, count=60, most_tokens=20)))

@@ -59,9 +59,7 @@ def walked(model: Model, text: torch.Tensor, rows: int) -> torch.Tensor:
 
 def distance(folder: Path, length: int, rows: int, packed: bool) -> float:
     """That of the row that is farthest, in units of the rounding of bfloat16: root of the mean square of each."""
-    model = Model.read(folder, torch.bfloat16)
-    if packed:
-        model.pack()
+    model = Model.read(folder, torch.bfloat16, layout=linear.BFloat16Linear if packed else None)
     text = torch.randint(0, model.vocabulary, (length,), generator=torch.Generator().manual_seed(1))
     exact = reference(folder, text, model.vocabulary, torch.float32)
     rounding = reference(folder, text, model.vocabulary, torch.bfloat16) - exact
@@ -76,6 +74,6 @@ def _size(difference: torch.Tensor) -> float:
 
 
 if __name__ == "__main__":
-    cases = [case for case in CASES if linear.computes_in_bfloat16() or not case[-1]]
+    cases = [case for case in CASES if linear.BFloat16Linear.is_fast() or not case[-1]]
     distances = [distance(Path(sys.argv[1]), *case) for case in cases]
     print(json.dumps({"torch": torch.__version__, "distances": distances}))

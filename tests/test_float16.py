@@ -1,0 +1,268 @@
+"""On a CPU without bfloat16 instructions weights go in float16 and all else in float32: the text is float32's."""
+
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    GemmaConfig,
+    GemmaForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedModel,
+    XGLMConfig,
+    XGLMForCausalLM,
+)
+
+from llm.devices import activation, linear
+from llm.devices.linear import Float16Linear
+from llm.devices.model import Model
+from llm.engine.engine import Engine
+from llm.engine.sequence import Request, Sampling
+from llm.weights import checkpoint
+from llm.weights.settings import Settings
+from tests.support import checkpoints
+from tests.test_trial import CONTEXT, SIZE, WORDS, saved
+
+pytestmark = pytest.mark.skipif(not Float16Linear.is_fast(), reason="this processor has no AVX2 and F16C, or no FBGEMM")
+
+REFUSED = "float16 cambiaría los pesos: el modelo va en float32, más despacio"
+
+
+def read(folder: Path, lines: list[str] | None = None) -> Model:
+    say: Any = (lines if lines is not None else []).append
+    return Model.read(folder, torch.float32, say=say, layout=Float16Linear)
+
+
+def gpt2() -> PreTrainedModel:
+    """Its layers are Conv1D, with transposed weights."""
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=WORDS, initializer_range=0.3, n_embd=64, n_layer=2, n_head=4, n_positions=CONTEXT)
+    )
+
+
+def opt() -> PreTrainedModel:
+    """With a table of positions, biases, and projections around its layers."""
+    return OPTForCausalLM(
+        OPTConfig(
+            vocab_size=WORDS,
+            init_std=0.3,
+            hidden_size=64,
+            ffn_dim=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=CONTEXT,
+            word_embed_proj_dim=32,
+        )
+    )
+
+
+def xglm() -> PreTrainedModel:
+    """Computes a table of positions when it is made, in the dtype of the weights."""
+    return XGLMForCausalLM(
+        XGLMConfig(
+            vocab_size=WORDS,
+            init_std=0.3,
+            d_model=64,
+            ffn_dim=96,
+            num_layers=2,
+            attention_heads=4,
+            max_position_embeddings=CONTEXT,
+        )
+    )
+
+
+def gemma() -> PreTrainedModel:
+    """Scales its embeddings."""
+    return GemmaForCausalLM(GemmaConfig(**SIZE, num_key_value_heads=2, head_dim=16))
+
+
+def mixtral() -> PreTrainedModel:
+    """Has experts, which are no linear layers."""
+    return MixtralForCausalLM(MixtralConfig(**SIZE, num_key_value_heads=2, num_local_experts=4))
+
+
+def llama() -> PreTrainedModel:
+    return LlamaForCausalLM(LlamaConfig(**SIZE, num_key_value_heads=2))
+
+
+@pytest.mark.parametrize("make", [llama, gpt2, opt, gemma, mixtral, xglm])
+def test_the_text_is_the_one_of_transformers_in_float32(make: Callable[[], PreTrainedModel], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    folder = saved(tmp_path / "model", make().bfloat16())
+    model = read(folder)
+    assert any(isinstance(module, Float16Linear) for module in model.network.modules())
+    # an expert's products depend on how many tokens it gets; XGLM's attention is its own
+    assert model.batch_invariant == (make not in (mixtral, xglm))
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    rng = random.Random(0)
+    prompts = [[rng.randrange(WORDS) for _ in range(length)] for length in (1, 3, 20, 40)]
+    engine = Engine(model, 4)
+    generations = [engine.generate(Request(prompt, 12, Sampling(temperature=0))) for prompt in prompts]
+    engine.start()
+    for prompt, generation in zip(prompts, generations, strict=True):
+        ids, ends = torch.tensor([prompt]), list(model.stop_ids)
+        text = reference.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12, eos_token_id=ends
+        )
+        tokens = list(generation)
+        assert tokens == text[0, len(prompt) :].tolist()[: len(tokens)]
+
+
+def test_logits_are_as_near_as_float32s(bfloat16_folder: Path) -> None:
+    """Within what float32's own rounding changes, from a table of weights of 16 bits."""
+    text = torch.randint(0, checkpoints.TOKENS, (1, 150), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        exact, plain = (
+            AutoModelForCausalLM.from_pretrained(bfloat16_folder, dtype=dtype).eval()(text).logits.double()
+            for dtype in (torch.float64, torch.float32)
+        )
+        ours = read(bfloat16_folder).network(text).logits.double()
+    assert (ours - exact).square().mean() < 4 * (plain - exact).square().mean()
+
+
+def changed(folder: Path, target: Path, change: Callable[[torch.Tensor], torch.Tensor], name: str) -> Path:
+    """A copy of a checkpoint in which one weight is another."""
+    target.mkdir()
+    for path in folder.iterdir():
+        (target / path.name).write_bytes(path.read_bytes())
+    weights = load_file(target / "model.safetensors")
+    weights[name] = change(weights[name])
+    save_file(weights, target / "model.safetensors", {"format": "pt"})
+    return target
+
+
+def one_huge(weight: torch.Tensor) -> torch.Tensor:
+    weight = weight.clone()
+    weight[3, 5] = 70000
+    return weight
+
+
+@pytest.mark.parametrize("change", [one_huge, lambda weight: weight * 1e-6], ids=["above 65504", "tiny"])
+def test_weights_that_float16_does_not_hold_stay_in_float32(
+    bfloat16_folder: Path, tmp_path: Path, change: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    name = "transformer.h.1.mlp.dense_h_to_4h.weight"
+    folder, lines = changed(bfloat16_folder, tmp_path / "changed", change, name), list[str]()
+    model = read(folder, lines)
+    assert lines == [REFUSED]
+    assert (model.precision, model.packed) == ("float32", False)
+    assert {parameter.dtype for parameter in model.network.parameters()} == {torch.float32}
+    assert torch.equal(model.network.state_dict()[name], load_file(folder / "model.safetensors")[name].float())
+
+
+def test_weights_that_were_trained_in_float32_stay_so(tmp_path: Path) -> None:
+    lines: list[str] = []
+    model = read(checkpoints.falcon(tmp_path / "falcon", dtype=torch.float32), lines)
+    assert (lines, model.precision, model.packed) == ([REFUSED], "float32", False)
+
+
+def test_the_dtype_is_the_one_of_the_weights_whatever_config_json_says(bfloat16_folder: Path, tmp_path: Path) -> None:
+    """In float16, as it says there, a weight would be infinite before anybody looks."""
+    name = "transformer.h.1.mlp.dense_h_to_4h.weight"
+    folder = changed(bfloat16_folder, tmp_path / "changed", one_huge, name)
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace('"bfloat16"', '"float16"'))
+    weight = read(folder).network.state_dict()[name]
+    assert weight[3, 5] == torch.tensor(70000).bfloat16()
+
+
+@pytest.mark.parametrize("missing", ["flags", "fbgemm"])
+def test_elsewhere_all_is_as_it_was(missing: str, bfloat16_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On Arm, on macOS, on an old x86 processor."""
+    monkeypatch.setattr(linear.BFloat16Linear, "is_fast", lambda: False)
+    assert linear.layout(chosen=None) is Float16Linear
+    if missing == "flags":
+        monkeypatch.setattr(linear, "_flags", lambda: {"fp", "asimd", "avx2"})
+    else:
+        monkeypatch.setattr(type(torch.backends.quantized), "supported_engines", ["qnnpack"])
+    lines: list[str] = []
+    settings = Settings(bfloat16_folder.name, None, bfloat16_folder.parent, None, None)
+    model = Model.load(checkpoint.verify(settings), settings, lines.append)
+    assert (model.precision, model.packed) == ("float32", False)
+    assert REFUSED not in lines
+
+
+@pytest.mark.parametrize(
+    ("dtype", "precision"), [(None, "float16, con las cuentas en float32"), ("float32", "float32")]
+)
+def test_the_log_says_what_is_used_and_the_user_can_choose(
+    dtype: str | None, precision: str, bfloat16_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear.BFloat16Linear, "is_fast", lambda: False)
+    lines: list[str] = []
+    settings = Settings(bfloat16_folder.name, None, bfloat16_folder.parent, None, dtype)
+    model = Model.load(checkpoint.verify(settings), settings, lines.append)
+    assert model.packed == (dtype is None)
+    (line,) = [line for line in lines if line.startswith("Modelo: ")]
+    assert line.endswith(f" millones de parámetros en {precision}")
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 5, 7])
+@pytest.mark.parametrize("name", ["silu", "gelu_pytorch_tanh", "gelu"])
+def test_an_activation_has_the_same_bits_wherever_threads_cut_the_tensor(
+    name: str, threads: int, thread_count: None
+) -> None:
+    from transformers.activations import ACT2FN
+
+    function = activation.BatchInvariantActivation(ACT2FN[name])
+    torch.set_num_threads(threads)
+    for width in (1536, 2048, 1537, 40):
+        x = torch.randn(200, width, generator=torch.Generator().manual_seed(0))
+        alone = torch.cat([function(row) for row in x.split(1)])
+        torch.testing.assert_close(alone, ACT2FN[name](x))
+        for tokens in (3, 34, 77, 200):
+            assert torch.equal(function(x[:tokens]), alone[:tokens])
+
+
+LOADING = """
+import sys, threading
+from pathlib import Path
+import torch
+from llm.devices.linear import Float16Linear
+from llm.devices.model import Model
+
+def taken():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1]) * 1024
+
+def watch():
+    while not loaded.wait(0.002):
+        seen.append(taken())
+
+folder, loaded, before = Path(sys.argv[1]), threading.Event(), taken()
+seen = [before]
+watcher = threading.Thread(target=watch)
+watcher.start()
+layout = Float16Linear if sys.argv[2] == "float16" else None
+model = Model.read(folder, torch.float32, layout=layout)
+loaded.set()
+watcher.join()
+print((max(seen) - before) / (folder / "model.safetensors").stat().st_size)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks /proc")
+def test_loading_holds_the_packed_weights_and_no_other_copy_of_all(tmp_path: Path) -> None:
+    wide: Any = SIZE | {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 6}
+    folder = saved(tmp_path / "model", LlamaForCausalLM(LlamaConfig(**wide)).bfloat16())
+
+    def copies(dtype: str) -> float:
+        command = [sys.executable, "-c", LOADING, str(folder), dtype]
+        run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
+        return float(run.stdout)
+
+    # beside the file, which is mapped: the weights once, and in float32 twice
+    assert copies("float16") + 0.7 < copies("float32")
