@@ -26,12 +26,16 @@ BLOCK = 128
 def intercept() -> torch.library.Library:
     """Have the attention of passes that ask for it computed by `attend`; all other attention stays torch's."""
 
-    def route(*args: Any, **kwargs: Any) -> Tensor:
+    def route(
+        query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args: Any, **kwargs: Any
+    ) -> Tensor:
         pass_ = forward.current()
         if pass_ is None or pass_.tile is None:
-            return _torchs_attention(*args, **kwargs)
+            return _torchs_attention(query, key, value, attn_mask, *args, **kwargs)
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            attn_mask = _additive(attn_mask, query.dtype, pass_)
         kwargs["tile"] = pass_.tile if pass_.tokens else None
-        return attend(*args, **kwargs)
+        return attend(query, key, value, attn_mask, *args, **kwargs)
 
     library = torch.library.Library("aten", "IMPL")
     library.impl("scaled_dot_product_attention", route, "CPU")
@@ -42,6 +46,15 @@ def _torchs_attention(*args: Any, **kwargs: Any) -> Tensor:
     """What scaled_dot_product_attention does where nobody intercepts it."""
     result: Tensor = torch.ops.aten.scaled_dot_product_attention.default.decompose(*args, **kwargs)
     return result
+
+
+def _additive(mask: Tensor, dtype: torch.dtype, pass_: forward.Pass) -> Tensor:
+    """0 where a boolean mask is true, minus infinity elsewhere; computed once in a pass."""
+    key = (mask.data_ptr(), *mask.shape, *mask.stride())
+    if key not in pass_.additive_masks:
+        # the boolean one is remembered too, so that its place in memory stays its own
+        pass_.additive_masks[key] = mask, torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf)
+    return pass_.additive_masks[key][1]
 
 
 def attend(
@@ -59,7 +72,7 @@ def attend(
 
     The bits of torch's kernel depend on where a pass begins and ends, for it takes queries and keys in blocks; and for
     few queries it takes 5 to 8 times as long as two batched products over contiguous keys and values.
-    query (rows, heads, queries, head size); key, value (rows, heads, length, head size); attn_mask bool or additive;
+    query (rows, heads, queries, head size); key, value (rows, heads, length, head size); attn_mask additive;
     tile: of a prefill pass, whose last key is the last query's own: what its tiles are padded to a multiple of.
     """
     if enable_gqa:
@@ -67,11 +80,10 @@ def attend(
     queries, length = query.shape[-2], key.shape[-2]
     if is_causal:
         attn_mask = query.new_full((queries, length), -torch.inf).triu_(1)
-    elif attn_mask is not None and attn_mask.dtype == torch.bool:
-        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(~attn_mask, -torch.inf)
     scale = scale or query.shape[-1] ** -0.5
     if tile is None:
-        return _weighted(query, key, value, attn_mask, scale)
+        weights = _weights(query, key, attn_mask, scale)
+        return weights.to(value.dtype) @ value
     assert attn_mask is not None
     missing = -length % LENGTH_STEP
     attn_mask = F.pad(attn_mask, (0, missing), value=-torch.inf)
@@ -87,18 +99,24 @@ def attend(
         mask = attn_mask[..., first : first + size, :seen]
         if missing := -size % tile:
             part, mask = F.pad(part, (0, 0, 0, missing)), F.pad(mask, (0, 0, 0, missing))
-        part = _weighted(part, key[..., :seen, :], value[..., :seen, :], mask, scale)
+        weights = _weights(part, key[..., :seen, :], mask, scale)
+        part = _weighted(weights, value[..., :seen, :])
         tiles.append(part[..., :size, :] if missing else part)
     return tiles[0] if len(tiles) == 1 else torch.cat(tiles, -2)
 
 
-def _weighted(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+def _weights(query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """(rows, heads, queries, length) float32."""
     scores = (query @ key.transpose(-1, -2)).float()
     scores = scores * scale if mask is None else torch.add(mask, scores, alpha=scale, out=scores)
-    weights = F.softmax(scores, -1).to(value.dtype)
-    # one query's sums are not split, and sums of bfloat16 are rounded
-    if query.shape[-2] == 1 or value.dtype != torch.float32:
-        return weights @ value
+    return F.softmax(scores, -1)
+
+
+def _weighted(weights: Tensor, value: Tensor) -> Tensor:
+    """The sum of the values with these weights, (rows, heads, queries, head size)."""
+    if value.dtype != torch.float32:
+        # a sum in parts would be rounded at each
+        return weights.to(value.dtype) @ value
     result = weights[..., :BLOCK] @ value[..., :BLOCK, :]
     for first in range(BLOCK, value.shape[-2], BLOCK):
         result += weights[..., first : first + BLOCK] @ value[..., first : first + BLOCK, :]
@@ -118,7 +136,7 @@ def agrees(tile: int, heads: int, size: int, dtype: torch.dtype, threads: int) -
     """Whether a query has the same bits in several passes of this number of threads as in one pass of `threads`."""
     most = 576
     query, key, value = torch.randn(3, 1, heads, most, size, generator=torch.Generator().manual_seed(0)).to(dtype)
-    sees = torch.ones(most, most, dtype=torch.bool).tril_()
+    sees = torch.full((most, most), -torch.inf, dtype=dtype).triu_(1)
 
     def bits(first: int, end: int, length: int, rows: int, tile: int | None) -> Tensor:
         cut = query[:, :, first:end], key[:, :, :length], value[:, :, :length]

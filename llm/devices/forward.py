@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -28,6 +28,8 @@ class Pass:
     """(prompt tokens,) int64, indices into `tokens` of those that are not padding; None: all are."""
     tile: int | None = None
     """The CPU's own attention pads the queries that it computes together to a multiple of this; None: it is torch's."""
+    additive_masks: dict[tuple[int, ...], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """Of that attention, what it made of boolean masks: all layers get the same."""
 
 
 class _Current(threading.local):

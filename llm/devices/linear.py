@@ -140,6 +140,9 @@ class Float16Linear(PackedLinear):
     decode_rows = (3, 4, 6, 8, 12, 16, 18, 24, 30, 33, 36)
     prefill_rows = (*decode_rows, *range(48, 253, 12), 256)
 
+    # a call by way of the overload looks for fake tensors first, which takes as long as a small product
+    _product_of: ClassVar = torch.ops.quantized.linear_dynamic_fp16.default._op
+
     LEAST_EXACT: ClassVar = 2**-17
     """A bfloat16 number below may be rounded, by 3e-8 at most."""
     LARGEST_CHANGED_SHARE: ClassVar = 0.01
@@ -165,7 +168,7 @@ class Float16Linear(PackedLinear):
         return torch.ops.quantized.linear_prepack_fp16(weight.float(), None)
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        product: Tensor = torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
+        product: Tensor = Float16Linear._product_of(x, self.packed)
         return product if bias is None else product.add_(bias)
 
 
@@ -234,6 +237,7 @@ def pack(network: PreTrainedModel, layout: type[PackedLinear]) -> bool:
             else:
                 layer.prefill = RowPadding(layer, layout.prefill_rows, reversed(layout.prefill_rows))
         layer.decode, layer.prefill = of_this_shape.decode, of_this_shape.prefill
+    memory.trim()
     agree = all(layer.decode.batch_invariant and layer.prefill.batch_invariant for layer in first.values())
     return agree and not any(_has_products(module) for module in network.modules())
 
