@@ -264,5 +264,5 @@ def test_loading_holds_the_packed_weights_and_no_other_copy_of_all(tmp_path: Pat
         run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
         return float(run.stdout)
 
-    # beside the file, which is mapped: the weights once, and in float32 twice
-    assert copies("float16") + 0.7 < copies("float32")
+    # beside the file, which is mapped: the weights once and what is being packed, and in float32 twice
+    assert copies("float16") < 1.8 < copies("float32")
