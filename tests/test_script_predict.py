@@ -11,7 +11,7 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -225,10 +225,14 @@ def test_a_terminal_shows_the_seconds(project: Path, environment: dict[str, str]
     unknown_model(tmp_path / "otro")
     environment |= {"MODEL_ID": "otro", "WEIGHTS_DIR": str(tmp_path)}
     terminal, end = os.openpty()
-    with os.fdopen(terminal, "rb", buffering=0) as screen:
-        subprocess.run([project / "script" / "predict", *QUESTION], env=environment, stderr=end)
+    command: list[str | Path] = [project / "script" / "predict", *QUESTION]
+    shown = ""
+    with os.fdopen(terminal, "rb", buffering=0) as screen, subprocess.Popen(command, env=environment, stderr=end):
         os.close(end)
-        shown = screen.read(100_000).decode()
+        # a terminal holds 4,096 bytes, and ends with an error
+        with suppress(OSError):
+            while part := screen.read(4096):
+                shown += part.decode()
     assert re.search(r"\rCargando el modelo: \d+ s", shown.replace("\x1b[K", ""))
     # the line that counts gives way to the error's
     last = shown.rstrip().rpartition("\r\x1b[K")[2]
