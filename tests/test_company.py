@@ -23,6 +23,7 @@ from tests.support import company
 from tests.support.client import Client
 
 slow = pytest.mark.slow
+HEADS = attention.Heads(number=4, group=2, size=64, dtype=torch.float32)
 each_layout = pytest.mark.parametrize("layout", [linear.BFloat16Linear, linear.Float16Linear])
 
 
@@ -142,10 +143,10 @@ def test_attention_is_asked_with_both_numbers_of_threads(thread_count: None, mon
 
     monkeypatch.setattr(attention, "attend", by_threads)
     torch.set_num_threads(1)
-    tile = attention.batch_invariant_tile(4, 64, torch.float32)
+    tile = attention.batch_invariant_tile(HEADS)
     assert tile
-    assert attention.agrees(tile, 4, 64, torch.float32, threads=1)
-    assert not attention.agrees(tile, 4, 64, torch.float32, threads=2)
+    assert attention.agrees(tile, HEADS, threads=1)
+    assert not attention.agrees(tile, HEADS, threads=2)
     assert torch.get_num_threads() == 1
 
 
@@ -170,7 +171,7 @@ def test_attentions_tiles_are_padded_to_what_the_processor_needs(
     needed: int, tile: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(attention, "agrees", lambda tile, *args: tile == needed)
-    assert attention.batch_invariant_tile(4, 64, torch.float32) == tile
+    assert attention.batch_invariant_tile(HEADS) == tile
 
 
 def test_attention_is_asked_for_what_could_change_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,4 +180,4 @@ def test_attention_is_asked_for_what_could_change_it(monkeypatch: pytest.MonkeyP
         return F.scaled_dot_product_attention(query, key, value, mask)
 
     monkeypatch.setattr(attention, "attend", torchs)
-    assert attention.batch_invariant_tile(4, 64, torch.float32) is None
+    assert attention.batch_invariant_tile(HEADS) is None

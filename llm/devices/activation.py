@@ -52,6 +52,6 @@ def replace(network: nn.Module) -> None:
 def _missing(elements: int, threads: int) -> int:
     """How many elements a tensor lacks until all threads that share it compute whole vectors."""
     padded = elements
-    while padded % (unit := VECTOR * math.lcm(threads, min(threads, -(-padded // GRAIN)))):
+    while padded % (unit := VECTOR * math.lcm(threads, min(threads, max(1, -(-padded // GRAIN))))):
         padded += -padded % unit
     return padded - elements

@@ -4,6 +4,7 @@ It replaces torch's scaled_dot_product_attention in the passes that ask for it (
 """
 
 import functools
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -123,33 +124,53 @@ def _weighted(weights: Tensor, value: Tensor) -> Tensor:
     return result
 
 
-def batch_invariant_tile(heads: int, size: int, dtype: torch.dtype) -> int | None:
+@dataclass(frozen=True)
+class Heads:
+    """The heads of an attention."""
+
+    number: int
+    group: int
+    """How many read the same keys: in a decode pass transformers makes them queries of one head."""
+    size: int
+    dtype: torch.dtype
+
+
+def batch_invariant_tile(heads: Heads) -> int | None:
     """The first of MULTIPLES for which a query has the same bits however its prompt is cut into chunks, however far
     the cache reaches, and beside any other rows. None where none is."""
     for tile in MULTIPLES:
-        if agrees(tile, heads, size, dtype, torch.get_num_threads()):
+        if agrees(tile, heads, torch.get_num_threads()):
             return tile
     return None
 
 
-def agrees(tile: int, heads: int, size: int, dtype: torch.dtype, threads: int) -> bool:
+def agrees(tile: int, heads: Heads, threads: int) -> bool:
     """Whether a query has the same bits in several passes of this number of threads as in one pass of `threads`."""
     most = 576
-    query, key, value = torch.randn(3, 1, heads, most, size, generator=torch.Generator().manual_seed(0)).to(dtype)
-    sees = torch.full((most, most), -torch.inf, dtype=dtype).triu_(1)
+    shape = (3, 1, heads.number, most, heads.size)
+    query, key, value = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(heads.dtype)
+    sees = torch.full((most, most), -torch.inf, dtype=heads.dtype).triu_(1)
 
-    def bits(first: int, end: int, length: int, rows: int, tile: int | None) -> Tensor:
-        cut = query[:, :, first:end], key[:, :, :length], value[:, :, :length]
+    def bits(queries: range, mask: Tensor, length: int, rows: int, tile: int | None) -> Tensor:
+        cut = query[:, :, queries.start : queries.stop], key[:, :, :length], value[:, :, :length]
         # contiguous, as what the cache gives
         q, k, v = (x.expand(rows, -1, -1, -1).contiguous() for x in cut)
-        return attend(q, k, v, sees[first:end, :length], tile=tile)
+        return attend(q, k, v, mask[:, :length], tile=tile)
 
-    now = torch.get_num_threads()
+    def prefill(first: int, end: int, rows: int) -> Tensor:
+        return bits(range(first, end), sees[first:end], end, rows, tile)
+
+    def decode(queries: int, length: int, rows: int) -> Tensor:
+        return bits(range(queries), sees[40:41], length, rows, None)
+
+    now, groups = torch.get_num_threads(), {1, heads.group}
     torch.set_num_threads(threads)
-    whole = bits(0, most, most, 1, tile)
-    alone = bits(40, 41, LENGTH_STEP, 1, None)
+    whole = prefill(0, most, 1)
+    alone = {queries: decode(queries, LENGTH_STEP, 1) for queries in groups}
     torch.set_num_threads(now)
     cuts = [(0, 2, 1), (0, 5, 1), (0, 11, 4), (3, 17, 1), (0, 45, 3), (5, 133, 2), (160, 240, 1), (500, most, 3)]
-    prefill = [(bits(first, end, end, rows, tile) == whole[:, :, first:end]).all() for first, end, rows in cuts]
-    decode = [(bits(40, 41, length, rows, None) == alone).all() for length, rows in [(2 * LENGTH_STEP, 3), (most, 4)]]
-    return all(map(bool, prefill + decode))
+    checks = [(prefill(first, end, rows) == whole[:, :, first:end]).all() for first, end, rows in cuts]
+    for queries in groups:
+        for length, rows in [(2 * LENGTH_STEP, 3), (most, 4)]:
+            checks.append((decode(queries, length, rows) == alone[queries]).all())
+    return all(map(bool, checks))

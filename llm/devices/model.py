@@ -149,7 +149,7 @@ class Model:
         if layout:
             activation.replace(network)
             attention.intercept()
-            tile = attention.batch_invariant_tile(*model._heads, layout.dtype)
+            tile = attention.batch_invariant_tile(model._heads)
             model.packed = True
             model.tile = tile or attention.MULTIPLES[-1]
             # of the attention of a model that does not call torch's nothing is known
@@ -163,14 +163,15 @@ class Model:
         if not self.batch_invariant:
             return True
         assert self.tile
-        return attention.agrees(self.tile, *self._heads, self.network.dtype, threads) and linear.agree_now(self.network)
+        return attention.agrees(self.tile, self._heads, threads) and linear.agree_now(self.network)
 
     @property
-    def _heads(self) -> tuple[int, int]:
-        """How many heads attention has, and their size."""
+    def _heads(self) -> attention.Heads:
         config = self.network.config.get_text_config()
-        heads = config.num_attention_heads
-        return heads, getattr(config, "head_dim", None) or config.hidden_size // heads
+        number = config.num_attention_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // number
+        sharing = getattr(config, "num_key_value_heads", None) or number
+        return attention.Heads(number, number // sharing, size, self.network.dtype)
 
     def prefill_chunk(self) -> int:
         """How many tokens of prompts one pass may read."""
