@@ -23,6 +23,11 @@ BLOCK = 128
 """Values that a tile sums at once in float32: MKL splits longer sums at places that depend on their length."""
 
 
+def in_steps(length: int) -> int:
+    """The next multiple of LENGTH_STEP."""
+    return -(-length // LENGTH_STEP) * LENGTH_STEP
+
+
 @functools.cache
 def intercept() -> torch.library.Library:
     """Have the attention of passes that ask for it computed by `attend`; all other attention stays torch's."""
@@ -83,44 +88,37 @@ def attend(
         attn_mask = query.new_full((queries, length), -torch.inf).triu_(1)
     scale = scale or query.shape[-1] ** -0.5
     if tile is None:
-        weights = _weights(query, key, attn_mask, scale)
-        return weights.to(value.dtype) @ value
+        return _weighted(query, key, value, attn_mask, scale, block=length)
     assert attn_mask is not None
-    missing = -length % LENGTH_STEP
+    missing = in_steps(length) - length
     attn_mask = F.pad(attn_mask, (0, missing), value=-torch.inf)
     # Scores in float32, as torch's kernel has them: so many queries pay for it. Where rows lie elsewhere in memory, MKL
     # sums in other orders: padded or not, what is multiplied is contiguous.
     query, key = query.float().contiguous(), key.float()
     key, value = (F.pad(x, (0, 0, 0, missing)) if missing else x.contiguous() for x in (key, value))
+    # a sum of bfloat16 in parts would be rounded at each
+    block = BLOCK if value.dtype == torch.float32 else in_steps(length)
     tiles = []
     for first in range(0, queries, TILE):
         part = query[..., first : first + TILE, :]
         size = part.shape[-2]
-        seen = -(-(length - queries + first + size) // LENGTH_STEP) * LENGTH_STEP
+        seen = in_steps(length - queries + first + size)
         mask = attn_mask[..., first : first + size, :seen]
         if missing := -size % tile:
             part, mask = F.pad(part, (0, 0, 0, missing)), F.pad(mask, (0, 0, 0, missing))
-        weights = _weights(part, key[..., :seen, :], mask, scale)
-        part = _weighted(weights, value[..., :seen, :])
+        part = _weighted(part, key[..., :seen, :], value[..., :seen, :], mask, scale, block)
         tiles.append(part[..., :size, :] if missing else part)
     return tiles[0] if len(tiles) == 1 else torch.cat(tiles, -2)
 
 
-def _weights(query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """(rows, heads, queries, length) float32."""
+def _weighted(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, block: int) -> Tensor:
+    """block: how many values are summed at once."""
     scores = (query @ key.transpose(-1, -2)).float()
     scores = scores * scale if mask is None else torch.add(mask, scores, alpha=scale, out=scores)
-    return F.softmax(scores, -1)
-
-
-def _weighted(weights: Tensor, value: Tensor) -> Tensor:
-    """The sum of the values with these weights, (rows, heads, queries, head size)."""
-    if value.dtype != torch.float32:
-        # a sum in parts would be rounded at each
-        return weights.to(value.dtype) @ value
-    result = weights[..., :BLOCK] @ value[..., :BLOCK, :]
-    for first in range(BLOCK, value.shape[-2], BLOCK):
-        result += weights[..., first : first + BLOCK] @ value[..., first : first + BLOCK, :]
+    weights = F.softmax(scores, -1).to(value.dtype)
+    result = weights[..., :block] @ value[..., :block, :]
+    for first in range(block, value.shape[-2], block):
+        result += weights[..., first : first + block] @ value[..., first : first + block, :]
     return result
 
 

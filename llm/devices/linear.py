@@ -200,9 +200,7 @@ def pack(network: PreTrainedModel, layout: type[PackedLinear]) -> bool:
     Returns whether the network's products are batch-invariant on this processor.
     """
     users = Counter(p.data_ptr() for _, p in network.named_parameters(remove_duplicate=False))
-    last = network.get_output_embeddings()
     linears = {name: module for name, module in network.named_modules() if _weight(module) is not None}
-    names_of_last = {name for name, module in linears.items() if module is last}
     threads = torch.get_num_threads()
 
     def replace(name: str) -> PackedLinear:
@@ -219,20 +217,21 @@ def pack(network: PreTrainedModel, layout: type[PackedLinear]) -> bool:
 
     # packing computes on one thread
     with ThreadPoolExecutor(min(threads, PACKED_AT_ONCE), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        layers = dict(zip(linears, pool.map(replace, linears), strict=True))
+        layers = list(pool.map(replace, linears))
     torch.set_num_threads(threads)
     _convert_all_else(network, layout.dtype)
 
+    last = network.get_output_embeddings()
     first: dict[tuple[int, int], PackedLinear] = {}
     buffers: dict[int, Tensor] = {}
-    for name, layer in layers.items():
+    for layer in layers:
         in_features = layer.buffer.shape[-1]
         layer.buffer = buffers.setdefault(in_features, layer.buffer)
         of_this_shape = first.setdefault((layer.out_features, in_features), layer)
         if of_this_shape is layer:
             layer.decode = RowPadding(layer, layout.decode_rows, layout.decode_rows)
             # of a prompt the last layer reads no more than the end
-            if name in names_of_last:
+            if layer is last:
                 layer.prefill = layer.decode
             else:
                 layer.prefill = RowPadding(layer, layout.prefill_rows, reversed(layout.prefill_rows))

@@ -109,14 +109,14 @@ class Model:
         """Read a folder onto one GPU, or onto the devices that accelerate chooses.
 
         dtype: what the model computes in. max_context: tokens of prompt and answer together, where the model's own
-        context is longer. layout: of the linear layers, where the model is on the CPU alone and the layout holds the
-        weights. Raises UserError where the folder does not hold a whole causal language model that this project can
+        context is longer. layout: of the linear layers, for a model on the CPU, where the layout holds the weights.
+        Raises UserError where the folder does not hold a whole causal language model that this project can
         serve.
         """
         start = time.perf_counter()
         with loading.explained(folder):
             tokenizer, network = loading.load(folder, layout.read_as if layout else dtype)
-            if layout and not (len(_devices(network)) < 2 and linear.fits(network, layout)):
+            if layout and not linear.fits(network, layout):
                 say("float16 cambiaría los pesos: el modelo va en float32, más despacio")
                 layout = None
                 if network.dtype != dtype:
@@ -127,7 +127,7 @@ class Model:
             layers_agree = linear.pack(network, layout) if layout else False
             packed = time.perf_counter()
             cached = _probe(network)
-        devices = _devices(network)
+        devices = {torch.device(d if d != "disk" else "cpu") for d in getattr(network, "hf_device_map", {}).values()}
         gpus = sorted((d for d in devices if d.type != "cpu"), key=str)
         context = _context(network, tokenizer, cached, say)
         embeddings: Any = network.get_input_embeddings()
@@ -248,11 +248,6 @@ def best_dtype() -> torch.dtype:
 
 def _mega(size: int) -> str:
     return f"{size / 1e6:.0f} MB"
-
-
-def _devices(network: PreTrainedModel) -> set[torch.device]:
-    """Those that accelerate chose; empty where there was no choice."""
-    return {torch.device(d if d != "disk" else "cpu") for d in getattr(network, "hf_device_map", {}).values()}
 
 
 def _probe(network: PreTrainedModel) -> list[DynamicLayer]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from llm.devices import forward, memory
-from llm.devices.attention import LENGTH_STEP
+from llm.devices.attention import in_steps
 from llm.devices.gpu import Capture, Replay
 from llm.devices.model import Model
 from llm.devices.threads import Threads
@@ -76,7 +76,7 @@ class Runner:
         self.prefix: list[int] = []
         """What `save_prefix` was given."""
         # whole steps of the CPU's attention, also at the end of a context that is none
-        longest = -(-model.context // LENGTH_STEP) * LENGTH_STEP if model.batch_invariant else model.context
+        longest = in_steps(model.context) if model.batch_invariant else model.context
         self.slots = Slots(model.layers, rows, longest, device, grows=device.type == "cpu")
         self.history = torch.zeros(rows, model.context, dtype=torch.long, device=device)
         self.positions = torch.zeros(rows, dtype=torch.long, device=device)

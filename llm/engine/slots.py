@@ -6,12 +6,10 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
 from llm.devices import forward
-from llm.devices.attention import LENGTH_STEP
+from llm.devices.attention import LENGTH_STEP, in_steps
 
-CAPACITY_STEP = LENGTH_STEP
-"""On a CPU rows grow by this many positions. Each time they are copied, which takes as long as a step or two."""
-SMALLEST = (1, CAPACITY_STEP)
-"""Rows and positions that are allocated there while nobody asks."""
+SMALLEST = (1, LENGTH_STEP)
+"""Rows and positions that are allocated on a CPU while nobody asks."""
 
 
 def _current_pass() -> forward.Pass:
@@ -88,7 +86,8 @@ class Slots(Cache):
     """`rows` contexts of `context` tokens each, as transformers' Cache: any causal model writes to it.
 
     With `grows`, for a CPU, only the rows in use are allocated, each as long as the longest of them: a CPU's matrix
-    products are fast where what they read is contiguous. Without, for CUDA graphs, nothing is ever moved.
+    products are fast where what they read is contiguous. They grow in steps of LENGTH_STEP; each time all are copied,
+    which takes as long as a step or two. Without, for CUDA graphs, nothing is ever moved.
     """
 
     def __init__(self, layers: int, rows: int, context: int, device: torch.device, grows: bool):
@@ -106,7 +105,7 @@ class Slots(Cache):
         if not self.grows:
             return min(self.context, max(256, 1 << (length - 1).bit_length()))
         rows = min(self.rows, 1 << (rows - 1).bit_length())
-        length = min(self.context, -(-length // CAPACITY_STEP) * CAPACITY_STEP)
+        length = min(self.context, in_steps(length))
         if rows > self.capacity[0] or length > self.capacity[1] or length <= self.capacity[1] // 2:
             self._resize(rows, length)
         return self.capacity[1]
