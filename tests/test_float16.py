@@ -1,6 +1,5 @@
 """On a CPU without bfloat16 instructions weights go in float16 and all else in float32: the text is float32's."""
 
-import random
 import subprocess
 import sys
 from collections.abc import Callable
@@ -31,11 +30,10 @@ from llm.devices import activation, linear
 from llm.devices.linear import Float16Linear
 from llm.devices.model import Model
 from llm.engine.engine import Engine
-from llm.engine.sequence import Request, Sampling
 from llm.weights import checkpoint
 from llm.weights.settings import Settings
 from tests.support import checkpoints
-from tests.test_trial import CONTEXT, SIZE, WORDS, saved
+from tests.test_trial import CONTEXT, SIZE, WORDS, assert_company_keeps_texts, saved
 
 pytestmark = pytest.mark.skipif(not Float16Linear.is_fast(), reason="this processor has no AVX2 and F16C, or no FBGEMM")
 
@@ -107,19 +105,7 @@ def test_the_text_is_the_one_of_transformers_in_float32(make: Callable[[], PreTr
     assert any(isinstance(module, Float16Linear) for module in model.network.modules())
     # an expert's products depend on how many tokens it gets; XGLM's attention is its own
     assert model.batch_invariant == (make not in (mixtral, xglm))
-    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    rng = random.Random(0)
-    prompts = [[rng.randrange(WORDS) for _ in range(length)] for length in (1, 3, 20, 40)]
-    engine = Engine(model, 4)
-    generations = [engine.generate(Request(prompt, 12, Sampling(temperature=0))) for prompt in prompts]
-    engine.start()
-    for prompt, generation in zip(prompts, generations, strict=True):
-        ids, ends = torch.tensor([prompt]), list(model.stop_ids)
-        text = reference.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12, eos_token_id=ends
-        )
-        tokens = list(generation)
-        assert tokens == text[0, len(prompt) :].tolist()[: len(tokens)]
+    assert_company_keeps_texts(folder, Engine(model, 4), 1, 3, 20, 40)
 
 
 def test_logits_are_as_near_as_float32s(bfloat16_folder: Path) -> None:
