@@ -21,7 +21,7 @@ from llm.text.detokenizer import Text, split_stop_sequences
 from llm.text.prompt import Prompter
 from llm.weights import hub
 from llm.weights.settings import Settings
-from llm.words import decimal
+from llm.words import decimal, thousands
 
 
 class Predictor(BasePredictor):
@@ -31,7 +31,7 @@ class Predictor(BasePredictor):
         settings = Settings.read()
         weights = hub.ensure(settings, say=print)
         self.model = Model.load(weights, settings, say=print)
-        self.engine = Engine(self.model, MOST_ROWS, say=print)
+        self.engine = Engine(self.model, MOST_ROWS, share_prefixes=settings.share_prefixes, say=print)
         self.prompter = Prompter(self.model.tokenizer, self.engine.context, self.model.vocabulary)
         prefix = []
         try:
@@ -138,6 +138,7 @@ class Predictor(BasePredictor):
         """Record the metrics, and log one line without the question's text."""
         reason = "stop" if text.stopped else generation.finish_reason
         self.record_metric("input_token_count", len(generation.request.prompt))
+        self.record_metric("cached_token_count", generation.cached_tokens)
         self.record_metric("output_token_count", generation.consumed)
         self.record_metric("queue_time", generation.queue_time)
         self.record_metric("time_to_first_token", generation.time_to_first_token)
@@ -147,6 +148,7 @@ class Predictor(BasePredictor):
         if reason == "length" and generation.budget < generation.request.max_tokens:
             end = f"se acabó el contexto, que dejaba sitio para {generation.budget} tokens"
         print(
-            f"{len(generation.request.prompt)} tokens de entrada, {generation.consumed} de salida, "
+            f"{thousands(len(generation.request.prompt))} tokens de entrada, {thousands(generation.cached_tokens)} ya "
+            f"leídos, {generation.consumed} de salida, "
             f"{decimal(generation.tokens_per_second)} tokens/s, semilla {generation.request.sampling.seed}: {end}"
         )

@@ -51,6 +51,9 @@ QUESTIONS = (
 )
 
 
+TEXT = " ".join(QUESTIONS) * 4
+"""What two questions are asked about, one after the other: some 500 tokens."""
+
 Answer = tuple[int, int, float]
 """Tokens of the prompt, new tokens, and seconds to the first text."""
 
@@ -169,6 +172,7 @@ def measure(settings: Settings, rounds: int, tokens: int) -> Figures:
         "engine": [row | {"decode_ratio_to_generate": ratio(row, alone)} for row in together],
         "beside": beside | {"decode_ratio_to_quiet": ratio(beside, together[0])},
         "server": [load(loads[at :: len(AT_ONCE)]) for at in range(len(AT_ONCE))],
+        "text": about_a_text([turn["text"] for turn in loads if "text" in turn]),
         "setup": facts["setup"],
         "ready": service["ready"],
         "memory": {"engine": facts["peak_bytes"], "server": service["peak_bytes"], "gpu": facts["gpu_bytes"]},
@@ -268,7 +272,12 @@ def serve(turns: Sequence[int], tokens: int) -> Iterator[Figures]:
             seconds = time.perf_counter() - start
             # the model's process is the largest of those that the server started
             peak = max(_peak_bytes(process.pid) for process in psutil.Process().children(recursive=True)) or None
-            yield {"answers": answers, "seconds": seconds, "ready": ready, "peak_bytes": peak}
+            turn: Figures = {"answers": answers, "seconds": seconds, "ready": ready, "peak_bytes": peak}
+            if clients == 1:
+                # a number that no round has had: nothing of it has been read
+                text = f"{time.time_ns()} {TEXT}"
+                turn["text"] = [ask(running.port, f"{text} {question}", 1) for question in QUESTIONS[:2]]
+            yield turn
 
 
 def load(turns: list[Figures]) -> Figures:
@@ -283,6 +292,16 @@ def load(turns: list[Figures]) -> Figures:
         "first_text_s": first_text,
         "tokens_per_prompt": statistics.fmean(asked),
         "tokens_per_answer": statistics.fmean(made),
+    }
+
+
+def about_a_text(rounds: list[list[Answer]]) -> Figures:
+    """The figures of two questions about one text: seconds to the first text of each, and their ratio."""
+    return {
+        "tokens": statistics.fmean(answer[0] for answers in rounds for answer in answers),
+        "first_s": spread([first for (_, _, first), _ in rounds]),
+        "second_s": spread([second for _, (_, _, second) in rounds]),
+        "second_ratio_to_first": spread([second / first for (_, _, first), (_, _, second) in rounds]),
     }
 
 

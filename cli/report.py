@@ -51,6 +51,7 @@ def shown(figure: Any) -> str:
 def markdown(figures: Figures, image: str) -> str:
     """The table that a user reads."""
     alone, beside, machine, memory = (figures[key] for key in ("generate", "beside", "machine", "memory"))
+    text = figures["text"]
     speed = ("decode_tokens_per_second", "whole_tokens_per_second")
     load = ("clients", "tokens_per_second", "first_text_p50_s", "first_text_p95_s")
     tokens = ("tokens_per_prompt", "tokens_per_answer")
@@ -84,6 +85,9 @@ def markdown(figures: Figures, image: str) -> str:
             ["Clientes", "Tokens/s en total", "p50, s", "p95, s", "Tokens por pregunta", "Tokens nuevos"],
             *([row[key] for key in (*load, *tokens)] for row in figures["server"]),
         ),
+        f"Una pregunta de {round(text['tokens'])} tokens tarda {shown(text['first_s'])} s en empezar su respuesta; la "
+        f"siguiente sobre el mismo texto, que ya está leído, {shown(text['second_s'])} s: "
+        f"{shown(text['second_ratio_to_first'])} veces.",
         "## El arranque del servidor",
         "Lo que tarda cada parte en el motor, medido sin servidor, y desde que arranca el servidor hasta que admite "
         "preguntas.",

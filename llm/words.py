@@ -35,6 +35,11 @@ def decimal(number: float) -> str:
     return f"{number:.1f}".replace(".", ",")
 
 
+def thousands(number: float) -> str:
+    """Without decimals, its thousands apart, as in Spanish."""
+    return f"{number:,.0f}".replace(",", ".")
+
+
 def about(size: int) -> str:
     """Bytes, as a person says them."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):

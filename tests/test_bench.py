@@ -152,6 +152,14 @@ def test_the_table_shows_the_figures(written: list[Path], figures: dict[str, Any
     assert ["READY", shown(figures["ready"])] in rows
     assert ["cog", figures["versions"]["cog"]] in rows
     assert f": {shown(figures['beside']['decode_ratio_to_quiet'])} veces su ritmo." in text
+    assert f": {shown(figures['text']['second_ratio_to_first'])} veces." in text
+
+
+def test_the_second_question_about_a_text_finds_it_read(figures: dict[str, Any]) -> None:
+    text = figures["text"]
+    assert text["tokens"] > 300
+    for name in ("first_s", "second_s", "second_ratio_to_first"):
+        assert len(text[name]["rounds"]) == ROUNDS and min(text[name]["rounds"]) > 0
 
 
 def test_the_plot_is_an_image(written: list[Path]) -> None:

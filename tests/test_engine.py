@@ -30,6 +30,7 @@ from cli.contenders import busy_core
 from llm.devices.forward import Pass
 from llm.devices.gpu import Replay
 from llm.devices.model import Model
+from llm.engine import engine as engine_module
 from llm.engine.engine import Engine
 from llm.engine.runner import PendingIds, Runner
 from llm.engine.scheduler import Chunk
@@ -562,6 +563,7 @@ def test_a_lack_of_memory_in_the_trial_is_no_fault_of_the_model(
 
 
 def test_a_cache_that_cannot_be_given_back_stops_nobody(falcon_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "IDLE", 0.1)
     engine = started(falcon_model, rows=1)
     rest = engine._runner.rest
     rested = threading.Event()
@@ -643,8 +645,7 @@ def test_prompts_for_which_there_was_no_memory_are_read_again_alone_and_in_small
     assert all(len(counts) == 1 for counts in passes) and max(map(max, passes)) <= 16
     assert engine.lost is None
     # and back, as what lacked was there again
-    (long,) = prompts((1500,), checkpoints.TOKENS, seed=17)
-    for _ in range(2):
+    for long in prompts((1500, 1500), checkpoints.TOKENS, seed=17):
         assert ended(engine, long, 5) == falcon_reference(long, 5)
     assert max(map(max, passes)) == 256
 
@@ -875,13 +876,13 @@ def test_rows_are_only_as_long_as_the_longest_needs(falcon_model: Model) -> None
     beside.cancel()
 
 
-def test_memory_is_given_back_once_nobody_asks(falcon_model: Model) -> None:
+def test_memory_is_given_back_once_nobody_asks(falcon_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "IDLE", 0.1)
     engine = started(falcon_model, rows=3)
     last = engine._runner.slots.slot_layers[-1]
     smallest = last.values.shape
     generations = [engine.generate(Request([5] * 1000, 3, GREEDY)) for _ in range(3)]
     assert [len(list(generation)) for generation in generations] == [3, 3, 3]
-    # it rests when the last step is over, which is after its last token
     until(lambda: last.values.shape == smallest)
     assert smallest[0] == 1 and smallest[2] < 128
     assert len(ended(engine, [5] * 300, 3)) == 3

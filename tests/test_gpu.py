@@ -17,7 +17,7 @@ from transformers import FalconConfig, FalconForCausalLM, LlamaConfig, LlamaForC
 
 from llm.devices import gpu
 from llm.devices import model as model_module
-from llm.devices.model import Model
+from llm.devices.model import Model, Room
 from llm.engine import runner
 from llm.engine.runner import Runner
 from llm.engine.scheduler import Chunk
@@ -354,14 +354,14 @@ def test_the_largest_passes_stay_within_what_is_left_for_them(
 
 
 @pytest.mark.parametrize(
-    ("total", "capability", "chunk", "rows"),
+    ("total", "capability", "chunk", "rows", "spare"),
     [
         # a T4: float16, and 1,024 tokens a pass
-        (15.6e9, (7, 5), 1024, 26),
+        (15.6e9, (7, 5), 1024, 25, 1),
         # an L4
-        (23.6e9, (8, 9), 4096, 32),
+        (23.6e9, (8, 9), 4096, 32, 13),
         # an A100 that another program nearly fills
-        (6.2e9, (8, 0), 4096, 4),
+        (6.2e9, (8, 0), 4096, 4, 0),
     ],
 )
 def test_the_cache_of_falcon_leaves_room_for_what_a_gpu_computes(
@@ -370,6 +370,7 @@ def test_the_cache_of_falcon_leaves_room_for_what_a_gpu_computes(
     capability: tuple[int, int],
     chunk: int,
     rows: int,
+    spare: int,
 ) -> None:
     device = torch.device("cuda", 0)
     falcon = network("falcon", layers=24, width=2048, heads=32)
@@ -381,9 +382,9 @@ def test_the_cache_of_falcon_leaves_room_for_what_a_gpu_computes(
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, int(total)))
     assert model.prefill_chunk() == chunk
     lines: list[str] = []
-    assert model.rows(32, chunk, lines.append) == (rows, CONTEXT)
+    assert model.room(32, chunk, lines.append) == Room(rows, CONTEXT, spare * CONTEXT)
     kept = gpu.reserve(falcon, chunk, 32, CONTEXT, fused=capability >= (8, 0))
-    assert rows * CONTEXT * token + kept.total < free
+    assert (rows + spare) * CONTEXT * token + kept.total < free
     for part in (kept.prefill, kept.graphs, kept.workspaces):
         assert f"{part / 1e6:.0f} MB" in "\n".join(lines)
 

@@ -18,7 +18,7 @@ from transformers import (
 
 from llm.devices import memory
 from llm.devices import model as model_module
-from llm.devices.model import Model, rows_that_fit
+from llm.devices.model import Model, Room, rows_that_fit
 from llm.errors import UserError
 from tests.support import checkpoints
 
@@ -145,11 +145,11 @@ def test_a_context_that_does_not_fit_is_shortened(
     token = model.token_bytes[CPU]
     free = SimpleNamespace(available=token * 900 / model_module.CPU_SHARE)
     monkeypatch.setattr(memory, "available", lambda: free.available)
-    assert model.rows(32, chunk=256, say=print) == (1, 768)
+    assert model.room(32, chunk=256, say=print) == Room(1, 768, spare=0)
     assert "contexto de 2048 tokens: se usan 768" in capsys.readouterr().out
     free.available = token * 200 / model_module.CPU_SHARE
     with pytest.raises(UserError, match="No queda memoria para el contexto"):
-        model.rows(32, chunk=256)
+        model.room(32, chunk=256)
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_a_long_context_is_shortened_until_four_rows_fit(
     model.context = 131_072
     free = SimpleNamespace(available=tokens * model.token_bytes[CPU] / model_module.CPU_SHARE)
     monkeypatch.setattr(memory, "available", lambda: free.available)
-    assert model.rows(most, chunk=256, say=print) == expected
+    assert model.room(most, chunk=256, say=print) == Room(*expected, spare=0)
     lines = capsys.readouterr().out.splitlines()
     assert [f"se usan {expected[1]}" in line for line in lines] == [True] * (expected[1] < 131_072)
 
@@ -195,4 +195,4 @@ def test_a_context_that_the_user_chose_is_not_shortened_for_more_rows(
     model.context = 100_000
     free = SimpleNamespace(available=150_000 * model.token_bytes[CPU] / model_module.CPU_SHARE)
     monkeypatch.setattr(memory, "available", lambda: free.available)
-    assert model.rows(32, chunk=256) == (1, 100_000)
+    assert model.room(32, chunk=256) == Room(1, 100_000, spare=0)

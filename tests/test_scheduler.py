@@ -5,17 +5,19 @@ import sys
 
 import pytest
 
+from llm.engine.prefixes import BLOCK, Prefixes, beginning
 from llm.engine.scheduler import PASSES_TO_GROW, Chunk, PassShape, Scheduler
 from llm.engine.sequence import Request, Sampling, Sequence, Status
 from llm.weights.settings import ROOT
 
 
 def scheduler(rows: int = 4, chunk: int = 64, multiple: int = 1, skips_padding: bool = False) -> Scheduler:
-    return Scheduler(rows, chunk, PassShape(2048, multiple, skips_padding))
+    return Scheduler(rows, chunk, PassShape(2048, multiple, skips_padding), Prefixes())
 
 
-def arrive(scheduler: Scheduler, prompt: int, budget: int = 5) -> Sequence:
-    sequence = Sequence(Request([1] * prompt, budget, Sampling()), budget)
+def arrive(scheduler: Scheduler, prompt: int | list[int], budget: int = 5) -> Sequence:
+    ids = prompt if isinstance(prompt, list) else [1] * prompt
+    sequence = Sequence(Request(ids, budget, Sampling()), budget)
     scheduler.waiting.append(sequence)
     return sequence
 
@@ -29,8 +31,13 @@ def read(scheduler: Scheduler) -> list[int]:
     chunks = scheduler.next_pass()
     for chunk in chunks:
         chunk.sequence.cached += chunk.count
+        share(scheduler, chunk.sequence)
     scheduler.prefilled(chunks)
     return [chunk.count for chunk in chunks]
+
+
+def share(scheduler: Scheduler, sequence: Sequence) -> None:
+    scheduler.prefixes.add(beginning(sequence.ids, sequence.cached), lambda start, end: None)
 
 
 def test_it_needs_no_torch() -> None:
@@ -168,3 +175,49 @@ def test_the_only_sequence_with_a_row_has_nothing_to_wait_for() -> None:
     (only,) = admit(s)
     assert not s.wait_for_a_row(only)
     assert s.running == [only]
+
+
+TEXT = list(range(3 * BLOCK))
+
+
+def test_who_could_go_on_from_what_is_being_read_waits_until_it_is_read_and_lets_others_pass() -> None:
+    s = scheduler(chunk=2 * BLOCK)
+    s.prefixes.limit(8)
+    first, second, other, short = (arrive(s, ids) for ids in ([*TEXT, 1], [*TEXT, 2], [9] * 100, TEXT[:BLOCK]))
+    third = arrive(s, [*TEXT[:BLOCK], *[7] * BLOCK])
+    assert admit(s) == [first, other, short]
+    read(s)
+    # of the first prompt two blocks are read: all that the third shares
+    assert admit(s) == [third]
+    while first.status is Status.PREFILLING:
+        read(s)
+    s.finish(other)
+    assert admit(s) == [second]
+
+
+def test_where_a_reader_leaves_another_one_reads_on() -> None:
+    s = scheduler(chunk=BLOCK)
+    s.prefixes.limit(8)
+    first, second, third = (arrive(s, [*TEXT, last]) for last in range(3))
+    assert admit(s) == [first]
+    read(s)
+    s.finish(first)
+    assert admit(s) == [second]
+    second.cached = s.prefixes.cached(second.ids)
+    assert second.cached == BLOCK
+    read(s)
+    read(s)
+    assert admit(s) == [third]
+
+
+@pytest.mark.parametrize("most", [0, 1])
+def test_nobody_waits_for_what_there_is_no_memory_to_hold(most: int) -> None:
+    s = scheduler(chunk=BLOCK)
+    s.prefixes.limit(most)
+    sequences = [arrive(s, [*TEXT, last]) for last in range(3)]
+    admitted = admit(s)
+    while len(admitted) < 3:
+        assert sum(read(s)) <= BLOCK
+        admitted += admit(s)
+    assert admitted == sequences
+    assert sequences[0].cached == most * BLOCK

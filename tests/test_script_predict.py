@@ -65,7 +65,8 @@ def test_the_embedded_model_answers(script: Run, demo_folder: Path, processes: M
     assert result.returncode == 0, result.stderr
     assert result.stdout == "The capital of France is Paris.\n"
     *_, metrics = result.stderr.splitlines()
-    assert re.search(r"\d+ tokens de entrada, 7 de salida, .* tokens/s, semilla .*; primer texto a los \d", metrics)
+    counts = r"\d+ tokens de entrada, \d+ ya leídos, 7 de salida"
+    assert re.search(counts + r", .* tokens/s, semilla .*; primer texto a los \d", metrics)
     assert "Traceback" not in result.stderr and "Warning" not in result.stderr
     assert not processes.alive()
 

@@ -26,6 +26,7 @@ LONG = {"pregunta": "Once upon a time", "temperature": 0, "max_tokens": 2048, "p
 SHORT = {**LONG, "max_tokens": 8}
 METRICS = {
     "input_token_count",
+    "cached_token_count",
     "output_token_count",
     "time_to_first_token",
     "tokens_per_second",
@@ -52,6 +53,18 @@ def test_the_answer_streams_and_a_cancel_ends_it(falcon_server: Client) -> None:
     assert data["status"] == "canceled"
     # Cog says so too of one that nobody stopped
     assert 3 <= seen.count("output") < 1000
+
+
+def test_a_second_question_about_a_text_says_how_much_of_it_was_read(falcon_server: Client) -> None:
+    text = " ".join(map(str, range(100, 300)))
+    first, second = (
+        falcon_server.predict(pregunta=f"{text} {question}", prompt_template="{pregunta}", max_tokens=2).json()
+        for question in ("one", "two and three")
+    )
+    read, cached = (second["metrics"][name] for name in ("input_token_count", "cached_token_count"))
+    assert first["metrics"]["cached_token_count"] == 0
+    assert cached % 64 == 0 and read - 64 - 4 < cached < read
+    assert f"{read} tokens de entrada, {cached} ya leídos, 2 de salida" in second["logs"]
 
 
 def test_a_client_that_goes_makes_room_for_another(falcon_server: Client) -> None:

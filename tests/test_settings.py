@@ -20,6 +20,7 @@ NAMES = (
     "HF_TOKEN",
     "DTYPE",
     "MAX_CONTEXT",
+    "SHARE_PREFIXES",
     "REPLICATE_API_TOKEN",
 )
 
@@ -108,6 +109,8 @@ def test_an_env_that_is_no_file_is_named(tmp_path: Path, make: Callable[[Path], 
         ("MAX_CONTEXT", "²", "MAX_CONTEXT=² no vale"),
         ("MAX_CONTEXT", "9" * 5000, "no vale"),
         ("MAX_CONTEXT", "8\n192", "MAX_CONTEXT lleva caracteres que no se ven"),
+        ("SHARE_PREFIXES", "no", "SHARE_PREFIXES=no no vale: ponga 1 o 0"),
+        ("SHARE_PREFIXES", "00", "SHARE_PREFIXES=00 no vale"),
         ("MODEL_REVISION", "uno\ndos", "MODEL_REVISION lleva caracteres que no se ven"),
         ("WEIGHTS_DIR", "~nadie-asi/x", "WEIGHTS_DIR=~nadie-asi/x no lleva a ninguna carpeta"),
         ("HF_TOKEN", "hf_uno dos", "HF_TOKEN lleva espacios"),
@@ -148,6 +151,14 @@ def test_a_context_is_a_number_of_tokens(tmp_path: Path, monkeypatch: pytest.Mon
     # as in cog.yaml: empty, it leaves the choice to the machine whatever .env says
     monkeypatch.setenv("MAX_CONTEXT", "")
     assert Settings.read(tmp_path).max_context is None
+
+
+def test_prefixes_are_shared_unless_somebody_says_no(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Settings.read(tmp_path).share_prefixes
+    (tmp_path / ".env").write_text("SHARE_PREFIXES=0\n")
+    assert not Settings.read(tmp_path).share_prefixes
+    monkeypatch.setenv("SHARE_PREFIXES", "1")
+    assert Settings.read(tmp_path).share_prefixes
 
 
 @pytest.mark.parametrize("model_id", ["MiModelo", "alguien/MiModelo"])

@@ -20,8 +20,9 @@ class Pass:
     start: int
     positions: Tensor | None = None
     """(rows,) int64, of a decode pass: where each row's token is written."""
-    rows: Tensor | None = None
-    """(rows,) int64, of a prefill pass: which rows of the cache are written."""
+    rows: Tensor | slice | None = None
+    """Of a prefill pass: which rows of the cache are written, (rows,) int64, or a slice where they lie side by side,
+    which no layer then has to gather."""
     tokens: int = 0
     """Of a prefill pass, padding included."""
     prompt_tokens: Tensor | None = None

@@ -18,7 +18,7 @@ from llm.devices.threads import use_physical_cores
 from llm.errors import UserError
 from llm.weights import checkpoint
 from llm.weights.settings import Settings
-from llm.words import Say, decimal, unsaid
+from llm.words import Say, decimal, thousands, unsaid
 
 CPU_SHARE = 0.5
 """Of the free RAM, for the cache: a laptop's owner has other programs."""
@@ -33,6 +33,17 @@ GPU_PREFILL_CHUNK = 4096
 OLD_GPU_PREFILL_CHUNK = 1024
 """Tokens of prompts that one pass reads, and so how long a running stream can pause. GPUs before Ampere have no kernel
 for attention with grouped queries: what torch does instead takes a gigabyte for each 1,024 tokens and 32 heads."""
+
+
+@dataclass(frozen=True)
+class Room:
+    """What the memory holds of the key/value cache."""
+
+    rows: int
+    context: int
+    """Tokens of each row."""
+    spare: int
+    """Tokens of prefixes beside the rows, on GPUs: a CPU's prefixes take what its rows leave, which grow."""
 
 
 @dataclass
@@ -82,8 +93,9 @@ class Model:
         model = cls.read(weights.folder, chosen or best_dtype(), settings.max_context, say, linear.layout(chosen))
         where = ", ".join(sorted({str(device) for device in model.token_bytes}))
         cores = f" con {threads} hilos" if model.device.type == "cpu" else ""
-        millions = f"{model.parameters / 1e6:,.0f}".replace(",", ".")
-        say(f"Modelo: {weights.origin}, {millions} millones de parámetros en {model.precision}")
+        say(
+            f"Modelo: {weights.origin}, {thousands(model.parameters / 1e6)} millones de parámetros en {model.precision}"
+        )
         if not weights.verified:
             say(f"Sin verificar: {checkpoint.shown(weights.folder)} no tiene manifest.json")
         say(f"Cargado en {where}{cores} en {decimal(model.seconds['load'])} s")
@@ -179,9 +191,8 @@ class Model:
             return CPU_PREFILL_CHUNK
         return GPU_PREFILL_CHUNK if all(map(gpu.is_ampere, self._gpus)) else OLD_GPU_PREFILL_CHUNK
 
-    def rows(self, most: int, chunk: int, say: Say = unsaid) -> tuple[int, int]:
-        """How many rows the key/value cache can hold, `most` at the most, and of how many tokens each, given the
-        memory that is free now.
+    def room(self, most: int, chunk: int, say: Say = unsaid) -> Room:
+        """What the key/value cache can hold, `most` rows at the most, given the memory that is free now.
 
         chunk: the tokens that a prefill pass computes. A context of which few rows fit is shortened, and the log says
         so: to what FEWEST_ROWS leave, unless that is below LEAST_CONTEXT or the user chose the context; where not
@@ -190,10 +201,10 @@ class Model:
         free = {device: int(memory.available() * CPU_SHARE) for device in self.token_bytes}
         free |= {device: int(torch.cuda.mem_get_info(device)[0] * GPU_SHARE) for device in self._gpus}
 
-        def fit(context: int) -> int:
+        def fit(context: int, at_most: int = most) -> int:
             reserve = self._reserve(chunk, most, context).total if self._gpus else 0
             left = free | {device: max(0, free[device] - reserve) for device in self._gpus}
-            return rows_that_fit(self.token_bytes, left, context, most)
+            return rows_that_fit(self.token_bytes, left, context, at_most)
 
         def longest(rows: int) -> int:
             """The longest context, in steps of 256 tokens, of which so many rows fit; 0 if there is none."""
@@ -219,7 +230,12 @@ class Model:
                 f"De cada GPU se apartan {_mega(reserve.prefill)} para leer preguntas, {_mega(reserve.graphs)} para "
                 f"los grafos y {_mega(reserve.workspaces)} para las bibliotecas"
             )
-        return fit(context), context
+        rows, spare = fit(context), 0
+        if self._gpus:
+            spare = fit(context, 2 * most) - rows
+            if not spare and rows > FEWEST_ROWS:
+                rows, spare = rows - 1, 1
+        return Room(rows, context, spare * context)
 
     def _reserve(self, chunk: int, most: int, context: int) -> gpu.Reserve:
         return gpu.reserve(self.network, chunk, most, context, fused=all(map(gpu.is_ampere, self._gpus)))

@@ -9,7 +9,10 @@ import threading
 import time
 import traceback
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
+from typing import TypeVar
 
 import torch
 
@@ -17,17 +20,24 @@ from llm.devices.gpu import Capture, cuda_capture
 from llm.devices.memory import is_out_of_memory
 from llm.devices.model import Model
 from llm.engine import startup
+from llm.engine.prefixes import Prefixes, as_bytes
 from llm.engine.runner import PendingIds, Runner, pass_shape
 from llm.engine.sampling import NOT_A_NUMBER
 from llm.engine.scheduler import Scheduler
 from llm.engine.sequence import Generation, Request, Sequence, Status, Token
+from llm.engine.slots import KeyValues
 from llm.errors import UserError
 from llm.words import Say, first_line, unsaid
 
 NO_MEMORY = "Faltó memoria para esta petición: vuelva a intentarlo más tarde, o con una pregunta más corta"
 
+IDLE = 600.0
+"""In seconds. After so long without a request the memory of the rows and of prefixes goes back to the system."""
 LONGEST_STEP = 300.0
 """In seconds. A step that takes longer is reported as one that hangs."""
+
+
+Result = TypeVar("Result")
 
 
 class Engine:
@@ -39,14 +49,17 @@ class Engine:
         most_rows: int,
         prefill_chunk: int | None = None,
         capture: Capture | None = None,
+        share_prefixes: bool = True,
         say: Say = unsaid,
     ):
-        """prefill_chunk: the tokens of prompts that one pass reads; capture: what makes graphs of a decode step; say:
-        where the lines on getting ready go. Raises UserError: see `startup.fit`."""
+        """prefill_chunk: the tokens of prompts that one pass reads; capture: what makes graphs of a decode step;
+        share_prefixes: whether requests share more than the template's prefix; say: where the lines on getting ready
+        go. Raises UserError: see `startup.fit`."""
         if model.device.type == "cuda" and not model.spread:
             capture = capture or cuda_capture()
         chunk = prefill_chunk or model.prefill_chunk()
-        model, self.most_rows = startup.fit(model, most_rows, chunk, say)
+        model, self._room = startup.fit(model, most_rows, chunk, say)
+        self.most_rows = self._room.rows
         self.context = model.context
         self.lost: str | None = None
         """Why no more predictions can be served, once that is so."""
@@ -58,7 +71,8 @@ class Engine:
         # with graphs, step n+1 is scheduled before the tokens of step n are read: the device never waits for Python
         self._ahead = 1 if capture else 0
         shape = pass_shape(model, graphs=capture is not None)
-        self._scheduler = Scheduler(self.most_rows, chunk, shape)
+        self._prefixes: Prefixes[KeyValues] = Prefixes(share_prefixes)
+        self._scheduler = Scheduler(self.most_rows, chunk, shape, self._prefixes)
         self._in_flight: deque[tuple[list[tuple[int, Sequence]], PendingIds]] = deque()
         self._step_began: float | None = None
         self._wake = threading.Condition()
@@ -78,7 +92,7 @@ class Engine:
         return self.lost
 
     def start(self, prefix: list[int] | None = None) -> None:
-        """Start the loop, warm up, and read the prefix that many prompts will begin with."""
+        """Start the loop, warm up, and read the template's prefix, with which most prompts will begin."""
         threading.Thread(target=self._run, args=(prefix or [],), name="engine", daemon=True).start()
         self._started.result()
 
@@ -107,7 +121,7 @@ class Engine:
         try:
             with startup.memory():
                 # here, and not in the thread that made the engine: see Model.load
-                self._runner = Runner(self._model, self.most_rows, self._capture)
+                self._runner = Runner(self._model, self.most_rows, self._capture, self._prefixes, self._room.spare)
                 self.seconds |= startup.warm_up(self._runner, prefix, self._scheduler.chunk, self._say)
         except Exception as error:  # setup raises it
             self._started.set_exception(error)
@@ -116,15 +130,22 @@ class Engine:
         while not self.lost:
             try:
                 if not self._scheduler.has_work:
-                    self._runner.rest()
-                with self._wake:
-                    self._wake.wait_for(lambda: self._scheduler.has_work)
+                    self._wait()
                 self._step_began = time.perf_counter()
                 self._step()
             except Exception as error:  # every request of the step gets it
                 self._fail(error)
             finally:
                 self._step_began = None
+
+    def _wait(self) -> None:
+        """For a request. After a while without one, give memory back to the system."""
+        with self._wake:
+            if self._wake.wait_for(lambda: self._scheduler.has_work, IDLE):
+                return
+        self._runner.rest()
+        with self._wake:
+            self._wake.wait_for(lambda: self._scheduler.has_work)
 
     def _step(self) -> None:
         self._runner.fit_threads()
@@ -138,7 +159,7 @@ class Engine:
     def _admit(self) -> None:
         while sequence := self._scheduler.admit():
             try:
-                self._runner.put(sequence)
+                self._within_memory(partial(self._runner.put, sequence))
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
@@ -149,7 +170,7 @@ class Engine:
         if not chunks:
             return
         try:
-            ids = self._runner.prefill(chunks)
+            ids = self._within_memory(partial(self._runner.prefill, chunks))
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -157,6 +178,7 @@ class Engine:
             if not self._scheduler.read_less(chunks):
                 self._wait_or_fail(chunks[0].sequence)
             return
+        self._share([chunk.sequence for chunk in chunks])
         self._scheduler.prefilled(chunks)
         self._expect([(index, chunk.sequence) for index, chunk in enumerate(chunks) if chunk.is_last], ids)
 
@@ -165,7 +187,7 @@ class Engine:
         if not decoding:
             return
         try:
-            ids = self._runner.decode()
+            ids = self._within_memory(self._runner.decode)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -174,6 +196,28 @@ class Engine:
             self._wait_or_fail(max(self.running, key=lambda sequence: sequence.cached))
             return
         self._expect([(sequence.place, sequence) for sequence in decoding], ids)
+
+    def _within_memory(self, step: Callable[[], Result]) -> Result:
+        """Do a step. Where its memory is lacking, give up the prefixes and do it again."""
+        try:
+            return step()
+        except Exception as error:
+            if not (self._prefixes and is_out_of_memory(error)):
+                raise
+        self._prefixes.clear()
+        self._runner.empty_cache()
+        return step()
+
+    def _share(self, sequences: list[Sequence]) -> None:
+        """Let other sequences go on from what these have read, where there is memory for a copy."""
+        try:
+            for sequence in sequences:
+                self._runner.share(sequence)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            self._prefixes.clear()
+            self._runner.empty_cache()
 
     def _wait_or_fail(self, sequence: Sequence) -> None:
         """For a sequence that lacks memory: queue it until another one ends, where that frees memory and no token of
@@ -189,6 +233,7 @@ class Engine:
         for _, sequence in owners:
             self._scheduler.schedule(sequence)
             if sequence.status is Status.FINISHING:
+                self._share([sequence])
                 self._runner.release(sequence)
 
     def _send(self) -> None:
@@ -209,16 +254,19 @@ class Engine:
             step = f"token {sequence.sent + 1} de la respuesta"
             line = f"El modelo no calculó ningún número en el {step}: repita la pregunta, o cargue con DTYPE=float32"
             self._finish(sequence, UserError(line))
+            self._prefixes.forget(sequence.ids)
         elif id in self._model.stop_ids or id in sequence.request.stop_ids:
             self._finish(sequence, Token(id, now, "stop"))
         else:
             sequence.sent += 1
+            sequence.ids += as_bytes([id])
             sequence.events.put(Token(id, now))
             if sequence.sent == sequence.budget:
                 self._finish(sequence, Token(id, now, "length"))
 
     def _finish(self, sequence: Sequence, event: Token | UserError | None = None) -> None:
         """End a sequence, from whatever status, and send its client this last event."""
+        self._share([sequence])
         self._runner.release(sequence)
         self._scheduler.finish(sequence)
         if event:
@@ -232,6 +280,8 @@ class Engine:
         try:
             for sequence in failed:
                 self._runner.release(sequence)
+            # they may hold what the step left behind
+            self._prefixes.clear()
             self._runner.synchronize()
         except Exception as second:  # of a lost device every operation says so
             traceback.print_exception(second)

@@ -19,10 +19,11 @@ from llm.devices.attention import in_steps
 from llm.devices.gpu import Capture, Replay
 from llm.devices.model import Model
 from llm.devices.threads import Threads
+from llm.engine.prefixes import Prefixes, beginning, count
 from llm.engine.sampling import SamplingRows, sample_each, sampling_width
 from llm.engine.scheduler import Chunk, PassShape
-from llm.engine.sequence import Request, Sampling, Sequence
-from llm.engine.slots import Slots
+from llm.engine.sequence import Sampling, Sequence
+from llm.engine.slots import KeyValues, Slots
 
 MULTIPLE = 8
 """A GPU's attention pads the length that it reads to a multiple of this, once in every layer unless it is one."""
@@ -64,7 +65,15 @@ class Runner:
     last id, whose key and value are not yet in the cache; its sampling; and `active`, whether it is prefilled.
     """
 
-    def __init__(self, model: Model, rows: int, capture: Capture | None = None):
+    def __init__(
+        self,
+        model: Model,
+        rows: int,
+        capture: Capture | None = None,
+        prefixes: Prefixes[KeyValues] | None = None,
+        spare: int = 0,
+    ):
+        """spare: the tokens of prefixes for which there is memory beside that of the rows."""
         device = model.device
         if device.type == "cuda":
             # this thread's current device is another, where the model is not on the first
@@ -73,11 +82,10 @@ class Runner:
         self.shape = pass_shape(model, graphs=capture is not None)
         self.cuda = device.type == "cuda"
         self.rows: dict[int, Sequence] = {}
-        self.prefix: list[int] = []
-        """What `save_prefix` was given."""
         # whole steps of the CPU's attention, also at the end of a context that is none
         longest = in_steps(model.context) if model.batch_invariant else model.context
-        self.slots = Slots(model.layers, rows, longest, device, grows=device.type == "cpu")
+        self.prefixes = Prefixes() if prefixes is None else prefixes
+        self.slots = Slots(model.layers, rows, longest, device, device.type == "cpu", self.prefixes, spare)
         self.history = torch.zeros(rows, model.context, dtype=torch.long, device=device)
         self.positions = torch.zeros(rows, dtype=torch.long, device=device)
         self.active = torch.zeros(rows, dtype=torch.bool, device=device)
@@ -93,32 +101,33 @@ class Runner:
         self.choose_graphs: dict[tuple[int, int], Replay] = {}
         """By rows and width."""
 
-    def save_prefix(self, prefix: list[int], chunk: int) -> None:
-        """Prefill a prefix once, in chunks: prompts that begin with it are then prefilled from there on."""
-        sequence = Sequence(Request(prefix, 1, Sampling()), budget=1)
-        self.put(sequence)
-        while left := len(prefix) - sequence.cached:
-            self.prefill([Chunk(sequence, sequence.cached, min(left, chunk))]).read()
-        self.slots.save_prefix(sequence.place, len(prefix))
-        self.release(sequence)
-        self.prefix = prefix
-
     def put(self, sequence: Sequence) -> None:
         """Give a sequence a free row. What the cache already holds of its prompt is then in `cached`."""
         prompt = sequence.prompt
-        saved = len(self.prefix)
-        if saved == len(prompt) or prompt[:saved] != self.prefix:
-            saved = 0
+        cached, blocks = self.prefixes.use(sequence.ids)
         number = next(number for number in range(self.slots.rows) if number not in self.rows)
-        if saved:
-            self._ensure_capacity(number, saved)
-            self.slots.load_prefix(number)
-        self.positions[number : number + 1].fill_(saved)
+        if cached:
+            # for its other tokens too, which the next pass reads
+            self._ensure_capacity(number, len(prompt))
+            self.slots.load(number, blocks)
+        self.positions[number : number + 1].fill_(cached)
         self.history[number : number + 1].fill_(prompt[0])
         self.history[number, : len(prompt)] = self._to_device(prompt)
         self.sampling.put(number, sequence.sampling)
-        sequence.row, sequence.cached = number, saved
+        sequence.row, sequence.cached, sequence.reused = number, cached, cached
         self.rows[number] = sequence
+
+    def share(self, sequence: Sequence) -> None:
+        """Hold what its row has for other sequences that begin with the same tokens.
+
+        Where the model is batch-invariant, without the answer: a decode step sums in another order than the pass that
+        would read these tokens as a prompt.
+        """
+        if not self._has_row(sequence):
+            return
+        known = len(sequence.prompt) if self.model.batch_invariant else count(sequence.ids)
+        ids = beginning(sequence.ids, min(sequence.cached, known))
+        self.prefixes.add(ids, partial(self.slots.block, sequence.place))
 
     def release(self, sequence: Sequence) -> None:
         """Take a sequence's row back, once or again. A step may still compute the row: what that writes is overwritten
@@ -171,16 +180,17 @@ class Runner:
         pending = PendingIds(len(chunks), self.history.device)
         start, end = chunks[0].start, self.shape.end(chunks)
         counts = [chunk.count for chunk in chunks]
-        rows, ends, is_last = self._to_device(
-            [[chunk.sequence.place for chunk in chunks], counts, [int(chunk.is_last) for chunk in chunks]]
-        )
+        places = [chunk.sequence.place for chunk in chunks]
+        rows, ends, is_last = self._to_device([places, counts, [int(chunk.is_last) for chunk in chunks]])
+        side_by_side = places == [*range(places[0], places[0] + len(places))]
+        written = slice(places[0], places[0] + len(places)) if side_by_side else rows
         self._ensure_capacity(max(self.rows), end)
         prompt_tokens = None
         if self.model.packed and min(counts) < end - start:
             prompt_tokens = (self.columns[: end - start] < ends[:, None]).flatten().nonzero()[:, 0]
         tokens = len(chunks) * (end - start)
         logits = self._logits(
-            forward.Pass(end, start, None, rows, tokens, prompt_tokens, self.model.tile),
+            forward.Pass(end, start, None, written, tokens, prompt_tokens, self.model.tile),
             self.history[rows, start:end],
             positions=self.columns[start:end].expand(len(chunks), -1),
             keep=ends[:, None] - 1,
@@ -225,9 +235,11 @@ class Runner:
             self.threads.fit()
 
     def rest(self) -> None:
-        """While there are no rows: give the cache's memory back to the system."""
-        if self.slots.shrink():
-            memory.trim()
+        """While there are no rows: give the system the memory of the cache and of prefixes."""
+        self.prefixes.clear()
+        self.slots.shrink()
+        self.empty_cache()
+        memory.trim()
 
     def empty_cache(self) -> None:
         """Return to the device the memory that torch keeps for later."""

@@ -3,7 +3,9 @@
 import time
 from collections import deque
 from dataclasses import dataclass
+from typing import Any
 
+from llm.engine.prefixes import BLOCK, Prefixes, beginning
 from llm.engine.sequence import Sequence, Status
 
 MOST_ROWS = 32
@@ -57,11 +59,13 @@ class Scheduler:
     Every sequence that is not FINISHED is in one of the three, so whoever ends them all forgets none.
     """
 
-    def __init__(self, rows: int, chunk: int, shape: PassShape):
-        """rows: the most sequences that run at once; chunk: the most tokens that a pass of prompts computes."""
+    def __init__(self, rows: int, chunk: int, shape: PassShape, prefixes: Prefixes[Any]):
+        """rows: the most sequences that run at once; chunk: the most tokens that a pass of prompts computes; prefixes:
+        what was read already."""
         self.rows = rows
         self.chunk = chunk
         self.shape = shape
+        self.prefixes = prefixes
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.finishing: list[Sequence] = []
@@ -89,9 +93,15 @@ class Scheduler:
         return [sequence for sequence in self.unfinished if sequence.cancelled]
 
     def admit(self) -> Sequence | None:
-        """The sequence that gets a free row now, the longest waiting first, if there are both."""
-        while self.waiting and len(self.running) < self.rows and not self._waits_for_a_row:
-            sequence = self.waiting.popleft()
+        """The sequence that gets a free row now, the longest waiting first, if there are both.
+
+        A sequence that could go on from what another one is reading waits until that is read.
+        """
+        while len(self.running) < self.rows and not self._waits_for_a_row:
+            ready = (s for s in tuple(self.waiting) if s.cancelled or not self._is_being_read(s))
+            if not (sequence := next(ready, None)):
+                break
+            self.waiting.remove(sequence)
             if sequence.cancelled:
                 sequence.status = Status.FINISHED
                 continue
@@ -100,6 +110,18 @@ class Scheduler:
             self.running.append(sequence)
             return sequence
         return None
+
+    def _is_being_read(self, sequence: Sequence) -> bool:
+        """Whether a prompt is being read that has the next block which this one could use."""
+        blocks = 1 + self.prefixes.cached(sequence.ids) // BLOCK
+        end = blocks * BLOCK
+        if blocks > self.prefixes.most or end >= len(sequence.prompt):
+            return False
+        wanted = beginning(sequence.ids, end)
+        return any(
+            other.status is Status.PREFILLING and other.cached < end and other.ids.startswith(wanted)
+            for other in self.running
+        )
 
     def next_pass(self) -> list[Chunk]:
         """The next chunk of the first prompt in line, and those of the prompts that fit into the same pass."""

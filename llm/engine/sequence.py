@@ -8,6 +8,8 @@ from enum import Enum, auto
 from queue import SimpleQueue
 from typing import Literal
 
+from llm.engine.prefixes import as_bytes
+
 FinishReason = Literal["stop", "length"]
 
 
@@ -75,6 +77,8 @@ class Sequence:
     """Its place in the cache, from when it is admitted. A decode step may move it."""
     cached: int = 0
     """Tokens whose keys and values are in the row, or will be after the steps on their way."""
+    reused: int = 0
+    """Those of `cached` that were not read for this sequence."""
     scheduled: int = 0
     """New tokens asked of the device: those sent to the client, and those on their way."""
     sent: int = 0
@@ -86,6 +90,10 @@ class Sequence:
     admitted: float | None = None
     """When it was asked for, and when it got a row, in seconds."""
     events: SimpleQueue[Token | BaseException] = field(default_factory=SimpleQueue)
+
+    def __post_init__(self) -> None:
+        self.ids = as_bytes(self.prompt)
+        """Those of its prompt, and of its answer as far as the host has read them."""
 
     @property
     def prompt(self) -> list[int]:
@@ -139,6 +147,11 @@ class Generation:
     @property
     def created(self) -> float:
         return self._sequence.created
+
+    @property
+    def cached_tokens(self) -> int:
+        """How many tokens of the prompt had been read before, for the same or another request."""
+        return self._sequence.reused
 
     @property
     def queue_time(self) -> float:

@@ -7,7 +7,10 @@ from transformers.cache_utils import CacheLayerMixin
 
 from llm.devices import forward
 from llm.devices.attention import LENGTH_STEP, in_steps
+from llm.engine.prefixes import BLOCK, Prefixes
 
+KeyValues = tuple[Tensor, ...]
+"""Some tokens' keys and values: for each shape that layers have, (tensors, heads, tokens, head size)."""
 SMALLEST = (1, LENGTH_STEP)
 """Rows and positions that are allocated on a CPU while nobody asks."""
 
@@ -26,8 +29,6 @@ class SlotLayer(CacheLayerMixin):
 
     keys: Tensor
     values: Tensor
-    prefix: tuple[Tensor, Tensor]
-    """Keys and values (heads, tokens, head size) that `Slots.save_prefix` copied."""
 
     def __init__(self, slots: "Slots"):
         super().__init__()
@@ -56,7 +57,7 @@ class SlotLayer(CacheLayerMixin):
             self.values[row, :, positions] = value_states[:, :, 0]
             return self.keys[:rows, :, :length], self.values[:rows, :, :length]
         assert pass_.rows is not None
-        written = pass_.rows.to(key_states.device)
+        written = pass_.rows if isinstance(pass_.rows, slice) else pass_.rows.to(key_states.device)
         self.keys[written, :, pass_.start : length] = key_states
         self.values[written, :, pass_.start : length] = value_states
         if pass_.start == 0:
@@ -88,9 +89,20 @@ class Slots(Cache):
     With `grows`, for a CPU, only the rows in use are allocated, each as long as the longest of them: a CPU's matrix
     products are fast where what they read is contiguous. They grow in steps of LENGTH_STEP; each time all are copied,
     which takes as long as a step or two. Without, for CUDA graphs, nothing is ever moved.
+
+    Prefixes take the memory that `rows` whole contexts would take and the allocated ones do not, and `spare` tokens.
     """
 
-    def __init__(self, layers: int, rows: int, context: int, device: torch.device, grows: bool):
+    def __init__(
+        self,
+        layers: int,
+        rows: int,
+        context: int,
+        device: torch.device,
+        grows: bool,
+        prefixes: Prefixes[KeyValues],
+        spare: int = 0,
+    ):
         self.slot_layers = [SlotLayer(self) for _ in range(layers)]
         super().__init__(layers=[*self.slot_layers])
         self.rows = rows
@@ -99,6 +111,9 @@ class Slots(Cache):
         self.capacity = SMALLEST if grows else (rows, context)
         """Rows and positions that are allocated."""
         self.row_numbers = torch.arange(rows, device=device)
+        self.prefixes = prefixes
+        self.spare = spare
+        self._limit_prefixes(*self.capacity)
 
     def ensure_capacity(self, rows: int, length: int) -> int:
         """Allocate `length` positions in each of the first `rows` rows. Returns how many a decode step reads."""
@@ -110,14 +125,13 @@ class Slots(Cache):
             self._resize(rows, length)
         return self.capacity[1]
 
-    def shrink(self) -> bool:
-        """Give back what `ensure_capacity` allocated. Returns whether there was anything."""
-        if not self.grows or self.capacity == SMALLEST:
-            return False
-        self._resize(*SMALLEST)
-        return True
+    def shrink(self) -> None:
+        """Give back what `ensure_capacity` allocated."""
+        if self.grows:
+            self._resize(*SMALLEST)
 
     def _resize(self, rows: int, length: int) -> None:
+        self._limit_prefixes(rows, length)
         # without memory for all layers, some have the new size and some the old one: what they all have counts
         self.capacity = (min(rows, self.capacity[0]), min(length, self.capacity[1]))
         for layer in self.slot_layers:
@@ -137,13 +151,28 @@ class Slots(Cache):
             layer.keys[row : row + 1].fill_(0)
             layer.values[row : row + 1].fill_(0)
 
-    def save_prefix(self, row: int, length: int) -> None:
-        """Copy the first `length` positions of a row, for `load_prefix`."""
-        for layer in self.slot_layers:
-            layer.prefix = (layer.keys[row, :, :length].clone(), layer.values[row, :, :length].clone())
+    def load(self, row: int, blocks: list[KeyValues]) -> None:
+        """Write prefixes' blocks into the first positions of a row."""
+        start = 0
+        for block in blocks:
+            for tensors, parts in zip(self._alike(), block, strict=True):
+                end = start + parts.shape[-2]
+                for tensor, part in zip(tensors, parts.unbind(), strict=True):
+                    tensor[row, :, start:end] = part
+            start = end
 
-    def load_prefix(self, row: int) -> None:
-        """Write the saved prefix into the first positions of a row."""
+    def block(self, row: int, start: int, end: int) -> KeyValues:
+        """Copy the positions from `start` to `end` of a row."""
+        return tuple(torch.stack([tensor[row, :, start:end] for tensor in tensors]) for tensors in self._alike())
+
+    def _alike(self) -> list[list[Tensor]]:
+        """All layers' keys and values, by shape and device."""
+        alike: dict[tuple[object, ...], list[Tensor]] = {}
         for layer in self.slot_layers:
-            for tensor, saved in zip((layer.keys, layer.values), layer.prefix, strict=True):
-                tensor[row, :, : saved.shape[1]] = saved
+            for tensor in (layer.keys, layer.values):
+                alike.setdefault((tensor.device, tensor.dtype, *tensor.shape), []).append(tensor)
+        return [*alike.values()]
+
+    def _limit_prefixes(self, rows: int, length: int) -> None:
+        """Where so many rows and positions are allocated."""
+        self.prefixes.limit((self.rows * self.context - rows * length + self.spare) // BLOCK)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from llm.devices.memory import is_out_of_memory
-from llm.devices.model import Model
+from llm.devices.model import Model, Room
 from llm.engine.runner import Runner
 from llm.engine.scheduler import Chunk
 from llm.engine.sequence import Request, Sampling, Sequence
@@ -27,8 +27,8 @@ def memory() -> Iterator[None]:
         raise UserError("Falta memoria para empezar: cierre otros programas, o ponga MAX_CONTEXT más bajo") from error
 
 
-def fit(model: Model, most_rows: int, chunk: int, say: Say) -> tuple[Model, int]:
-    """The model with the context that it serves, and how many rows of it the memory holds, `most_rows` at the most.
+def fit(model: Model, most_rows: int, chunk: int, say: Say) -> tuple[Model, Room]:
+    """The model with the context that it serves, and what the memory holds, `most_rows` at the most.
 
     chunk: the tokens that a pass of prompts computes. Raises UserError where the model computes something else in
     passes of several rows, or the memory is too small for one row.
@@ -36,8 +36,8 @@ def fit(model: Model, most_rows: int, chunk: int, say: Say) -> tuple[Model, int]
     # on a thread that ends: see Model.load
     with memory(), ThreadPoolExecutor(1) as thread:
         model = replace(model, context=thread.submit(agreeing_context, model, say).result())
-    rows, context = model.rows(most_rows, chunk, say)
-    return replace(model, context=context), rows
+    room = model.room(most_rows, chunk, say)
+    return replace(model, context=room.context), room
 
 
 def warm_up(runner: Runner, prefix: list[int], chunk: int, say: Say) -> dict[str, float]:
@@ -52,11 +52,11 @@ def warm_up(runner: Runner, prefix: list[int], chunk: int, say: Say) -> dict[str
     runner.release(sequence)
     model, rows = runner.model, runner.slots.rows
     if 0 < len(prefix) < model.context:
-        runner.save_prefix(prefix, chunk)
+        _read_template(runner, prefix, chunk)
     if runner.threads:
         runner.threads.ask(model.bits_agree)
     seconds = {"warm_up": time.perf_counter() - start}
-    size = rows * model.context * sum(model.token_bytes.values())
+    size = (rows * model.context + runner.slots.spare) * sum(model.token_bytes.values())
     say(f"Caché: {rows} peticiones a la vez de {model.context} tokens, hasta {decimal(size / 1e9)} GB")
     say(f"Primeros tokens de prueba en {decimal(seconds['warm_up'])} s")
     start = time.perf_counter()
@@ -70,3 +70,13 @@ def warm_up(runner: Runner, prefix: list[int], chunk: int, say: Say) -> dict[str
         runner.drop_graphs()
         say(f"Sin grafos CUDA, cada paso va más despacio: este modelo no se deja capturar ({reason})")
     return seconds
+
+
+def _read_template(runner: Runner, prefix: list[int], chunk: int) -> None:
+    """Prefill the prefix in chunks, for the prompts that begin with it."""
+    sequence = Sequence(Request(prefix, 1, Sampling()), budget=1)
+    runner.put(sequence)
+    while left := len(prefix) - sequence.cached:
+        runner.prefill([Chunk(sequence, sequence.cached, min(left, chunk))]).read()
+    runner.prefixes.add_template(sequence.ids, runner.slots.block(sequence.place, 0, len(prefix)))
+    runner.release(sequence)

@@ -22,7 +22,7 @@ from stat import S_ISREG
 from llm.errors import UserError
 from llm.weights import formats
 from llm.weights.settings import ROOT, Settings
-from llm.words import about, one_line, reason
+from llm.words import about, one_line, reason, thousands
 
 MANIFEST = "manifest.json"
 
@@ -114,7 +114,7 @@ def _verify(settings: Settings, thorough: bool) -> Weights:
         if not S_ISREG(stat.st_mode):
             raise UserError(f"{name}/{file} es un enlace u otra cosa, y ha de ser un archivo: {way_out}")
         if stat.st_size != expected.size:
-            sizes = f"mide {_exactly(stat.st_size)} bytes en vez de {_exactly(expected.size)}"
+            sizes = f"mide {thousands(stat.st_size)} bytes en vez de {thousands(expected.size)}"
             raise UserError(f"{name}/{file} está cortado o cambiado, {sizes}: {way_out}")
         # Hashing reads about 1 GB a second, too long for every boot of the server. publish() gives all files the
         # manifest's time, and whoever writes to one changes it; a copy that keeps no times is only hashed in vain.
@@ -238,7 +238,3 @@ def sha256(path: Path) -> str:
 def shown(path: Path) -> str:
     """A path as the user would type it in the project's folder."""
     return one_line(str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path))
-
-
-def _exactly(size: int) -> str:
-    return f"{size:,}".replace(",", ".")

@@ -44,6 +44,8 @@ class Settings:
     """One of DTYPES; None leaves the choice to the processor."""
     max_context: int | None = None
     """Tokens of prompt and answer together, at the most; None leaves the choice to the model and the memory."""
+    share_prefixes: bool = True
+    """Requests that begin alike read their common beginning once, whoever asks."""
 
     @property
     def folder(self) -> Path:
@@ -66,7 +68,7 @@ class Settings:
             # its model classes are made from their docstrings
             raise UserError("Con PYTHONOPTIMIZE=2 transformers no carga ningún modelo: quite esa variable y repita")
         written = values(root)
-        for name in ("MODEL_ID", "MODEL_REVISION", "WEIGHTS_DIR", "DTYPE", "MAX_CONTEXT"):
+        for name in ("MODEL_ID", "MODEL_REVISION", "WEIGHTS_DIR", "DTYPE", "MAX_CONTEXT", "SHARE_PREFIXES"):
             # it would stand in a path, and in the one line of an error
             if not written.get(name, "").isprintable():
                 raise UserError(f"{name} lleva caracteres que no se ven: escríbalo de nuevo")
@@ -90,6 +92,10 @@ class Settings:
                 f"MAX_CONTEXT={max_context} no vale: ponga cuántos tokens, {SHORTEST_CONTEXT} o más, o déjelo vacío"
             )
 
+        share_prefixes = written.get("SHARE_PREFIXES", "1")
+        if share_prefixes not in ("0", "1"):
+            raise UserError(f"SHARE_PREFIXES={share_prefixes} no vale: ponga 1 o 0, o déjelo vacío")
+
         try:
             weights_dir = root / Path(written.get("WEIGHTS_DIR", "weights")).expanduser()
         except RuntimeError as error:
@@ -104,6 +110,7 @@ class Settings:
             token=token(written, token_name, "https://huggingface.co/settings/tokens"),
             dtype=dtype,
             max_context=int(max_context) if max_context else None,
+            share_prefixes=share_prefixes == "1",
         )
 
 

@@ -9,6 +9,7 @@ import sys
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -25,6 +26,10 @@ from llm.engine.sequence import Request, Sampling, Sequence
 LENGTHS = (1, 2, 5, 20, 31, 32, 33, 60, 100, 257, 600)
 PREFIX = 25
 """Tokens that many requests begin with."""
+TEXT = 500
+"""Tokens of a text that others begin with, as far as chance has it."""
+CONTEXT = 704
+"""So short that there is memory for few prefixes: they come and go."""
 OTHERS = 1
 """The seed of requests that are nothing but company."""
 
@@ -32,9 +37,10 @@ Checksums = dict[int, list[int]]
 
 
 def random_requests(model: Model, count: int, most_tokens: int) -> list[Request]:
-    """Greedy and drawn, their prompts of 1 to 600 tokens; each has a seed of its own."""
+    """Greedy and drawn, their prompts of 1 to 600 tokens, many of which begin alike; each has a seed of its own."""
     rng = random.Random(0)
     prefix = [rng.randrange(model.vocabulary) for _ in range(PREFIX)]
+    text = [rng.randrange(model.vocabulary) for _ in range(TEXT)]
     requests = []
     for seed in range(OTHERS + 1, OTHERS + 1 + count):
         prompt = [rng.randrange(model.vocabulary) for _ in range(rng.choice(LENGTHS))]
@@ -45,15 +51,18 @@ def random_requests(model: Model, count: int, most_tokens: int) -> list[Request]
             repetition_penalty=rng.choice([1, 1.1]),
             seed=seed,
         )
-        requests.append(Request(rng.choice([[], prefix]) + prompt, rng.randint(1, most_tokens), sampling))
+        beginning = rng.choice([[], prefix, text[: rng.randrange(TEXT)]])
+        prompt = (beginning + prompt)[: CONTEXT - most_tokens]
+        requests.append(Request(prompt, rng.randint(1, most_tokens), sampling))
     return requests
 
 
 def compare(model: Model, count: int, most_tokens: int) -> dict[str, int]:
     """How many of so many requests get the same tokens, and the same logits in every bit, alone and in company.
 
-    In company prompts are cut into smaller chunks too, their common beginning is kept, and threads come and go.
+    In company prompts are cut into smaller chunks too, what they have in common is read once, and threads come and go.
     """
+    model = replace(model, context=CONTEXT)
     requests = random_requests(model, count, most_tokens)
     alone, expected = _answers(model, requests, workers=1)
     together, found = _answers(model, requests, workers=24, prefix=requests[0].prompt[:PREFIX], chunk=80)
@@ -99,7 +108,7 @@ def _answers(
 
     rng, numbers = random.Random(1), random.Random(2)
     with patch.object(engine, "Runner", Recording):
-        serving = Engine(model, 16, prefill_chunk=chunk)
+        serving = Engine(model, 16, prefill_chunk=chunk, share_prefixes=workers > 1)
         serving.start(prefix)
 
     def ask(request: Request, wait: float) -> list[int]:
