@@ -4,6 +4,7 @@ It replaces torch's scaled_dot_product_attention in the passes that ask for it (
 """
 
 import functools
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +44,8 @@ def intercept() -> torch.library.Library:
         kwargs["tile"] = pass_.tile if pass_.tokens else None
         return attend(query, key, value, attn_mask, *args, **kwargs)
 
+    # transformers would copy the keys and values of grouped queries for each query: `attend` reads them as they are
+    os.environ["TRANSFORMERS_SDPA_FORCE_GQA"] = "1"
     library = torch.library.Library("aten", "IMPL")
     library.impl("scaled_dot_product_attention", route, "CPU")
     return library  # the cache keeps it: when it goes, so does its kernel
@@ -81,34 +84,52 @@ def attend(
     query (rows, heads, queries, head size); key, value (rows, heads, length, head size); attn_mask additive;
     tile: of a prefill pass, whose last key is the last query's own: what its tiles are padded to a multiple of.
     """
-    if enable_gqa:
-        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
     queries, length = query.shape[-2], key.shape[-2]
     if is_causal:
         attn_mask = query.new_full((queries, length), -torch.inf).triu_(1)
     scale = scale or query.shape[-1] ** -0.5
-    if tile is None:
-        return _weighted(query, key, value, attn_mask, scale, block=length)
-    assert attn_mask is not None
-    missing = in_steps(length) - length
-    attn_mask = F.pad(attn_mask, (0, missing), value=-torch.inf)
+    if tile is not None:
+        assert attn_mask is not None
+        return _in_tiles(query, key, value, attn_mask, scale, tile)
+    heads = query.shape[1]
+    if enable_gqa:
+        assert queries == 1
+        # the heads that read the same keys become queries of one head
+        query = query.reshape(len(query), key.shape[1], -1, query.shape[-1])
+        if attn_mask is not None and attn_mask.dim() == 4 and attn_mask.shape[1] > 1:
+            attn_mask = attn_mask.reshape(len(attn_mask), key.shape[1], -1, length)
+    result = _weighted(query, key, value, attn_mask, scale, block=length)
+    return result.reshape(len(query), heads, queries, -1)
+
+
+def _in_tiles(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, tile: int) -> Tensor:
+    """The rows one after another: what one of them reads stays in the processor's cache."""
+    (rows, heads, queries, _), (_, groups, length, _) = query.shape, key.shape
+    result = query.new_empty(rows, heads, queries, value.shape[-1])
     # Scores in float32, as torch's kernel has them: so many queries pay for it. Where rows lie elsewhere in memory, MKL
-    # sums in other orders: padded or not, what is multiplied is contiguous.
-    query, key = query.float().contiguous(), key.float()
-    key, value = (F.pad(x, (0, 0, 0, missing)) if missing else x.contiguous() for x in (key, value))
+    # sums in other orders: what is multiplied is contiguous, and ends at a whole step.
+    padded = in_steps(length)
+    keys = key.new_empty(heads, padded, key.shape[-1], dtype=torch.float32)
+    values = value.new_empty(heads, padded, value.shape[-1])
+    for ours in (keys, values):
+        ours[:, length:] = 0
+    mask = F.pad(mask, (0, padded - length), value=-torch.inf)
+    mask = mask.expand(rows, *(mask.shape[1:] if mask.dim() == 4 else (1, queries, padded)))
     # a sum of bfloat16 in parts would be rounded at each
-    block = BLOCK if value.dtype == torch.float32 else in_steps(length)
-    tiles = []
-    for first in range(0, queries, TILE):
-        part = query[..., first : first + TILE, :]
-        size = part.shape[-2]
-        seen = in_steps(length - queries + first + size)
-        mask = attn_mask[..., first : first + size, :seen]
-        if missing := -size % tile:
-            part, mask = F.pad(part, (0, 0, 0, missing)), F.pad(mask, (0, 0, 0, missing))
-        part = _weighted(part, key[..., :seen, :], value[..., :seen, :], mask, scale, block)
-        tiles.append(part[..., :size, :] if missing else part)
-    return tiles[0] if len(tiles) == 1 else torch.cat(tiles, -2)
+    block = BLOCK if value.dtype == torch.float32 else padded
+    for row in range(rows):
+        for ours, its in ((keys, key[row]), (values, value[row])):
+            ours.unflatten(0, (groups, -1))[:, :, :length] = its[:, None]
+        for first in range(0, queries, TILE):
+            part = query[row, :, first : first + TILE].float()
+            size = part.shape[1]
+            seen = in_steps(length - queries + first + size)
+            sees = mask[row, :, first : first + size, :seen]
+            if missing := -size % tile:
+                part, sees = F.pad(part, (0, 0, 0, missing)), F.pad(sees, (0, 0, 0, missing))
+            part = _weighted(part, keys[:, :seen], values[:, :seen], sees, scale, block)
+            result[row, :, first : first + size] = part[:, :size]
+    return result
 
 
 def _weighted(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, block: int) -> Tensor:
