@@ -4,7 +4,6 @@ It replaces torch's scaled_dot_product_attention in the passes that ask for it (
 """
 
 import functools
-import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llm.devices import forward
+from llm.weights.settings import set_for_libraries
 
 TILE = 64
 """Queries of a prompt that are computed together."""
@@ -45,7 +45,7 @@ def intercept() -> torch.library.Library:
         return attend(query, key, value, attn_mask, *args, **kwargs)
 
     # transformers would copy the keys and values of grouped queries for each query: `attend` reads them as they are
-    os.environ["TRANSFORMERS_SDPA_FORCE_GQA"] = "1"
+    set_for_libraries("TRANSFORMERS_SDPA_FORCE_GQA", "1")
     library = torch.library.Library("aten", "IMPL")
     library.impl("scaled_dot_product_attention", route, "CPU")
     return library  # the cache keeps it: when it goes, so does its kernel

@@ -1,4 +1,4 @@
-"""What the user sets: the environment and .env, read once. Nothing else in llm/ reads the environment."""
+"""What the user sets: the environment and .env, read once. Nothing else in llm/ touches the environment."""
 
 import io
 import os
@@ -123,6 +123,11 @@ def values(root: Path = ROOT) -> dict[str, str]:
     disabled = os.environ.get("PYTHON_DOTENV_DISABLED", "").lower() in ("1", "t", "true", "y", "yes")
     written = {**({} if disabled else _dotenv(root / ".env")), **os.environ}
     return {name: value.strip() for name, value in written.items() if value and value.strip()}
+
+
+def set_for_libraries(name: str, value: str) -> None:
+    """Set a variable that a library reads while this process runs."""
+    os.environ[name] = value
 
 
 def openmp_threads() -> int | None:
