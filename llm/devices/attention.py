@@ -121,7 +121,7 @@ def _in_tiles(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: fl
         for ours, its in ((keys, key[row]), (values, value[row])):
             ours.unflatten(0, (groups, -1))[:, :, :length] = its[:, None]
         for first in range(0, queries, TILE):
-            part = query[row, :, first : first + TILE].float()
+            part = query[row, :, first : first + TILE].float().contiguous()
             size = part.shape[1]
             seen = in_steps(length - queries + first + size)
             sees = mask[row, :, first : first + size, :seen]
