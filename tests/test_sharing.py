@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from llm.devices import linear
-from llm.devices.gpu import Replay
 from llm.devices.model import Model
 from llm.engine import engine as engine_module
 from llm.engine.engine import Engine
@@ -24,6 +23,7 @@ from llm.engine.slots import SMALLEST
 from llm.errors import UserError
 from tests.support import checkpoints
 from tests.support.processes import until
+from tests.test_engine import plain_call
 
 slow = pytest.mark.slow
 GREEDY = Sampling(temperature=0)
@@ -64,12 +64,6 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(Runner, "prefill", noted)
     return counts
-
-
-def plain_call(step: Callable[[], None]) -> Replay:
-    """Stands for CUDA's capture."""
-    step()
-    return step
 
 
 def started(model: Model, rows: int = 8, **options: Any) -> Engine:

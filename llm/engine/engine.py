@@ -204,8 +204,7 @@ class Engine:
         except Exception as error:
             if not (self._prefixes and is_out_of_memory(error)):
                 raise
-        self._prefixes.clear()
-        self._runner.empty_cache()
+        self._runner.give_up_prefixes()
         return step()
 
     def _share(self, sequences: list[Sequence]) -> None:
@@ -216,8 +215,7 @@ class Engine:
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            self._prefixes.clear()
-            self._runner.empty_cache()
+            self._runner.give_up_prefixes()
 
     def _wait_or_fail(self, sequence: Sequence) -> None:
         """For a sequence that lacks memory: queue it until another one ends, where that frees memory and no token of

@@ -15,6 +15,8 @@ question could be guessed token by token if blocks were short."""
 
 Block = TypeVar("Block")
 
+_ID_BYTES = array("I").itemsize
+
 
 def as_bytes(ids: list[int]) -> bytes:
     """Four bytes for each id."""
@@ -23,12 +25,12 @@ def as_bytes(ids: list[int]) -> bytes:
 
 def beginning(ids: bytes, tokens: int) -> bytes:
     """The ids of the first tokens."""
-    return ids[: tokens * array("I").itemsize]
+    return ids[: tokens * _ID_BYTES]
 
 
 def count(ids: bytes) -> int:
     """How many tokens these are."""
-    return len(ids) // array("I").itemsize
+    return len(ids) // _ID_BYTES
 
 
 class Prefixes(Generic[Block]):

@@ -236,10 +236,14 @@ class Runner:
 
     def rest(self) -> None:
         """While there are no rows: give the system the memory of the cache and of prefixes."""
-        self.prefixes.clear()
         self.slots.shrink()
-        self.empty_cache()
+        self.give_up_prefixes()
         memory.trim()
+
+    def give_up_prefixes(self) -> None:
+        """Give the memory of prefixes, but the template's, to whoever needs it."""
+        self.prefixes.clear()
+        self.empty_cache()
 
     def empty_cache(self) -> None:
         """Return to the device the memory that torch keeps for later."""

@@ -1,5 +1,7 @@
 """The key/value cache: one row for each running request. Knows rows and positions, nothing of requests."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from transformers import Cache
@@ -141,21 +143,19 @@ class Slots(Cache):
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` positions of a row over another's."""
-        for layer in self.slot_layers:
-            for tensor in (layer.keys, layer.values):
-                tensor[target, :, :length] = tensor[source, :, :length]
+        for tensor in self._tensors():
+            tensor[target, :, :length] = tensor[source, :, :length]
 
     def clear(self, row: int) -> None:
         """Write zeros over a row that holds NaN: a masked position is multiplied by 0, and NaN would stay NaN."""
-        for layer in self.slot_layers:
-            layer.keys[row : row + 1].fill_(0)
-            layer.values[row : row + 1].fill_(0)
+        for tensor in self._tensors():
+            tensor[row : row + 1].fill_(0)
 
     def load(self, row: int, blocks: list[KeyValues]) -> None:
         """Write prefixes' blocks into the first positions of a row."""
-        start = 0
+        start, alike = 0, self._alike()
         for block in blocks:
-            for tensors, parts in zip(self._alike(), block, strict=True):
+            for tensors, parts in zip(alike, block, strict=True):
                 end = start + parts.shape[-2]
                 for tensor, part in zip(tensors, parts.unbind(), strict=True):
                     tensor[row, :, start:end] = part
@@ -168,10 +168,13 @@ class Slots(Cache):
     def _alike(self) -> list[list[Tensor]]:
         """All layers' keys and values, by shape and device."""
         alike: dict[tuple[object, ...], list[Tensor]] = {}
-        for layer in self.slot_layers:
-            for tensor in (layer.keys, layer.values):
-                alike.setdefault((tensor.device, tensor.dtype, *tensor.shape), []).append(tensor)
+        for tensor in self._tensors():
+            alike.setdefault((tensor.device, tensor.dtype, *tensor.shape), []).append(tensor)
         return [*alike.values()]
+
+    def _tensors(self) -> Iterator[Tensor]:
+        for layer in self.slot_layers:
+            yield from (layer.keys, layer.values)
 
     def _limit_prefixes(self, rows: int, length: int) -> None:
         """Where so many rows and positions are allocated."""
