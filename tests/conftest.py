@@ -1,4 +1,4 @@
-"""What several files of tests share: the models' folders, and the genuine server over each, started once."""
+"""Fixtures that several test files share: the models' folders, and the real server over each, started once."""
 
 import os
 import signal
@@ -14,11 +14,11 @@ from tests.support.client import Client
 from tests.support.gateway import Gateway
 from tests.support.processes import FINALLY, Marked
 
-# Tests compute too, beside whatever else runs. It has to be there before torch is imported: nothing above does.
+# Tests compute too, beside other programs. The libraries read these variables when torch is imported.
 for _name, _value in server.LIBRARIES.items():
     os.environ.setdefault(_name, _value)
 
-# What this process ignores its children ignore too: behind nohup or `&` no test could interrupt a command.
+# Children inherit ignored signals: behind nohup or `&` no test could interrupt a command.
 for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(_number) is signal.SIG_IGN:
         signal.signal(_number, _handler)
@@ -33,12 +33,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     if "docker" in config.option.markexpr:
-        # why, where they are skipped
+        # the reason of each skip
         config.option.reportchars += "s"
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """test_docker.py asks Docker's engine as soon as it is read."""
+    """Importing test_docker.py asks Docker's engine."""
     return (collection_path.name == "test_docker.py" and "docker" not in config.option.markexpr) or None
 
 
@@ -54,18 +54,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture
 def processes() -> Iterator[Marked]:
-    """Those that the test starts; none may be left."""
+    """The processes that the test starts; none may outlive it."""
     marked = Marked()
     yield marked
-    _, left = psutil.wait_procs(marked.alive(), timeout=FINALLY)
-    for process in left:
+    _, survivors = psutil.wait_procs(marked.alive(), timeout=FINALLY)
+    for process in survivors:
         process.kill()
-    assert not left
+    assert not survivors
 
 
 @pytest.fixture(scope="session")
 def falcon(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny falcon-rw-1b, in a weights folder of its own and without a manifest, as a user's."""
+    """A tiny falcon-rw-1b in a weights folder of its own, without a manifest."""
     from tests.support import checkpoints
 
     return checkpoints.falcon(tmp_path_factory.mktemp("weights") / "falcon-rw-1b")
@@ -73,16 +73,16 @@ def falcon(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def bfloat16_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A falcon for tests/support/logits.py."""
+    """A falcon whose logits in bfloat16 are compared."""
     from tests.support import checkpoints
 
-    # heads of 64, as falcon-rw-1b's: their square root divides ALiBi without rounding, in every attention
+    # heads of 64, as falcon-rw-1b's: a division by their square root, 8, does not round ALiBi
     return checkpoints.falcon(tmp_path_factory.mktemp("bfloat16") / "falcon", layers=3, width=256, heads=4)
 
 
 @pytest.fixture(scope="session")
 def falcon_environment(falcon: Path) -> dict[str, str]:
-    """What makes a server, or a command, take the tiny falcon, whatever the developer's .env says."""
+    """Variables that make a server or a command serve the tiny falcon, whatever the developer's .env says."""
     return {"MODEL_ID": "tiiuae/falcon-rw-1b", "WEIGHTS_DIR": str(falcon.parent), "DTYPE": "float32"}
 
 
@@ -107,7 +107,7 @@ def demo_server(demo_folder: Path) -> Iterator[Client]:
 
 @pytest.fixture(scope="session")
 def demo_gateway(demo_server: Client) -> Iterator[Gateway]:
-    """A Replicate to which the embedded model was pushed."""
+    """A stand-in for Replicate to which the embedded model was pushed."""
     with Gateway(demo_server.server.url) as gateway:
         gateway.publish()
         yield gateway
@@ -121,7 +121,7 @@ def _client(environment: dict[str, str]) -> Iterator[Client]:
 
 @pytest.fixture
 def thread_count() -> Iterator[None]:
-    """For tests that change how many there are."""
+    """Restores torch's number of threads."""
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)

@@ -1,6 +1,6 @@
-"""The image's own packages, over a folder that holds what goes into the image: the server's contract, and the logits.
+"""The server's contract and the logits, with the image's packages over a folder that holds the image's files.
 
-.ci/image runs it, having made the environment that it needs; `script/test` alone does not.
+.ci/image makes the environment and runs this file; `script/test` alone does not.
 """
 
 import json
@@ -20,14 +20,14 @@ from llm.weights.settings import ROOT
 from tests.support import logits
 from tests.support.client import Client
 from tests.test_server import (  # noqa: F401
-    test_a_client_that_goes_makes_room_for_another,
+    test_a_client_that_leaves_frees_its_place,
+    test_a_streamed_prediction_is_the_whole_one,
     test_a_whole_float_is_an_integer,
-    test_one_prediction,
+    test_invalid_json_is_400,
     test_openapi_is_the_schema_of_predict_py,
     test_the_answer_streams_and_a_cancel_ends_it,
     test_the_same_seed_gives_the_same_text,
     test_the_setup_log_says_what_was_loaded,
-    test_what_is_no_json_is_400,
     test_what_the_predictor_refuses_fails_with_its_line,
     test_what_the_schema_forbids_is_422_with_the_field,
 )
@@ -43,7 +43,7 @@ def config() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def image(falcon: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What .dockerignore lets into the image, and a tiny falcon where its model goes."""
+    """The files that .dockerignore lets into the image, and a tiny falcon in its model's place."""
     folder = tmp_path_factory.mktemp("image")
     staging.stage(folder, staging.dockerignore())
     shutil.copytree(falcon, folder / "weights" / falcon.name)
@@ -52,8 +52,8 @@ def image(falcon: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def falcon_server(image: Path, config: dict[str, Any]) -> Iterator[Client]:
-    """In place of the one that test_server.py's tests have elsewhere."""
-    # what the developer's environment may say otherwise
+    """Replaces conftest.py's server in the tests of test_server.py."""
+    # the developer's environment may set these
     unset = {"MODEL_REVISION": "", "WEIGHTS_DIR": "", "DTYPE": ""}
     environment = unset | dict(line.split("=", 1) for line in config["environment"])
     with server.running(python=PYTHON, folder=image, environment=environment) as running:
@@ -61,35 +61,35 @@ def falcon_server(image: Path, config: dict[str, Any]) -> Iterator[Client]:
         yield Client(running)
 
 
-def test_it_is_the_images_python(falcon_server: Client, config: dict[str, Any]) -> None:
+def test_the_server_runs_cog_yamls_python_and_coglet(falcon_server: Client, config: dict[str, Any]) -> None:
     version = falcon_server.get("/health-check")["version"]
     assert version["python"].startswith(config["build"]["python_version"] + ".")
     assert version["coglet"] == config["build"]["sdk_version"]
 
 
 def test_logits_are_as_near_to_float32_as_those_of_transformers(image: Path, bfloat16_folder: Path) -> None:
-    found = run("logits.py", image, bfloat16_folder)
-    assert len(found["distances"]) == len(logits.CASES) / (1 if linear.BFloat16Linear.is_fast() else 2)
-    assert max(found["distances"]) < logits.MOST
+    result = run("logits.py", image, bfloat16_folder)
+    assert len(result["distances"]) == len(logits.CASES) / (1 if linear.BFloat16Linear.is_fast() else 2)
+    assert max(result["distances"]) < logits.MOST
 
 
-@pytest.mark.skipif(not linear.layout(chosen=None), reason="this processor has no layout of its own")
-def test_bits_do_not_depend_on_company(image: Path, bfloat16_folder: Path) -> None:
-    found = run("company.py", image, bfloat16_folder)
-    if not found["batch_invariant"]:
-        pytest.skip("this processor has no numbers of rows that agree, and setup says so")
-    assert found["tokens"] == found["logits"] == found["requests"] > 0
+@pytest.mark.skipif(not linear.layout(chosen=None), reason="there is no packed layout for this processor")
+def test_tokens_and_logits_are_batch_invariant(image: Path, bfloat16_folder: Path) -> None:
+    result = run("company.py", image, bfloat16_folder)
+    if not result["batch_invariant"]:
+        pytest.skip("this processor is not batch-invariant, and setup says so")
+    assert result["tokens"] == result["logits"] == result["requests"] > 0
 
 
 def run(program: str, image: Path, *arguments: Path) -> Any:
-    """What a program of tests/support prints in the image's environment, with the torch that is locked."""
-    ran = subprocess.run(
+    """What a program of tests/support prints in the image's environment, whose torch has to be the locked one."""
+    process = subprocess.run(
         [PYTHON, ROOT / "tests" / "support" / program, *arguments],
         env={**os.environ, "PYTHONPATH": str(image)},
         capture_output=True,
         text=True,
     )
-    assert ran.returncode == 0, ran.stderr
-    found = json.loads(ran.stdout.splitlines()[-1])
-    assert f"torch=={found['torch'].partition('+')[0]}" in (ROOT / "requirements.txt").read_text().splitlines()
-    return found
+    assert process.returncode == 0, process.stderr
+    result = json.loads(process.stdout.splitlines()[-1])
+    assert f"torch=={result['torch'].partition('+')[0]}" in (ROOT / "requirements.txt").read_text().splitlines()
+    return result

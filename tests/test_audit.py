@@ -1,4 +1,4 @@
-"""script/audit: the real pip-audit, and a small service on 127.0.0.1 that knows faults as OSV does."""
+"""script/audit: the real pip-audit, asking a small service on 127.0.0.1 that answers as OSV does."""
 
 import json
 import subprocess
@@ -19,16 +19,16 @@ pytestmark = pytest.mark.slow
 
 
 class Service(BaseHTTPRequestHandler):
-    """What it knows of each package: its faults, and in which version each is mended."""
+    """Answers with a package's vulnerabilities, and the version that fixes each."""
 
-    faults: dict[str, dict[str, str | None]] = {}  # noqa: RUF012
+    known: dict[str, dict[str, str | None]] = {}  # noqa: RUF012
 
     def log_message(self, format: str, *args: object) -> None:
         pass
 
     def do_POST(self) -> None:
         package = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["package"]
-        answer = {"vulns": [fault(package, *known) for known in self.faults.get(package["name"], {}).items()]}
+        answer = {"vulns": [vulnerability(package, *entry) for entry in self.known.get(package["name"], {}).items()]}
         content = json.dumps(answer).encode()
         self.send_response(200)
         self.send_header("Content-Length", str(len(content)))
@@ -36,8 +36,8 @@ class Service(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
 
-def fault(package: dict[str, str], id: str, mended: str | None) -> dict[str, Any]:
-    events = [{"introduced": "0"}, *([{"fixed": mended}] if mended else [])]
+def vulnerability(package: dict[str, str], id: str, fixed: str | None) -> dict[str, Any]:
+    events = [{"introduced": "0"}, *([{"fixed": fixed}] if fixed else [])]
     return {"id": id, "affected": [{"package": package, "ranges": [{"type": "ECOSYSTEM", "events": events}]}]}
 
 
@@ -58,8 +58,8 @@ def script_audit(folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "cli.audit"], cwd=folder, capture_output=True, text=True)
 
 
-def test_known_faults_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Service, "faults", {"python-dotenv": {"PRUEBA-1": "9.9"}, "pytest": {"PRUEBA-2": None}})
+def test_known_vulnerabilities_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Service, "known", {"python-dotenv": {"PRUEBA-1": "9.9"}, "pytest": {"PRUEBA-2": None}})
     result = script_audit(tmp_path / "project")
     assert (result.returncode, result.stderr) == (1, "")
     lines = result.stdout.splitlines()
@@ -71,7 +71,7 @@ def test_known_faults_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     ]
 
 
-def test_no_known_faults(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_known_vulnerabilities_is_a_success(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     metadata = tmp_path / "uno-1.0.dist-info" / "METADATA"
     metadata.parent.mkdir()
     metadata.write_text("Metadata-Version: 2.1\nName: uno\nVersion: 1.0\n")
@@ -79,12 +79,12 @@ def test_no_known_faults(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert capsys.readouterr().out == "aquí: 0 fallos conocidos en 1 paquetes\n"
 
 
-def test_nothing_known_is_no_answer(tmp_path: Path) -> None:
+def test_a_service_that_knows_no_package_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="El servicio no conoce ningún paquete de aquí"):
         audit("aquí", "--path", str(tmp_path))
 
 
-def test_no_service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_service_that_does_not_answer_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Service, "do_POST", lambda self: None)
     result = script_audit(tmp_path / "project")
     assert result.returncode == 1

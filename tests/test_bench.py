@@ -1,4 +1,4 @@
-"""script/bench, as its user runs it, on a tiny falcon with few tokens: what it writes, never how fast that was."""
+"""script/bench, as its user runs it, on a tiny falcon with few tokens: what it writes, never how fast it was."""
 
 import json
 import math
@@ -32,7 +32,7 @@ ROUNDS, TOKENS = 2, 6
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the project that is set up, with this Python."""
+    """A copy of the project, set up with this Python."""
     folder = tmp_path_factory.mktemp("project")
     for name in ("llm", "cli"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -48,14 +48,14 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def written(project: Path, falcon: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """The files that it says it wrote."""
+    """The files that script/bench says it wrote."""
     numbers = ["--rounds", str(ROUNDS), "--tokens", str(TOKENS)]
     run = subprocess.run(
         [project / "script" / "bench", "--model", falcon, *numbers],
         capture_output=True,
         text=True,
         cwd=tmp_path_factory.mktemp("elsewhere"),
-        # --model goes over the settings
+        # --model overrides the settings
         env={**os.environ, "MODEL_ID": "no-esta", "DTYPE": "float32"},
     )
     assert (run.returncode, run.stderr) == (0, "")
@@ -77,7 +77,7 @@ def test_the_files_are_named_after_the_model_and_the_processor(written: list[Pat
     assert re.fullmatch(r"falcon-rw-1b-[a-z0-9]+(-[a-z0-9]+)*", name)
 
 
-def test_the_figures_say_of_what(figures: dict[str, Any]) -> None:
+def test_the_figures_name_the_model_the_machine_and_the_versions(figures: dict[str, Any]) -> None:
     assert (figures["model"], figures["dtype"], figures["device"]) == ("falcon-rw-1b", "float32", "cpu")
     assert (figures["rounds"], figures["tokens"]) == (ROUNDS, TOKENS)
     assert re.fullmatch(r"\d{4}-\d\d-\d\d", figures["date"])
@@ -94,7 +94,7 @@ def test_the_figures_say_of_what(figures: dict[str, Any]) -> None:
     assert machine["ram_bytes"] == psutil.virtual_memory().total
 
 
-def test_each_figure_is_there_for_each_round(figures: dict[str, Any]) -> None:
+def test_each_figure_has_a_value_for_each_round(figures: dict[str, Any]) -> None:
     assert [speed["requests"] for speed in figures["engine"]] == list(bench.AT_ONCE)
     assert [load["clients"] for load in figures["server"]] == list(bench.AT_ONCE)
     names = ["decode_tokens_per_second", "whole_tokens_per_second"]
@@ -107,7 +107,7 @@ def test_each_figure_is_there_for_each_round(figures: dict[str, Any]) -> None:
         assert spread["min"] <= spread["median"] <= spread["max"]
 
 
-def test_the_ratios_are_those_of_each_round(figures: dict[str, Any]) -> None:
+def test_a_ratio_divides_round_by_round(figures: dict[str, Any]) -> None:
     compared = [(speed, "decode_ratio_to_generate", figures["generate"]) for speed in figures["engine"]]
     for speed, name, other in [*compared, (figures["beside"], "decode_ratio_to_quiet", figures["engine"][0])]:
         ours, theirs = (row["decode_tokens_per_second"]["rounds"] for row in (speed, other))
@@ -125,12 +125,12 @@ def test_the_clients_of_the_server_get_their_tokens(figures: dict[str, Any]) -> 
         assert 0 < load["first_text_p50_s"] == p50 <= p95 == load["first_text_p95_s"]
 
 
-def test_the_setup_and_the_memory(figures: dict[str, Any]) -> None:
+def test_setup_and_memory_are_measured(figures: dict[str, Any]) -> None:
     assert {"load", "warm_up"} <= figures["setup"].keys() <= {"load", "pack", "warm_up"}
     assert all(0 < seconds < 60 for seconds in (*figures["setup"].values(), figures["ready"]))
     assert figures["memory"]["gpu"] is None
     if sys.platform == "linux":
-        # a process with torch and transformers in it; the server's own, without, has 40 MB
+        # a process with torch and transformers; the server's other one, without them, has 40 MB
         assert min(figures["memory"]["engine"], figures["memory"]["server"]) > 200e6
 
 
@@ -155,7 +155,7 @@ def test_the_table_shows_the_figures(written: list[Path], figures: dict[str, Any
     assert f": {shown(figures['text']['second_ratio_to_first'])} veces." in text
 
 
-def test_the_second_question_about_a_text_finds_it_read(figures: dict[str, Any]) -> None:
+def test_a_second_question_about_a_text_is_timed_against_the_first(figures: dict[str, Any]) -> None:
     text = figures["text"]
     assert text["tokens"] > 300
     for name in ("first_s", "second_s", "second_ratio_to_first"):
@@ -169,7 +169,7 @@ def test_the_plot_is_an_image(written: list[Path]) -> None:
     assert width > height > 400
 
 
-def test_the_statistics() -> None:
+def test_rates_and_ratios_are_medians_of_the_rounds() -> None:
     # 2 requests: 2 tokens in 1 s and 20 in 4 s, then 20 in 7 s
     ours, theirs = (
         bench.speed([{"requests": 2, "first": (2, 1.0), "whole": (20, seconds)} for seconds in rounds])
@@ -193,15 +193,15 @@ def test_the_busy_process_takes_a_core_and_ends(tmp_path: Path) -> None:
 
 
 def test_the_busy_process_ends_with_the_bench(processes: Marked) -> None:
-    killed = "import os; from cli.contenders import busy_core\nwith busy_core(): os.kill(os.getpid(), 9)"
+    program = "import os; from cli.contenders import busy_core\nwith busy_core(): os.kill(os.getpid(), 9)"
     environment = {**os.environ, **processes.environment}
-    assert subprocess.run([sys.executable, "-c", killed], cwd=ROOT, env=environment).returncode == -signal.SIGKILL
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment).returncode == -signal.SIGKILL
     assert not psutil.wait_procs(processes.alive(), timeout=FINALLY)[1]
 
 
 @pytest.fixture
 def ending(falcon: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A falcon whose greedy text would always end at its first token is the one of the settings."""
+    """The settings name a falcon whose greedy text would always end at its first token."""
     folder = tmp_path / "falcon"
     shutil.copytree(falcon, folder)
     network: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -218,13 +218,13 @@ def ending(falcon: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.usefixtures("ending")
 @pytest.mark.parametrize("name", ["engine", "generate"])
-def test_a_contender_makes_each_token_and_says_why_it_ended(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_a_contender_computes_every_token_and_reports_its_death(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
     turns = bench.contend(name, [(2, False)] * 1000, TOKENS)
     turn = next(turns)
     assert (turn["first"][0], turn["whole"][0]) == (2, 2 * TOKENS)
     (process,) = (child for child in psutil.Process().children() if "cli.contenders" in child.cmdline())
-    # generate is measured as it comes
+    # generate is measured without our settings
     assert process.environ().get("GOMP_SPINCOUNT") == (LIBRARIES["GOMP_SPINCOUNT"] if name == "engine" else None)
     process.kill()
     with pytest.raises(UserError, match=r"El proceso .* se cerró, casi siempre por falta de memoria"):
@@ -232,8 +232,8 @@ def test_a_contender_makes_each_token_and_says_why_it_ended(monkeypatch: pytest.
     assert not process.is_running()
 
 
-def test_a_contender_ends_with_who_told_it(falcon_environment: dict[str, str]) -> None:
-    # what takes many minutes
+def test_a_contender_ends_when_its_stdin_closes(falcon_environment: dict[str, str]) -> None:
+    # takes many minutes
     order = {"name": "engine", "turns": [(1, False), (5000, False)], "lengths": [2], "tokens": 200}
     with subprocess.Popen(
         [sys.executable, "-m", "cli.contenders", json.dumps(order)],
@@ -265,7 +265,7 @@ def test_a_contender_ends_with_who_told_it(falcon_environment: dict[str, str]) -
         (["--tokens", "2048"], 1, "--tokens 2048 no cabe: el modelo admite 2048 en total, pida menos"),
     ],
 )
-def test_a_mistake_ends_in_its_line(
+def test_a_mistake_is_one_line_on_stderr(
     project: Path,
     falcon_environment: dict[str, str],
     processes: Marked,

@@ -30,7 +30,7 @@ def test_logits_are_as_near_to_float32_as_those_of_transformers(
 def test_a_packed_layer_takes_any_shape(shape: tuple[int, ...]) -> None:
     plain = torch.nn.Linear(64, 32, dtype=torch.bfloat16)
     # OPT's layers see rows and tokens as one
-    pass_ = forward.Pass(length=5, start=0, tokens=5, prompt_tokens=torch.tensor([0, 3]))
+    pass_ = forward.Pass(length=5, start=0, rows=slice(1), tokens=5, prompt_tokens=torch.tensor([0, 3]))
     x = torch.randn(*shape, 64).bfloat16()
     with torch.inference_mode():
         expected = plain(x)
@@ -55,13 +55,17 @@ def test_attention_is_ours_in_our_passes_and_torchs_in_all_others(bfloat16_folde
 
     model = Model.read(bfloat16_folder, torch.bfloat16, layout=linear.BFloat16Linear)
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    pass_ = forward.Pass(length=2, start=0, rows=slice(1), tile=model.tile)
     with ThreadPoolExecutor(1) as thread:
         layer = model.network.get_input_embeddings()
         layer.register_forward_hook(lambda *_: seen.append((attention(), thread.submit(attention).result())))
         with torch.inference_mode():
-            with forward.run(forward.Pass(length=2, start=0, tile=model.tile)):
+            with forward.run(pass_):
                 model.network(torch.tensor([[1, 2]]))
-            with pytest.raises(IndexError), forward.run(forward.Pass(length=2, start=0, tile=model.tile)):
+            with (
+                pytest.raises(IndexError),
+                forward.run(pass_),
+            ):
                 model.network(torch.tensor([[checkpoints.VOCABULARY]]))
     ((within, beside),) = seen
     assert torch.equal(within, ours)

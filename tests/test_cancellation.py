@@ -1,4 +1,4 @@
-"""A cancel ends its prediction whenever it comes, however Cog learns of it, and whatever Cog does by then."""
+"""A cancel ends its prediction, whenever it arrives; a Cog that cancels in another way still serves predictions."""
 
 import asyncio
 import ctypes
@@ -22,9 +22,9 @@ from tests.support.client import Client
 from tests.support.processes import FINALLY
 
 GREEDY = {"temperature": 0, "repetition_penalty": 1, "prompt_template": "{pregunta}"}
-ANOTHER = "Esta versión de Cog cancela de otro modo"
-# Whatever Cog submits a prediction with, it is not what we put there.
-ANOTHER_COG = """\
+OTHER_COG_WARNING = "Esta versión de Cog cancela de otro modo"
+# A Cog whose way to submit a prediction we cannot replace.
+OTHER_COG = """\
 import asyncio, types
 
 class Another(types.ModuleType):
@@ -38,7 +38,7 @@ asyncio.__class__ = Another
 
 @pytest.fixture
 def loop(monkeypatch: pytest.MonkeyPatch) -> Iterator[asyncio.AbstractEventLoop]:
-    """As Cog's worker has one for its predictions, in a thread of its own."""
+    """An event loop in a thread of its own, as Cog's worker has for predictions."""
     monkeypatch.setattr(asyncio, "run_coroutine_threadsafe", asyncio.run_coroutine_threadsafe)
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
@@ -49,7 +49,7 @@ def loop(monkeypatch: pytest.MonkeyPatch) -> Iterator[asyncio.AbstractEventLoop]
     loop.close()
 
 
-def test_what_on_cancel_names_is_called_once_the_coroutine_has_returned(loop: asyncio.AbstractEventLoop) -> None:
+def test_a_cancel_after_the_coroutine_has_returned_runs_its_callback(loop: asyncio.AbstractEventLoop) -> None:
     follow_cancels(cog.CancelationException)
     cancelled = threading.Event()
 
@@ -64,7 +64,7 @@ def test_what_on_cancel_names_is_called_once_the_coroutine_has_returned(loop: as
     assert cancelled.is_set()
 
 
-def test_a_cancel_while_cog_submits_a_prediction_is_one(
+def test_a_cancel_while_cog_submits_a_prediction_cancels_it(
     loop: asyncio.AbstractEventLoop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     follow_cancels(cog.CancelationException)
@@ -72,7 +72,7 @@ def test_a_cancel_while_cog_submits_a_prediction_is_one(
 
     def schedule_and_cancel(*arguments: Any, **options: Any) -> Any:
         handle = schedule(*arguments, **options)
-        # as Cog does: this thread meets the exception at its next step
+        # as Cog does: the exception is raised in this thread at its next bytecode
         thread, exception = ctypes.c_ulong(threading.get_ident()), ctypes.py_object(cog.CancelationException)
         ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, exception)
         return handle
@@ -91,7 +91,7 @@ def test_a_cancel_while_cog_submits_a_prediction_is_one(
 
 
 @pytest.mark.slow
-def test_a_cancel_is_no_failure_however_early_it_comes(falcon_server: Client) -> None:
+def test_a_cancel_is_no_failure_however_early_it_arrives(falcon_server: Client) -> None:
     inputs = {"pregunta": "Once upon a time", "max_tokens": 30, **GREEDY}
 
     def cancelled_at_once(number: int) -> str:
@@ -106,32 +106,32 @@ def test_a_cancel_is_no_failure_however_early_it_comes(falcon_server: Client) ->
         return str(end["status"])
 
     ends = [cancelled_at_once(number) for number in range(40)]
-    # Cog itself loses one that comes before its worker has looked at the prediction
+    # Cog itself loses a cancel that arrives before its worker has read the prediction
     assert {*ends} <= {"canceled", "succeeded"}
     assert "canceled" in ends
 
 
-def test_another_cog_is_told_and_its_predictions_go_on(
+def test_a_cog_that_cancels_in_another_way_is_reported_once(
     loop: asyncio.AbstractEventLoop, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cancellation._say_that_cog_is_another.cache_clear()
-    # no more to be changed than what Python itself raises
+    # Python's own exceptions cannot be changed
     for _ in range(2):
         follow_cancels(KeyboardInterrupt)
-    assert capsys.readouterr().out.count(ANOTHER) == 1
+    assert capsys.readouterr().out.count(OTHER_COG_WARNING) == 1
 
 
 @pytest.mark.slow
-def test_predictions_that_another_cog_runs_its_own_way_succeed(
+def test_a_cog_that_submits_in_another_way_still_serves_predictions(
     falcon_environment: dict[str, str], tmp_path: Path
 ) -> None:
-    (tmp_path / "sitecustomize.py").write_text(ANOTHER_COG)
+    (tmp_path / "sitecustomize.py").write_text(OTHER_COG)
     with server.running(environment=falcon_environment | {"PYTHONPATH": str(tmp_path)}) as running:
         running.wait_until_ready()
         client = Client(running)
         answers = [client.predict(pregunta="Once", max_tokens=4, **GREEDY).json() for _ in range(2)]
     assert [answer["status"] for answer in answers] == ["succeeded"] * 2
-    assert [ANOTHER in answer["logs"] for answer in answers] == [True, False]
+    assert [OTHER_COG_WARNING in answer["logs"] for answer in answers] == [True, False]
 
 
 @pytest.fixture
@@ -145,7 +145,7 @@ def predictor(falcon_environment: dict[str, str], monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.slow
-def test_an_answer_that_has_ended_holds_no_row_while_its_last_words_wait(
+def test_a_stopped_answer_frees_its_row_before_the_client_reads_its_end(
     predictor: Predictor, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def answer(max_tokens: int, stop_sequences: str | None) -> Iterator[str]:
@@ -156,12 +156,12 @@ def test_an_answer_that_has_ended_holds_no_row_while_its_last_words_wait(
             "seed": 1,
         }
         drawn = {"temperature": 2.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}
-        found: Any = asyncio.run(predictor.predict(**inputs, **drawn, prompt_template="{pregunta}"))  # type: ignore
-        return iter(found)
+        chunks: Any = asyncio.run(predictor.predict(**inputs, **drawn, prompt_template="{pregunta}"))  # type: ignore
+        return iter(chunks)
 
     chunks = list(answer(60, None))
     whole = "".join(chunks)
-    # within one token's text, so that something is left to be shown before it
+    # the stop sequence begins within a token's text, so that some text before it is still to be sent
     shown, stop = next(
         ("".join(chunks[:k]) + chunks[k][:2], chunks[k][2:])
         for k in range(3, len(chunks))

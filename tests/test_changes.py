@@ -1,4 +1,4 @@
-"""What would break a caller: an input of before and of after, and the lines that tell the difference."""
+"""The changes of a schema that would break a caller, and the line that names each."""
 
 from typing import Any
 
@@ -27,7 +27,7 @@ def choices(*values: Any) -> Input:
 def document(
     inputs: dict[str, Input], *, required: tuple[str, ...] = (), output: Input = CHUNKS, streams: bool = True
 ) -> Input:
-    """As `cog build` writes it: a choice in a component of its own."""
+    """A schema as `cog build` writes it: an input with choices has a component of its own."""
     properties: Input = {}
     components: Input = {"Output": output}
     for name, prop in inputs.items():
@@ -65,12 +65,12 @@ def document(
         (choices("uno"), choices("dos", "uno"), []),
         (choices("uno"), TEXT, []),
         (TEXT, choices("uno", "dos"), ['a: solo admitirá "uno", "dos"']),
-        # neither takes null, whatever the schema says
+        # Cog takes null in neither, whatever the schema says
         ({**TEXT, "nullable": True}, TEXT, []),
         ({**TEXT, "default": "x", "title": "A"}, {**TEXT, "default": "y", "title": "Á"}, []),
     ],
 )
-def test_an_input_that_changes(before: Input, after: Input, lines: list[str]) -> None:
+def test_an_input_that_takes_fewer_values_is_named(before: Input, after: Input, lines: list[str]) -> None:
     assert changes.breaking(document({"a": before}), document({"a": after})) == lines
 
 
@@ -88,7 +88,7 @@ def test_an_input_that_changes(before: Input, after: Input, lines: list[str]) ->
         (document({"a": TEXT}, required=("a",)), document({"a": TEXT}), []),
     ],
 )
-def test_inputs_that_come_and_go(before: Input, after: Input, lines: list[str]) -> None:
+def test_an_input_that_goes_or_becomes_required_is_named(before: Input, after: Input, lines: list[str]) -> None:
     assert changes.breaking(before, after) == lines
 
 
@@ -105,21 +105,21 @@ ITERATOR: Input = {key: value for key, value in CHUNKS.items() if key != "x-cog-
         ({}, CHUNKS, "la salida: era cualquier cosa y será texto a trozos"),
     ],
 )
-def test_an_output_of_another_type(before: Input, after: Input, line: str) -> None:
-    (found,) = changes.breaking(document({}, output=before), document({}, output=after))
-    assert found.startswith(line)
+def test_an_output_of_another_type_is_named(before: Input, after: Input, line: str) -> None:
+    (named,) = changes.breaking(document({}, output=before), document({}, output=after))
+    assert named.startswith(line)
 
 
-def test_a_stream_that_ends() -> None:
+def test_an_output_that_no_longer_streams_is_named() -> None:
     lines = ["la salida: ya no se podrá leer a medida que llega"]
     assert changes.breaking(document({}), document({}, streams=False)) == lines
     assert changes.breaking(document({}, streams=False), document({})) == []
 
 
-def test_the_same_is_no_change() -> None:
+def test_an_unchanged_schema_breaks_nothing() -> None:
     ours = schema.read(ROOT / "predict.py").schema
     assert changes.breaking(ours, ours) == []
-    # a version of before Cog wrote schemas
+    # a version pushed before Cog wrote schemas
     assert changes.breaking({}, ours) == [
         "pregunta: es nueva y obligatoria",
         "la salida: era cualquier cosa y será texto a trozos",

@@ -1,4 +1,4 @@
-""".ci/image and .ci/registry, with programs that only note what they were told: when each makes its environment."""
+""".ci/image and .ci/registry, with a fake python and uv: each makes its environment once. What workflows may use."""
 
 import os
 import re
@@ -14,7 +14,7 @@ from llm.weights.settings import ROOT
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """The files that they read, with a script/test that says its arguments."""
+    """The files that both read, and a script/test that prints its arguments."""
     for name in (".ci/image", ".ci/registry", "cog.yaml", "requirements.txt", "requirements-dev.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
@@ -22,20 +22,20 @@ def checkout(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def program(path: Path, does: str) -> None:
+def program(path: Path, script: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"#!/bin/sh\n{does}\n")
+    path.write_text(f"#!/bin/sh\n{script}\n")
     path.chmod(0o755)
 
 
 def python(path: Path, version: str) -> None:
-    """One that says its version, and makes an environment whose Python writes its arguments into the file pip."""
-    noting = """mkdir -p .venv-image/bin && cd .venv-image/bin && echo 'echo "$@" >>pip' >python && chmod +x python"""
-    program(path, f'case "$*" in *"-m venv"*) {noting};; *) echo {version};; esac')
+    """A python that prints its version, and makes an environment whose python adds its arguments to the file pip."""
+    create = """mkdir -p .venv-image/bin && cd .venv-image/bin && echo 'echo "$@" >>pip' >python && chmod +x python"""
+    program(path, f'case "$*" in *"-m venv"*) {create};; *) echo {version};; esac')
 
 
 def image(checkout: Path) -> subprocess.CompletedProcess[str]:
-    # pyenv's names for the Pythons that it could run come first on PATH, and fail
+    # as pyenv's shims for versions that are not installed: first on PATH, and they fail
     for name in ("python3", "python3.13"):
         if not (checkout / "bin" / name).exists():
             program(checkout / "bin" / name, "exit 127")
@@ -43,7 +43,7 @@ def image(checkout: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([checkout / ".ci" / "image"], env=environment, capture_output=True, text=True)
 
 
-def test_without_the_images_python_one_line_says_that_it_was_not_run(checkout: Path) -> None:
+def test_without_the_images_python_one_line_says_that_nothing_was_tested(checkout: Path) -> None:
     python(checkout / "bin" / "python3", "3.12")
     run = image(checkout)
     assert (run.returncode, run.stdout) == (0, "")
@@ -51,7 +51,7 @@ def test_without_the_images_python_one_line_says_that_it_was_not_run(checkout: P
 
 
 @pytest.mark.parametrize("place", ["bin/python3.13", "bin/python3", ".pyenv/versions/3.13.7/bin/python"])
-def test_its_environment_is_made_once_for_each_requirements_txt(checkout: Path, place: str) -> None:
+def test_the_images_environment_is_made_once_for_each_requirements_txt(checkout: Path, place: str) -> None:
     python(checkout / place, "3.13")
     for _ in range(2):
         run = image(checkout)
@@ -63,13 +63,13 @@ def test_its_environment_is_made_once_for_each_requirements_txt(checkout: Path, 
     assert [note.split()[:3] for note in notes] == [["-m", "pip", "install"]] * 2
 
 
-def test_an_installation_that_fails_is_not_taken_for_whole(checkout: Path) -> None:
+def test_a_failed_installation_is_repeated(checkout: Path) -> None:
     python(checkout / "bin" / "python3", "3.13")
     assert image(checkout).returncode == 0
     pip, requirements = checkout / "pip", checkout / "requirements.txt"
     pinned = requirements.read_text()
     requirements.write_text("otra\n")
-    # pip's note then fails, and pip with it
+    # the fake pip cannot write, and fails
     pip.unlink()
     pip.mkdir()
     assert image(checkout).returncode != 0
@@ -83,28 +83,28 @@ WORKFLOWS = sorted((ROOT / ".github" / "workflows").iterdir())
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=[path.name for path in WORKFLOWS])
-def test_a_workflow_names_actions_by_commit_and_says_their_version(path: Path) -> None:
+def test_a_workflow_pins_each_action_by_commit_and_names_its_version(path: Path) -> None:
     uses = re.findall(r"uses: (.*)", path.read_text())
     assert uses
     assert [use for use in uses if not re.fullmatch(r"[\w-]+/[\w-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", use)] == []
 
 
-def test_what_publishes_takes_nothing_from_a_cache() -> None:
+def test_the_publishing_workflow_uses_no_cache() -> None:
     text = (ROOT / ".github" / "workflows" / "push.yml").read_text()
     assert not re.search(r"actions/cache|^ +cache", text, re.MULTILINE)
 
 
-def test_the_registrys_torch_is_tested_by_itself_where_another_is_installed() -> None:
+def test_ci_run_ends_with_the_registrys_torch() -> None:
     assert (ROOT / ".ci" / "run").read_text().splitlines()[-1] == ".ci/registry"
 
 
-def registry(checkout: Path, installed: str, brought: str = "2.13.0") -> subprocess.CompletedProcess[str]:
-    """With these versions of torch in .venv, and in what uv makes. The file notes has what uv was told."""
+def registry(checkout: Path, installed: str, fetched: str = "2.13.0") -> subprocess.CompletedProcess[str]:
+    """Run .ci/registry with these versions of torch in .venv and in uv's environment. The file notes has uv's calls."""
     program(checkout / "script" / "setup", "true")
-    for folder, torch in ((".venv", installed), ("made", brought)):
-        # it runs what it is given as a program, and says its arguments to what it is given as a module
-        asked = f"""*version*torch*) exec {sys.executable} -c 'import sys; sys.exit("+" in "{torch}")'"""
-        program(checkout / folder / "bin" / "python", f'case "$*" in {asked};; *) echo "$@";; esac')
+    for folder, torch in ((".venv", installed), ("made", fetched)):
+        # answers the question for torch's version, and prints all other arguments
+        check = f"""*version*torch*) exec {sys.executable} -c 'import sys; sys.exit("+" in "{torch}")'"""
+        program(checkout / folder / "bin" / "python", f'case "$*" in {check};; *) echo "$@";; esac')
     uv = """echo "$1 $2" >>notes
 case $1 in venv) rm -rf .venv-registry && cp -r made .venv-registry;; pip) [ ! -e fails ];; esac"""
     program(checkout / ".venv" / "bin" / "uv", uv)
@@ -112,7 +112,7 @@ case $1 in venv) rm -rf .venv-registry && cp -r made .venv-registry;; pip) [ ! -
     return subprocess.run([checkout / ".ci" / "registry"], env=environment, capture_output=True, text=True)
 
 
-def test_the_registrys_torch_is_not_installed_where_script_test_had_it(checkout: Path) -> None:
+def test_the_registrys_torch_is_not_installed_where_venv_has_it(checkout: Path) -> None:
     run = registry(checkout, installed="2.13.0")
     assert (run.returncode, run.stdout) == (0, "")
     assert run.stderr == "El torch de .venv es el del registro de paquetes: ya se ha probado con él\n"
@@ -130,14 +130,14 @@ def test_the_environment_of_the_registrys_torch_is_made_once_for_each_requiremen
     assert (checkout / "notes").read_text().splitlines() == ["venv --no-config", "pip install"] * 2
 
 
-def test_another_torch_is_not_taken_for_the_registrys(checkout: Path) -> None:
+def test_an_environment_with_another_torch_is_an_error(checkout: Path) -> None:
     for _ in range(2):
-        run = registry(checkout, installed="2.13.0+cpu", brought="2.13.0+cpu")
+        run = registry(checkout, installed="2.13.0+cpu", fetched="2.13.0+cpu")
         assert (run.returncode, run.stdout) == (1, "")
         assert run.stderr.endswith("no es el del registro de paquetes: quite las variables UV_… del entorno y repita\n")
 
 
-def test_an_installation_of_the_registrys_torch_that_fails_is_not_taken_for_whole(checkout: Path) -> None:
+def test_a_failed_installation_of_the_registrys_torch_is_repeated(checkout: Path) -> None:
     (checkout / "fails").touch()
     assert registry(checkout, installed="2.13.0+cpu").returncode != 0
     (checkout / "fails").unlink()

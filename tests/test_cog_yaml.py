@@ -1,4 +1,4 @@
-"""cog.yaml, requirements.txt and .dockerignore, against the rules of the tool that reads them, which is not here.
+"""cog.yaml, requirements.txt and .dockerignore, against the rules of the tool that reads them, which need not be here.
 
 The rules are of replicate/cog, pkg/config: data/config_schema_v1.0.json, validate.go, env.go, torch_compatibility.json;
 and pkg/dockerfile/base.go.
@@ -20,7 +20,7 @@ from pathspec import GitIgnoreSpec
 from cli import schema, server
 from llm.weights.settings import FALCON, ROOT, Settings
 
-# keys and types of what is used here; any other is an error
+# the keys that this project uses, and their types; any other is an error
 ALLOWED: dict[str, Any] = {
     "build": {"gpu": bool, "cuda": str, "python_version": str, "python_requirements": str, "sdk_version": str},
     "environment": list,
@@ -56,7 +56,7 @@ def pinned(path: Path) -> dict[str, str]:
 
 
 def wrong(value: Any, allowed: Any, name: str = "cog.yaml") -> list[str]:
-    """What in `value` is neither a key nor of a type that is allowed."""
+    """The keys and values in `value` that `allowed` does not allow."""
     if not isinstance(allowed, dict):
         return [] if type(value) is allowed else [f"{name}: {value!r}"]
     if not isinstance(value, dict):
@@ -72,15 +72,15 @@ def reserved(name: str) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in RESERVED)
 
 
-def test_keys_and_types(config: dict[str, Any]) -> None:
+def test_cog_yaml_has_only_known_keys_and_types(config: dict[str, Any]) -> None:
     assert wrong(config, ALLOWED) == []
     assert config["build"]["gpu"] is True
     assert config["predict"] == f"predict.py:{schema.TARGET}"
-    # the decorator says it
+    # predict.py's decorator sets it
     assert "concurrency" not in config
 
 
-def test_a_wrong_key_or_type_is_seen() -> None:
+def test_a_wrong_key_or_type_is_found() -> None:
     # YAML reads a version without quotes as a number: 3.10 would be 3.1
     assert wrong({"build": {"python_version": 3.13, "gpus": True}, "predict": "p"}, ALLOWED) == [
         "python_version: 3.13",
@@ -94,25 +94,25 @@ def test_the_pins_are_a_triple_with_a_prebuilt_base_image(config: dict[str, Any]
     assert (build["cuda"], build["python_version"], pins["torch"]) in PREBUILT
 
 
-def test_the_runtime_packages(config: dict[str, Any], pins: dict[str, str]) -> None:
+def test_the_runtime_packages_are_pinned(config: dict[str, Any], pins: dict[str, str]) -> None:
     assert set(pins) >= {"cog", "torch", "transformers", "accelerate", "huggingface-hub", "python-dotenv"}
     # cog build installs sdk_version and leaves out the line in requirements.txt
     assert config["build"]["sdk_version"] == pins["cog"]
 
 
-def test_the_environment(config: dict[str, Any]) -> None:
+def test_the_environment_has_no_reserved_name_and_no_token(config: dict[str, Any]) -> None:
     variables = dict(line.split("=", 1) for line in config["environment"])
     assert not any(reserved(name) for name in variables)
     assert not any("TOKEN" in name for name in variables)
     assert variables["MODEL_ID"] == FALCON
-    # what it runs with on one's own computer
+    # as the server has on one's own computer
     assert server.LIBRARIES.items() <= variables.items()
 
 
 def test_cog_predict_answers_as_the_image_whatever_dotenv_says(
     config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It mounts the project's folder, .env included, where the image has its own."""
+    """It mounts the project's folder, .env included, over the image's."""
     for name in os.environ.keys() & {"MODEL_REVISION", "WEIGHTS_DIR", "DTYPE", "HF_TOKEN", "HUGGINGFACE_HUB_TOKEN"}:
         monkeypatch.delenv(name)
     for line in config["environment"]:
@@ -132,19 +132,19 @@ def test_cog_predict_leaves_no_bytecode(config: dict[str, Any], tmp_path: Path) 
     assert [path.name for path in tmp_path.iterdir()] == ["errors.py"]
 
 
-def test_the_comment_pins_coglet_as_the_requirements_do(pins: dict[str, str]) -> None:
+def test_the_documents_name_the_pinned_coglet(pins: dict[str, str]) -> None:
     for name in ("cog.yaml", "README.en.md", "docs/cog.md"):
         text = (ROOT / name).read_text(encoding="utf-8")
         assert set(re.findall(r"COGLET_WHEEL=pypi:([\d.]*\d)", text)) == {pins["coglet"]}, name
 
 
-def test_a_reserved_name_is_seen() -> None:
+def test_a_reserved_name_is_found() -> None:
     assert reserved("HF_ENDPOINT") and reserved("CUDA_VISIBLE_DEVICES")
     assert not reserved("MODEL_ID") and not reserved("HF_HOME")
 
 
-# pathspec reads a pattern as git does, from any depth unless it has a slash; Docker, from the top unless it begins
-# with **/. A slash first says to both: from the top.
+# pathspec, as git, matches a pattern without a slash at any depth; Docker, at the top unless it begins with **/.
+# A leading slash means the top to both.
 def docker(patterns: str) -> GitIgnoreSpec:
     lines = [line for line in patterns.splitlines() if line and not line.startswith("#")]
     return GitIgnoreSpec.from_lines(re.sub(r"^(!?)(?!\*\*/)/?", r"\1/", line) for line in lines)
@@ -192,11 +192,11 @@ def ignored() -> GitIgnoreSpec:
         "weights/.falcon-rw-1b.partial/pytorch_model.bin.part",
     ],
 )
-def test_what_the_image_must_not_hold(ignored: GitIgnoreSpec, path: str) -> None:
+def test_dockerignore_keeps_a_file_out_of_the_image(ignored: GitIgnoreSpec, path: str) -> None:
     assert ignored.match_file(path)
 
 
-def test_what_the_image_holds(ignored: GitIgnoreSpec, config: dict[str, Any]) -> None:
+def test_the_image_holds_the_code_and_its_model(ignored: GitIgnoreSpec, config: dict[str, Any]) -> None:
     name = dict(line.split("=", 1) for line in config["environment"])["MODEL_ID"].split("/")[-1].lower()
     model = [f"weights/{name}/{file}" for file in ("config.json", "model.safetensors", "manifest.json")]
     code = [path.relative_to(ROOT).as_posix() for path in (ROOT / "llm").rglob("*.py")]

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llm.devices import attention, cgroups, linear
+from llm.devices import attention, cgroups, forward, linear
 from llm.devices.model import Model
 from llm.devices.padding import RowPadding
 from llm.devices.threads import Threads
@@ -176,8 +176,8 @@ def test_attentions_tiles_are_padded_to_what_the_processor_needs(
 
 def test_attention_is_asked_for_what_could_change_it(monkeypatch: pytest.MonkeyPatch) -> None:
     # torch's own takes queries and keys in blocks from where a pass begins
-    def torchs(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, tile: int | None) -> Tensor:
-        return F.scaled_dot_product_attention(query, key, value, mask)
+    def torchs(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, prefill: forward.Pass | None) -> Tensor:
+        return F.scaled_dot_product_attention(query, key, value, mask, enable_gqa=True)
 
     monkeypatch.setattr(attention, "attend", torchs)
     assert attention.batch_invariant_tile(HEADS) is None

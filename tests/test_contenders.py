@@ -1,4 +1,4 @@
-"""cli/contenders.py in this process, where it answers soon: tests/test_bench.py runs it as script/bench does."""
+"""cli/contenders.py in this process, which is quick: tests/test_bench.py runs it as script/bench does."""
 
 import platform
 
@@ -9,7 +9,7 @@ import transformers
 from cli import contenders
 
 
-def test_a_turn_says_which_build_of_torch_computed(
+def test_a_turn_names_the_versions_that_computed(
     falcon_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in falcon_environment.items():

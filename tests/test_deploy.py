@@ -1,6 +1,5 @@
-"""deploy/: its files against their schemas, its probes against a genuine server, and HAProxy with the configuration
-that ships before genuine servers, which it finds by name as it would Docker's or Kubernetes'. Neither of those is here:
-tests/test_docker.py has the first.
+"""deploy/: its files against their schemas, its probes against a real server, and HAProxy, with the configuration
+that ships, in front of real servers that it finds by name. Docker runs in tests/test_docker.py, Kubernetes nowhere.
 """
 
 import http.client
@@ -39,9 +38,9 @@ COMPOSE: dict[str, Any] = yaml.safe_load((DEPLOY / "compose.yaml").read_text(enc
 KUBERNETES: list[dict[str, Any]] = list(yaml.safe_load_all((DEPLOY / "kubernetes.yaml").read_text(encoding="utf-8")))
 CONFIGURATION = (DEPLOY / "haproxy.cfg").read_text(encoding="utf-8")
 ENVIRONMENT: dict[str, str] = COMPOSE["x-cog"]["environment"]
-"""What a server in a container gets."""
+"""The environment of a server in its container."""
 
-# Debian puts it where a user's PATH does not look
+# Debian installs it in a folder that is not in a user's PATH
 HAPROXY = shutil.which("haproxy", path=f"{os.environ['PATH']}{os.pathsep}/usr/sbin")
 needs_haproxy = pytest.mark.skipif(
     HAPROXY is None, reason="deploy/haproxy.cfg no se ha probado: haproxy no está instalado (apt install haproxy)"
@@ -67,7 +66,7 @@ def valid_kubernetes(path: Path) -> bool:
     return valid("kubernetes_validate", "--strict", path)
 
 
-def test_each_file_is_what_its_schema_says() -> None:
+def test_each_file_is_valid() -> None:
     assert valid_compose(DEPLOY / "compose.yaml")
     assert valid_kubernetes(DEPLOY / "kubernetes.yaml")
 
@@ -80,7 +79,7 @@ def test_each_file_is_what_its_schema_says() -> None:
         ("kubernetes.yaml", valid_kubernetes, "clusterIP: None", "clusterIP: []"),
     ],
 )
-def test_a_mistake_in_a_file_is_seen(
+def test_a_mistake_in_a_file_is_found(
     tmp_path: Path, name: str, check: Callable[[Path], bool], word: str, wrong: str
 ) -> None:
     text = (DEPLOY / name).read_text(encoding="utf-8")
@@ -89,15 +88,15 @@ def test_a_mistake_in_a_file_is_seen(
 
 
 def resource(kind: str, name: str) -> Any:
-    (found,) = [one for one in KUBERNETES if (one["kind"], one["metadata"]["name"]) == (kind, name)]
-    return found["spec"]
+    (document,) = [each for each in KUBERNETES if (each["kind"], each["metadata"]["name"]) == (kind, name)]
+    return document["spec"]
 
 
 def environment(container: dict[str, Any]) -> dict[str, str]:
     return {variable["name"]: variable.get("value", "") for variable in container["env"]}
 
 
-def test_the_files_agree() -> None:
+def test_compose_kubernetes_and_haproxy_agree() -> None:
     (cog,) = resource("Deployment", "falcon-cog")["template"]["spec"]["containers"]
     (proxy,) = resource("Deployment", "falcon")["template"]["spec"]["containers"]
     composed = COMPOSE["services"]["proxy"]
@@ -110,16 +109,16 @@ def test_the_files_agree() -> None:
     assert variables.pop("SERVERS").startswith("falcon-cog.") and resource("Service", "falcon-cog")
     assert variables.pop("NAMESPACE") == ""
     assert variables == composed["environment"]
-    # how many at once, and the places beside them
+    # predictions at once, and Cog's places
     concurrency = schema.read(ROOT / "predict.py").concurrency
     assert re.findall(r"maxconn (\d+)$", CONFIGURATION, re.MULTILINE) == ["4096", str(concurrency)]
     assert int(ENVIRONMENT["COG_MAX_CONCURRENCY"]) == 2 * concurrency
-    # how many servers
+    # the number of servers
     scaler = resource("HorizontalPodAutoscaler", "falcon-cog")
     (most,) = set(re.findall(r"server-template cog 1-(\d+)", CONFIGURATION))
     assert scaler["maxReplicas"] <= int(most)
     assert resource("Deployment", scaler["scaleTargetRef"]["name"])
-    # whom it chooses
+    # the selectors
     for name in ("falcon", "falcon-cog"):
         labels = resource("Deployment", name)["template"]["metadata"]["labels"]
         assert resource("Service", name)["selector"] == labels == {"app": name}
@@ -129,9 +128,9 @@ def test_the_files_agree() -> None:
 
 
 CONTAINERS = {
-    one["metadata"]["name"]: (one["spec"]["template"]["spec"], *one["spec"]["template"]["spec"]["containers"])
-    for one in KUBERNETES
-    if one["kind"] == "Deployment"
+    each["metadata"]["name"]: (each["spec"]["template"]["spec"], *each["spec"]["template"]["spec"]["containers"])
+    for each in KUBERNETES
+    if each["kind"] == "Deployment"
 }
 
 
@@ -143,7 +142,7 @@ def test_what_docker_runs_is_confined(name: str) -> None:
     assert service["security_opt"] == ["no-new-privileges:true"]
     assert service["pids_limit"] and service["mem_limit"]
     assert not {"privileged", "pid", "ipc", "network_mode", "devices"} & service.keys()
-    # the server writes there
+    # the server needs a place to write
     assert name == "proxy" or [path.partition(":")[0] for path in service["tmpfs"]] == ["/tmp"]
 
 
@@ -163,11 +162,11 @@ def test_what_kubernetes_runs_is_confined(name: str) -> None:
         assert {"cpu", "memory"} <= resources["requests"].keys() and "memory" in resources["limits"]
         volumes = {volume["name"]: volume for volume in pod["volumes"]}
         mounts = {mount["mountPath"]: volumes[mount["name"]] for mount in container["volumeMounts"]}
-        # the server writes there
+        # the server needs a place to write
         assert name == "falcon" or mounts["/tmp"]["emptyDir"]["medium"] == "Memory"
 
 
-def test_each_pod_has_its_policy_and_the_servers_their_budget() -> None:
+def test_each_pod_has_a_network_policy_and_the_servers_a_disruption_budget() -> None:
     for name in CONTAINERS:
         policy = resource("NetworkPolicy", name)
         assert policy["podSelector"]["matchLabels"] == {"app": name}
@@ -180,27 +179,27 @@ def test_each_pod_has_its_policy_and_the_servers_their_budget() -> None:
     assert resource("PodDisruptionBudget", "falcon-cog")["selector"]["matchLabels"] == {"app": "falcon-cog"}
 
 
-def test_what_is_started_listens_on_this_machine_alone() -> None:
+def test_published_ports_listen_on_this_machine_alone() -> None:
     published = [port for service in COMPOSE["services"].values() for port in service.get("ports", [])]
     documents = [ROOT / "README.md", ROOT / "README.en.md", ROOT / "CONTRIBUTING.md", DEPLOY / "README.md"]
     documents += (ROOT / "docs").glob("*.md")
     text = "".join(path.read_text(encoding="utf-8") for path in documents)
     runs = re.findall(r"^docker run (?:.*\\\n)*.*", text, re.MULTILINE)
     published += [port for run in runs for port in re.findall(r"(?:-p|--publish)[ =](\S+)", run)]
-    # compose.yaml and two languages
+    # in compose.yaml and both READMEs
     assert len(published) >= 3 and {port.split(":")[0] for port in published} == {server.HOST}
-    # Docker would end a running stream after 10 s
+    # without it, `docker stop` cuts a running stream after 10 s
     assert all("--stop-timeout 600 " in run for run in runs)
-    # a port-forward listens there too, where no --address says otherwise
+    # so does kubectl port-forward without --address
     assert not re.search(r"--address|--host|0\.0\.0\.0", text)
-    assert all(one["spec"].get("type", "ClusterIP") == "ClusterIP" for one in KUBERNETES if one["kind"] == "Service")
+    assert all(each["spec"].get("type", "ClusterIP") == "ClusterIP" for each in KUBERNETES if each["kind"] == "Service")
 
 
 # The probes
 
 
 def probe(command: list[str], port: int) -> subprocess.CompletedProcess[str]:
-    """What the container would run, on a server's own port; instead of ending process 1 it says so."""
+    """Run the container's probe on a server's own port; it prints SIGTERM instead of ending process 1."""
     name, flag, source = command
     assert (name, flag) == ("python", "-c")
     source = source.replace("5000", str(port)).replace("os.kill(1, 15)", "print('SIGTERM')")
@@ -208,15 +207,15 @@ def probe(command: list[str], port: int) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-def test_the_probes_read_the_status(falcon_environment: dict[str, str], processes: Marked) -> None:
+def test_the_probes_follow_the_servers_status(falcon_environment: dict[str, str], processes: Marked) -> None:
     (container,) = resource("Deployment", "falcon-cog")["template"]["spec"]["containers"]
     (kubernetes,) = {
         tuple(container[f"{name}Probe"]["exec"]["command"]) for name in ("startup", "readiness", "liveness")
     }
     compose = COMPOSE["x-cog"]["healthcheck"]["test"][1:]
 
-    def seen() -> tuple[str, bool, bool, str]:
-        """The status, whether it passes Kubernetes' and compose's, and what compose's does."""
+    def observed() -> tuple[str, bool, bool, str]:
+        """The status, whether Kubernetes' probe and compose's pass, and what compose's prints."""
         composed = probe(compose, running.port)
         passes = probe(list(kubernetes), running.port).returncode == 0
         return running.health()["status"], passes, composed.returncode == 0, composed.stdout
@@ -225,19 +224,19 @@ def test_the_probes_read_the_status(falcon_environment: dict[str, str], processe
     with server.running(environment=falcon_environment | processes.environment | one_place) as running:
         while not running.port:
             time.sleep(0.01)
-        assert seen() == ("STARTING", False, False, "")
+        assert observed() == ("STARTING", False, False, "")
         running.wait_until_ready()
-        assert seen() == ("READY", True, True, "")
+        assert observed() == ("READY", True, True, "")
         with httpx.stream("POST", f"{running.url}/predictions", json={"input": LONG}, headers=SSE) as stream:
             lines = stream.iter_lines()
             assert next(lines) == "event: start"
-            assert seen() == ("BUSY", True, True, "")
+            assert observed() == ("BUSY", True, True, "")
         (worker,) = processes.alive("_run_worker")
         worker.kill()
         while running.health()["status"] in ("READY", "BUSY"):
             time.sleep(0.01)
-        assert seen() == ("UNHEALTHY", False, False, "SIGTERM\n")
-        # what tini makes of it
+        assert observed() == ("UNHEALTHY", False, False, "SIGTERM\n")
+        # as tini passes the signal on
         (process,) = processes.alive("cog.server.http")
         process.terminate()
         process.wait(FINALLY)
@@ -249,7 +248,7 @@ def test_the_probes_read_the_status(falcon_environment: dict[str, str], processe
 
 
 class Names(BaseResolver):  # type: ignore[misc]
-    """The servers that there are: as SRV records, with their ports, for all have one address; and that address."""
+    """Answers with the servers' SRV records, which have their ports, and with the one address of all."""
 
     def __init__(self) -> None:
         self.ports: list[int] = []
@@ -267,7 +266,7 @@ class Names(BaseResolver):  # type: ignore[misc]
 
 
 class Site:
-    """HAProxy before the servers that it finds."""
+    """HAProxy in front of the servers that it finds."""
 
     def __init__(self, names: Names, url: str, metrics: str, log: Path) -> None:
         self.names = names
@@ -279,26 +278,26 @@ class Site:
         self._log = log
 
     def metric(self, name: str) -> int:
-        """Of the predictions."""
+        """HAProxy's metric of the backend for predictions."""
         text = httpx.get(self._metrics, trust_env=False).text
         (value,) = re.findall(rf'^haproxy_backend_{name}{{proxy="predictions"}} (\d+)$', text, re.MULTILINE)
         return int(value)
 
     def wait(self, name: str, value: int, most: int | None = None) -> None:
-        """Until the metric has the value, or one from it to `most`."""
+        """Wait until the metric is `value`, or from `value` to `most`."""
         give_up = time.monotonic() + FINALLY
         while not value <= (now := self.metric(name)) <= (most or value):
             assert time.monotonic() < give_up, f"{name}: {now}"
             time.sleep(0.05)
 
     def logged(self, prediction: str) -> tuple[str, str]:
-        """The server that got it and the status that it answered, once it has ended."""
+        """The server that got the prediction and the status that it answered, once the prediction has ended."""
         line = rf' predictions/(\w+) \S+ (\S+) .*"PUT /predictions/{prediction} '
         give_up = time.monotonic() + FINALLY
-        while not (found := re.findall(line, self._log.read_text())):
+        while not (entries := re.findall(line, self._log.read_text())):
             assert time.monotonic() < give_up, prediction
             time.sleep(0.05)
-        return found[-1][0], found[-1][1]
+        return entries[-1][0], entries[-1][1]
 
     def predict(self) -> httpx.Response:
         return self.client.post("/predictions", json={"input": SHORT})
@@ -311,7 +310,7 @@ class Site:
             yield events.read(response.iter_bytes())
 
     def end_of(self, prediction: str, max_tokens: int) -> str:
-        """How it ends for the client that streams it."""
+        """How the prediction ends for the client that streams it."""
         inputs = {**LONG, "max_tokens": max_tokens}
         try:
             with self.client.stream(
@@ -327,55 +326,55 @@ class Site:
 
 @contextmanager
 def haproxy(folder: Path, servers: str = "_cog._tcp.test") -> Iterator[Site]:
-    """HAProxy with the configuration that ships, on ports that are its own from the start."""
+    """HAProxy with the configuration that ships, on ports that are taken before it starts."""
     assert HAPROXY
     names = Names()
     dns = DNSServer(names, address=server.HOST, port=0, logger=DNSLogger("-request,-reply"))
     dns.start_thread()
     with ExitStack() as stack:
         stack.callback(dns.stop)
-        listening = [stack.enter_context(socket.create_server((server.HOST, 0))) for _ in range(2)]
+        sockets = [stack.enter_context(socket.create_server((server.HOST, 0))) for _ in range(2)]
         log = folder / "haproxy.log"
         process = subprocess.Popen(
             [HAPROXY, "-db", "-f", DEPLOY / "haproxy.cfg"],
             env={
-                "LISTEN": f"fd@{listening[0].fileno()}",
-                "METRICS": f"fd@{listening[1].fileno()}",
+                "LISTEN": f"fd@{sockets[0].fileno()}",
+                "METRICS": f"fd@{sockets[1].fileno()}",
                 "SERVERS": servers,
                 "HOSTNAME": uuid.uuid4().hex,
                 "DNS": f"{server.HOST}:{dns.server.server_address[1]}",
             },
-            pass_fds=[one.fileno() for one in listening],
+            pass_fds=[each.fileno() for each in sockets],
             stdout=stack.enter_context(log.open("wb")),
             stderr=subprocess.STDOUT,
         )
         stack.callback(process.wait)
         stack.callback(process.kill)
-        url, metrics = (f"http://{server.HOST}:{one.getsockname()[1]}" for one in listening)
+        url, metrics = (f"http://{server.HOST}:{each.getsockname()[1]}" for each in sockets)
         yield Site(names, url, f"{metrics}/metrics", log)
         assert process.poll() is None, log.read_text()
 
 
 @contextmanager
-def before_two(folder: Path, variables: dict[str, str]) -> Iterator[tuple[Site, list[server.Server]]]:
+def before_two_servers(folder: Path, variables: dict[str, str]) -> Iterator[tuple[Site, list[server.Server]]]:
     with ExitStack() as stack:
         servers = [stack.enter_context(server.running(environment=variables | ENVIRONMENT)) for _ in range(2)]
-        for one in servers:
-            one.wait_until_ready()
+        for each in servers:
+            each.wait_until_ready()
         site = stack.enter_context(haproxy(folder))
-        site.names.ports = [one.port for one in servers]
+        site.names.ports = [each.port for each in servers]
         site.wait("active_servers", 2)
         yield site, servers
 
 
 @pytest.fixture(scope="module")
 def site(falcon_environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    with before_two(tmp_path_factory.mktemp("haproxy"), falcon_environment) as (site, _):
+    with before_two_servers(tmp_path_factory.mktemp("haproxy"), falcon_environment) as (site, _):
         yield site
 
 
 def ask(site: Site, method: str, path: str, body: str | None = None) -> tuple[int, str]:
-    """The path as it stands, which no client library would leave so."""
+    """Ask for the path as it is written, which any client library would normalize."""
     connection = http.client.HTTPConnection(urlsplit(site.url).netloc, timeout=FINALLY)
     try:
         connection.request(method, path, body, {"Content-Type": "application/json"})
@@ -389,7 +388,7 @@ BODY = json.dumps({"input": {**SHORT, "max_tokens": 1}})
 
 
 @needs_haproxy
-def test_without_a_dns_of_its_own_it_takes_the_systems() -> None:
+def test_without_a_dns_variable_haproxy_takes_the_systems() -> None:
     assert HAPROXY
     variables = {"LISTEN": ":5000", "METRICS": ":8404", "SERVERS": "cog:5000"}
     subprocess.run([HAPROXY, "-c", "-f", DEPLOY / "haproxy.cfg"], env=variables, check=True)
@@ -397,7 +396,7 @@ def test_without_a_dns_of_its_own_it_takes_the_systems() -> None:
 
 @needs_haproxy
 @pytest.mark.slow
-def test_a_name_and_a_port_find_a_server_too(falcon_server: Client, tmp_path: Path) -> None:
+def test_haproxy_finds_a_server_by_name_and_port_too(falcon_server: Client, tmp_path: Path) -> None:
     with haproxy(tmp_path, f"cog.test:{falcon_server.server.port}") as site:
         site.wait("active_servers", 1)
         assert site.predict().json()["status"] == "succeeded"
@@ -452,7 +451,7 @@ def test_only_what_clients_need_is_let_through(site: Site, method: str, path: st
         ("x" * 50_000_000, {}, 413),
         # without a length
         (iter([BODY.encode()]), {}, 411),
-        # the whole of it has to fit beside its headers
+        # the whole body has to fit beside its headers
         (BODY.ljust(1_000_000), {"X": "x" * 50_000}, 413),
         (BODY, {"Prefer": "respond-async"}, 400),
         (BODY, {"Prefer": "wait, respond-async"}, 400),
@@ -460,20 +459,20 @@ def test_only_what_clients_need_is_let_through(site: Site, method: str, path: st
         (BODY[:-1] + ', "webhook": "http://127.0.0.1/shutdown"}', {}, 400),
         (r'{"\u0077ebh\u006Fok" : "http://127.0.0.1/shutdown", ' + BODY[1:], {}, 400),
         (json.dumps({"input": {**SHORT, "pregunta": '{"webhook": 1}'}}), {}, 200),
-        # what the server itself refuses: an id in the body, which it would write a folder for
+        # the server itself refuses an id in the body, for which it would make a folder
         (BODY[:-1] + ', "id": "../../x"}', {}, 422),
         (BODY[:-1] + r', "i\u0064": "una"}', {}, 422),
         ("{", {}, 400),
     ],
 )
-def test_bodies(site: Site, body: Any, headers: dict[str, str], status: int) -> None:
+def test_large_async_or_webhook_bodies_are_refused(site: Site, body: Any, headers: dict[str, str], status: int) -> None:
     answer = site.client.post("/predictions", content=body, headers={"Content-Type": "application/json", **headers})
     assert answer.status_code == status, answer.text
 
 
 @needs_haproxy
 @pytest.mark.slow
-def test_a_stream_comes_as_it_grows_and_its_cancel_finds_its_server(site: Site) -> None:
+def test_a_stream_is_not_buffered_and_its_cancel_reaches_its_server(site: Site) -> None:
     with ExitStack() as clients:
         streams = [clients.enter_context(site.stream()) for _ in range(4)]
         # on both servers
@@ -481,7 +480,7 @@ def test_a_stream_comes_as_it_grows_and_its_cancel_finds_its_server(site: Site) 
         for stream in streams:
             ids.append(next(data["id"] for name, data in stream if name == "start"))
             assert next(name for name, _ in stream if name != "log") == "output"
-        # not in the order that they came in, in which a guess would be right
+        # in another order than they started, in which a guess would be right
         for place in (0, 2, 1, 3):
             assert ask(site, "POST", f"/predictions/{ids[place]}/cancel")[0] == httpx.codes.OK
             *_, (name, end) = streams[place]
@@ -491,14 +490,14 @@ def test_a_stream_comes_as_it_grows_and_its_cancel_finds_its_server(site: Site) 
 
 @needs_haproxy
 @pytest.mark.slow
-def test_the_id_of_a_running_prediction_joins_it(site: Site) -> None:
+def test_a_request_with_the_id_of_a_running_prediction_joins_it(site: Site) -> None:
     with ExitStack() as clients:
         first = clients.enter_context(site.stream("PUT", "/predictions/una"))
-        seen = [next(first) for _ in range(4)]
-        # one of them would else go to the other server
+        beginning = [next(first) for _ in range(4)]
+        # else one of the two would go to the other server
         again = [clients.enter_context(site.stream("PUT", "/predictions/una")) for _ in range(2)]
         for stream in again:
-            assert [next(stream) for _ in range(4)] == seen
+            assert [next(stream) for _ in range(4)] == beginning
         assert ask(site, "POST", "/predictions/una/cancel")[0] == httpx.codes.OK
         for stream in (first, *again):
             *_, (_, end) = stream
@@ -518,7 +517,7 @@ def test_96_clients_are_answered(site: Site) -> None:
 
 @needs_haproxy
 @pytest.mark.slow
-def test_who_leaves_makes_room_for_who_waits(site: Site) -> None:
+def test_a_client_that_leaves_makes_room_for_one_that_waits(site: Site) -> None:
     with ThreadPoolExecutor(64) as clients:
         with ExitStack() as leaving:
             for _ in range(64):
@@ -532,7 +531,7 @@ def test_who_leaves_makes_room_for_who_waits(site: Site) -> None:
 
 @needs_haproxy
 @pytest.mark.slow
-def test_who_leaves_before_any_answer_does_too(site: Site) -> None:
+def test_a_client_that_leaves_before_its_answer_ends_its_prediction(site: Site) -> None:
     with pytest.raises(httpx.ReadTimeout):
         site.client.put("/predictions/se-va", json={"input": LONG}, timeout=1)
     _, status = site.logged("se-va")
@@ -541,54 +540,54 @@ def test_who_leaves_before_any_answer_does_too(site: Site) -> None:
 
 @needs_haproxy
 @pytest.mark.slow
-def test_servers_that_end_and_come_back(falcon_environment: dict[str, str], processes: Marked, tmp_path: Path) -> None:
+def test_servers_may_die_and_come_back(falcon_environment: dict[str, str], processes: Marked, tmp_path: Path) -> None:
     variables = falcon_environment | processes.environment
-    with before_two(tmp_path, variables) as (site, servers), ThreadPoolExecutor(96) as clients:
+    with before_two_servers(tmp_path, variables) as (site, servers), ThreadPoolExecutor(96) as clients:
 
-        def started(prefix: str, count: int, max_tokens: int) -> dict[str, "Future[str]"]:
+        def start(prefix: str, count: int, max_tokens: int) -> dict[str, "Future[str]"]:
             ids = [f"{prefix}-{number}" for number in range(count)]
             return {name: clients.submit(site.end_of, name, max_tokens) for name in ids}
 
-        running = started("antes", 96, 64)
+        running = start("antes", 96, 64)
         site.wait("current_queue", 1, 32)
-        os.killpg(os.getpgid(listening(processes, servers[0]).pid), signal.SIGKILL)
+        os.killpg(os.getpgid(http_process(processes, servers[0]).pid), signal.SIGKILL)
         ends = {name: future.result() for name, future in running.items()}
         failed = [name for name, end in ends.items() if end != "succeeded"]
-        # what had begun there, and what it was given for a place that closed while it died
+        # what ran on the killed server, and what HAProxy gave it while it died
         assert 0 < len([name for name in failed if ends[name] == "cut"]) <= 32
         assert len(failed) <= 64 and {ends[name] for name in failed} <= {"cut", "502"}
         assert len({site.logged(name)[0] for name in failed}) == 1
 
-        with server.running(environment=variables | ENVIRONMENT) as back:
-            while not back.port:
+        with server.running(environment=variables | ENVIRONMENT) as restarted:
+            while not restarted.port:
                 assert site.end_of("sin-ella", 8) == "succeeded"
-            # it is found while it loads, as a container is
-            site.names.ports = [servers[1].port, back.port]
-            while back.health()["status"] != "READY":
+            # HAProxy finds the server while it loads, as it does a container
+            site.names.ports = [servers[1].port, restarted.port]
+            while restarted.health()["status"] != "READY":
                 assert site.end_of("mientras", 8) == "succeeded"
             site.wait("active_servers", 2)
 
-            running = started("luego", 96, 64)
+            running = start("luego", 96, 64)
             site.wait("current_queue", 1, 32)
-            # to it alone, as tini hands it on: it ends what it has
-            stopped = listening(processes, servers[1])
+            # the signal goes to this process alone, as from tini: the server ends what it runs
+            stopped = http_process(processes, servers[1])
             stopped.terminate()
             assert {future.result() for future in running.values()} == {"succeeded"}
             assert len({site.logged(name)[0] for name in running}) == 2
             stopped.wait(FINALLY)
 
-            # one without its model answers /health-check with 200
-            for worker in listening(processes, back).children():
+            # a server without its worker still answers /health-check with 200
+            for worker in http_process(processes, restarted).children():
                 worker.kill()
             site.wait("active_servers", 0)
             assert site.predict().status_code == httpx.codes.SERVICE_UNAVAILABLE
 
 
-def listening(processes: Marked, one: server.Server) -> psutil.Process:
-    """The server's process, which is not its worker's."""
-    (found,) = [
+def http_process(processes: Marked, running: server.Server) -> psutil.Process:
+    """The process that listens, which is not the worker's."""
+    (listening,) = [
         process
         for process in processes.alive("cog.server.http")
-        if one.port in [connection.laddr.port for connection in process.net_connections()]
+        if running.port in [connection.laddr.port for connection in process.net_connections()]
     ]
-    return found
+    return listening

@@ -61,13 +61,13 @@ def run(project: Path, environment: dict[str, str], tmp_path: Path) -> Deploy:
     return run
 
 
-def good(result: subprocess.CompletedProcess[str]) -> str:
+def output(result: subprocess.CompletedProcess[str]) -> str:
     assert result.returncode == 0, result.stderr
     return result.stdout
 
 
-def line(result: subprocess.CompletedProcess[str]) -> str:
-    """The last thing that is said by a command that did not do what it was asked."""
+def error(result: subprocess.CompletedProcess[str]) -> str:
+    """The last line on stderr of a command that failed."""
     assert (result.returncode, result.stdout) == (1, "")
     assert "Traceback" not in result.stderr
     return result.stderr.splitlines()[-1]
@@ -81,7 +81,7 @@ def settings(gateway: Gateway, name: str = MODEL) -> tuple[str, str, int, int]:
 
 def test_the_life_of_a_deployment(run: Deploy, gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
     created = run(*CREATE, "--min", "1", "--max", "3", "--yes")
-    shown = good(created)
+    shown = output(created)
     assert settings(gateway) == ("nueva", "gpu-l40s", 1, 3)
     for text in (MODEL, f"{MODEL}:nueva", "gpu-l40s", "1 a 3", f"https://replicate.com/deployments/{MODEL}"):
         assert re.search(rf"(^|  ){re.escape(text)}$", shown, re.MULTILINE), text
@@ -93,45 +93,45 @@ def test_the_life_of_a_deployment(run: Deploy, gateway: Gateway, monkeypatch: py
     (prediction,) = gateway.predictions.values()
     assert prediction.shown()["status"] == "succeeded"
 
-    assert good(run("ver", f"r8.im/{MODEL}")) == shown
+    assert output(run("ver", f"r8.im/{MODEL}")) == shown
     answered_again = run("esperar", MODEL, "--yes")
-    assert good(answered_again) == "" and f"{deploy.PRICING}\n" in answered_again.stderr
+    assert output(answered_again) == "" and f"{deploy.PRICING}\n" in answered_again.stderr
     assert len(gateway.predictions) == 2
 
-    off = good(run("cero", MODEL))
+    off = output(run("cero", MODEL))
     assert settings(gateway) == ("nueva", "gpu-l40s", 0, 0)
     assert "0 a 0, apagado" in off and len(gateway.predictions) == 2
 
-    refusal = line(run("borrar", MODEL, "--yes"))
+    refusal = error(run("borrar", MODEL, "--yes"))
     assert refusal.startswith(f"Todavía no se puede borrar: apáguelo con script/deploy cero {MODEL}, espere 15 minutos")
     assert "offline and unused for at least 15 minutes" in refusal
     monkeypatch.setattr(service, "SECONDS_OFFLINE", 0)
-    assert good(run("borrar", MODEL, "--yes")) == f"{MODEL} está borrado\n"
+    assert output(run("borrar", MODEL, "--yes")) == f"{MODEL} está borrado\n"
     assert not gateway.deployments
 
 
-def test_a_change_keeps_what_it_does_not_name(run: Deploy, gateway: Gateway) -> None:
-    good(run("crear", f"{MODEL}:vieja", "--hardware", "gpu-t4", "--min", "2", "--name", "otro-nombre", "--yes"))
+def test_a_change_keeps_the_settings_that_it_does_not_name(run: Deploy, gateway: Gateway) -> None:
+    output(run("crear", f"{MODEL}:vieja", "--hardware", "gpu-t4", "--min", "2", "--name", "otro-nombre", "--yes"))
     name = f"{gateway.owner}/otro-nombre"
-    # as many at most as always run
+    # --max is --min where it is not given
     assert settings(gateway, name) == ("vieja", "gpu-t4", 2, 2)
     changed = run("crear", MODEL, "--name", "otro-nombre", "--max", "5", "--yes")
     assert f"Se cambia {name}: {MODEL}:nueva en gpu-t4 (Nvidia T4 GPU)\n" in changed.stderr
-    good(changed)
+    output(changed)
     assert settings(gateway, name) == ("nueva", "gpu-t4", 2, 5)
 
 
-def test_what_it_says_of_one_that_is_off_switches_it_on(run: Deploy, gateway: Gateway) -> None:
-    good(run("crear", f"{MODEL}:vieja", "--hardware", "cpu", "--yes"))
-    off = good(run("cero", MODEL))
+def test_the_command_shown_for_a_deployment_that_is_off_starts_it(run: Deploy, gateway: Gateway) -> None:
+    output(run("crear", f"{MODEL}:vieja", "--hardware", "cpu", "--yes"))
+    off = output(run("cero", MODEL))
     (command,) = re.findall(r"  encenderlo  script/deploy (.*)\n", off)
-    assert line(run("esperar", MODEL, "--yes")) == f"{MODEL} está apagado: se enciende con script/deploy {command}"
-    good(run(*command.split(), "--yes"))
+    assert error(run("esperar", MODEL, "--yes")) == f"{MODEL} está apagado: se enciende con script/deploy {command}"
+    output(run(*command.split(), "--yes"))
     assert settings(gateway) == ("vieja", "cpu", 0, 1)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         (["crear", "otra/otro", "--hardware", "cpu"], "Replicate no tiene otra/otro, o su token no lo ve: "),
         (["crear", f"{MODEL}:nada", "--hardware", "cpu"], f"Replicate no tiene {MODEL}:nada, o su token no lo ve: "),
@@ -148,63 +148,63 @@ def test_what_it_says_of_one_that_is_off_switches_it_on(run: Deploy, gateway: Ga
         (["ver", f"{MODEL}:nueva"], f'"{MODEL}:nueva" no es un nombre de Replicate: se escribe USUARIO/NOMBRE, en '),
     ],
 )
-def test_a_mistake_ends_in_its_line(run: Deploy, gateway: Gateway, arguments: list[str], says: str) -> None:
+def test_a_mistake_is_one_line(run: Deploy, gateway: Gateway, arguments: list[str], message: str) -> None:
     yes = ["--yes"] if arguments[0] == "crear" else []
-    assert line(run(*arguments, *yes)).startswith(says)
+    assert error(run(*arguments, *yes)).startswith(message)
     assert not gateway.deployments
 
 
-def test_an_action_that_is_none(run: Deploy) -> None:
+def test_an_unknown_action_is_one_line(run: Deploy) -> None:
     result = run("crea", MODEL)
     assert (result.returncode, result.stdout) == (2, "")
-    line = (
+    pattern = (
         r"script/deploy no entiende la orden \(ACCIÓN no puede ser 'crea': hay .*borrar'?\): vea script/deploy --help\n"
     )
-    assert re.fullmatch(line, result.stderr)
+    assert re.fullmatch(pattern, result.stderr)
 
 
-def test_a_name_that_another_model_has(run: Deploy, gateway: Gateway) -> None:
-    good(run(*CREATE, "--yes"))
+def test_a_deployment_of_another_model_is_not_changed(run: Deploy, gateway: Gateway) -> None:
+    output(run(*CREATE, "--yes"))
     gateway.deployments[MODEL].release["model"] = "otra/otro"
-    assert line(run(*CREATE, "--yes")) == f"{MODEL} ya es un despliegue de otra/otro: dé otro nombre a este con --name"
+    assert error(run(*CREATE, "--yes")) == f"{MODEL} ya es un despliegue de otra/otro: dé otro nombre a este con --name"
     assert len(gateway.predictions) == 1
 
 
-def test_a_model_to_which_nothing_was_pushed(run: Deploy, gateway: Gateway) -> None:
+def test_a_model_without_a_version_is_not_deployed(run: Deploy, gateway: Gateway) -> None:
     gateway.versions.clear()
-    says = f"{MODEL} no tiene ninguna versión: publíquela con script/push {MODEL}"
-    assert line(run(*CREATE, "--yes")) == says
+    message = f"{MODEL} no tiene ninguna versión: publíquela con script/push {MODEL}"
+    assert error(run(*CREATE, "--yes")) == message
 
 
-def test_without_a_token(run: Deploy, gateway: Gateway) -> None:
-    assert line(run("ver", MODEL, REPLICATE_API_TOKEN="")).startswith("Falta REPLICATE_API_TOKEN: ")
-    assert line(run("ver", MODEL, REPLICATE_API_TOKEN="r8_otro")).startswith("Replicate no reconoce su REPLICATE_API_")
+def test_a_missing_or_unknown_token_is_one_line(run: Deploy, gateway: Gateway) -> None:
+    assert error(run("ver", MODEL, REPLICATE_API_TOKEN="")).startswith("Falta REPLICATE_API_TOKEN: ")
+    assert error(run("ver", MODEL, REPLICATE_API_TOKEN="r8_otro")).startswith("Replicate no reconoce su REPLICATE_API_")
 
 
 def test_nothing_is_done_without_a_yes(
     run: Deploy, gateway: Gateway, project: Path, environment: dict[str, str]
 ) -> None:
-    assert "repita con --yes" in line(run(*CREATE))
+    assert "repita con --yes" in error(run(*CREATE))
     terminal, user = os.openpty()
     with os.fdopen(terminal, "wb", buffering=0) as keys, os.fdopen(user) as stdin:
         keys.write(b"n\n")
         command = [str(project / "script" / "deploy"), *CREATE]
         result = subprocess.run(command, stdin=stdin, capture_output=True, text=True, env=environment)
-    assert line(result).endswith("No se ha hecho nada")
+    assert error(result).endswith("No se ha hecho nada")
     assert deploy.PRICING in result.stderr and not gateway.deployments
 
-    good(run(*CREATE, "--yes"))
+    output(run(*CREATE, "--yes"))
     for action in ("esperar", "borrar"):
-        assert "repita con --yes" in line(run(action, MODEL))
+        assert "repita con --yes" in error(run(action, MODEL))
     assert MODEL in gateway.deployments and len(gateway.predictions) == 1
 
 
 def hold(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No instance comes up."""
-    monkeypatch.setattr(gateway, "_admitted", lambda prediction: False)
+    """Let no instance start."""
+    monkeypatch.setattr(gateway, "_run_if_free", lambda prediction: False)
 
 
-def test_interrupted_it_does_not_leave_its_question_behind(
+def test_an_interrupted_wait_cancels_its_prediction(
     gateway: Gateway, project: Path, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hold(gateway, monkeypatch)
@@ -225,37 +225,37 @@ def test_interrupted_it_does_not_leave_its_question_behind(
 
 
 @pytest.fixture
-def here(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """Run the command in this process, whose constants can be others."""
+def run_here(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Run the command in this process, whose constants a test can replace."""
 
-    def here(*arguments: str) -> int:
+    def run_here(*arguments: str) -> int:
         for name, value in gateway.environment.items():
             monkeypatch.setenv(name, value)
         monkeypatch.setattr(sys, "argv", ["script/deploy", *arguments])
         return deploy.main()
 
-    return here
+    return run_here
 
 
-def test_it_does_not_wait_for_ever(
-    here: Callable[..., int], gateway: Gateway, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_deployment_that_does_not_answer_in_time_is_one_line(
+    run_here: Callable[..., int], gateway: Gateway, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     hold(gateway, monkeypatch)
     monkeypatch.setattr(deploy, "SECONDS_TO_ANSWER", 0.1)
-    assert here(*CREATE, "--yes") == 1
+    assert run_here(*CREATE, "--yes") == 1
     last = capsys.readouterr().err.splitlines()[-1]
     assert f"{MODEL} no contestó en " in last and last.endswith(f"repita script/deploy esperar {MODEL}")
     (prediction,) = gateway.predictions.values()
     assert prediction.shown()["status"] == "canceled"
 
 
-def test_one_that_fails(run: Deploy, gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_deployment_that_fails_is_one_line(run: Deploy, gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(prediction: Prediction) -> bool:
         prediction.complete("failed", error="Setup failed\nMemoryError")
         return True
 
-    monkeypatch.setattr(gateway, "_admitted", fail)
+    monkeypatch.setattr(gateway, "_run_if_free", fail)
     result = run(*CREATE, "--yes")
     assert result.returncode == 1
-    says = f"{MODEL} no contesta, acabó en failed: Setup failed MemoryError; mire https://replicate.com/deployments/{MODEL}"
-    assert result.stderr.splitlines()[-1] == says
+    message = f"{MODEL} no contesta, acabó en failed: Setup failed MemoryError; mire https://replicate.com/deployments/{MODEL}"
+    assert result.stderr.splitlines()[-1] == message

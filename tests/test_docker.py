@@ -1,7 +1,7 @@
 """The image in Docker: what cog build puts into it, and how it serves, alone and behind deploy/compose.yaml.
 
 `script/test -m docker` runs these, and a plain script/test none of them. They need Docker's engine, and the command cog
-or, with --image, an image that is there.
+or, with --image, an image that exists.
 """
 
 import json
@@ -26,7 +26,7 @@ from llm.weights.settings import ROOT
 from tests.support.processes import FINALLY
 from tests.support.project import copied
 
-# a base image of several GB may have to come first
+# the first build may download a base image of several GB
 pytestmark = [pytest.mark.docker, pytest.mark.timeout(3600)]
 
 if shutil.which("docker") is None or subprocess.run(["docker", "info"], capture_output=True).returncode != 0:
@@ -39,7 +39,7 @@ SECRET = "hf_prueba"
 
 
 def docker(*arguments: str | Path) -> str:
-    """What docker prints. It has to end well."""
+    """What docker prints. It has to succeed."""
     run = subprocess.run(["docker", *arguments], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     return run.stdout.strip()
@@ -47,11 +47,11 @@ def docker(*arguments: str | Path) -> str:
 
 @pytest.fixture(scope="module")
 def project(falcon: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The project as its user has it: a model to deploy, another one, a secret, and what commands leave."""
+    """The project as its user has it: a model to deploy, another one, a secret, and files that commands leave."""
     folder = copied(tmp_path_factory.mktemp("docker") / "project")
     for name in (falcon.name, "otro"):
         shutil.copytree(falcon, folder / "weights" / name)
-    # from there on Cog gives weights a layer of their own
+    # at this size Cog gives weights a layer of their own
     assert (folder / "weights" / falcon.name / "model.safetensors").stat().st_size > 10 * 2**20
     (folder / ".env").write_text(f"HUGGINGFACE_HUB_TOKEN={SECRET}\n")
     (folder / "llm" / "__pycache__").mkdir()
@@ -90,7 +90,7 @@ def test_the_schema_in_the_label_is_ours(built: str) -> None:
     labels = json.loads(docker("image", "inspect", "--format", "{{json .Config.Labels}}", built))
     theirs, ours = json.loads(labels["run.cog.openapi_schema"]), schema.read(ROOT / "predict.py").schema
     for document in (theirs, ours):
-        # the command's own version, and the package's
+        # of the command in one, of the package in the other
         del document["info"]["version"]
     assert theirs == ours
 
@@ -125,7 +125,7 @@ def test_cog_predict_refuses_bad_inputs(cog: str, project: Path, arguments: list
 
 
 def inside(image: str, source: str) -> Any:
-    """What a program prints, as JSON, in a container of its own."""
+    """The JSON that a Python program prints in a container of its own."""
     return json.loads(docker("run", "--rm", "--network", "none", image, "python", "-c", source))
 
 
@@ -135,7 +135,7 @@ def test_the_image_holds_the_program_and_its_model(image: str, project: Path, fa
     )
     code = [path.relative_to(ROOT).as_posix() for path in (ROOT / "llm").rglob("*.py")]
     model = [f"weights/{falcon.name}/{path.name}" for path in falcon.iterdir()]
-    # its own folder aside, which cog fills
+    # .cog aside, which cog build fills
     assert {path for path in held if not path.startswith(".cog/")} == {
         "cog.yaml",
         "predict.py",
@@ -163,7 +163,7 @@ def wait(condition: Callable[[], bool], seconds: float = FINALLY) -> None:
 
 @pytest.fixture
 def container(image: str) -> Iterator[str]:
-    """One that the README's command started, on a port of its own."""
+    """A container that the README's command started, on a port of its own."""
     command = re.findall(r"^docker run .*$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)[-1]
     program, *arguments, _ = shlex.split(command.replace(":5001:", "::"))
     assert program == "docker"
@@ -175,7 +175,7 @@ def container(image: str) -> Iterator[str]:
 
 
 def address(container: str) -> str:
-    """Where the server answers. Docker publishes it on one address alone."""
+    """The URL of the server, once it is ready. Docker has to publish it on one address alone."""
     (published,) = docker("port", container, "5000").splitlines()
     assert published.startswith(f"{server.HOST}:")
     url = f"http://{published}"
@@ -183,12 +183,12 @@ def address(container: str) -> str:
     return url
 
 
-def test_smoke_finds_it_as_it_should_be(container: str, project: Path, falcon_environment: dict[str, str]) -> None:
+def test_smoke_passes_on_the_container(container: str, project: Path, falcon_environment: dict[str, str]) -> None:
     run = subprocess.run(
         [project / "script" / "smoke", "--local", address(container)],
         capture_output=True,
         text=True,
-        # as in the image, where nothing says another
+        # as in the image, which sets no dtype
         env={**os.environ, **falcon_environment, "DTYPE": ""},
     )
     assert run.returncode == 0, run.stdout + run.stderr
@@ -203,13 +203,13 @@ def test_docker_stop_lets_a_stream_end(container: str) -> None:
             "POST", f"{url}/predictions", json={"input": LONG}, headers=SSE, timeout=FINALLY, trust_env=False
         ) as stream,
     ):
-        coming = events.read(stream.iter_bytes())
-        assert next(name for name, _ in coming if name == "output")
+        stream_events = events.read(stream.iter_bytes())
+        assert next(name for name, _ in stream_events if name == "output")
         stop = pool.submit(docker, "stop", container)
-        # it takes no more
+        # the server takes no more requests
         wait(lambda: not ready(url))
         assert not stop.done()
-        *pieces, (name, end) = coming
+        *pieces, (name, end) = stream_events
         assert len(pieces) > 1 and (name, end["status"]) == ("completed", "succeeded")
     assert docker("inspect", "--format", "{{.State.ExitCode}}", container) == "0"
 
@@ -218,7 +218,7 @@ def test_docker_stop_lets_a_stream_end(container: str) -> None:
 
 
 class Site:
-    """HAProxy before two servers, as compose.yaml starts them."""
+    """HAProxy in front of two servers, as compose.yaml starts them."""
 
     def __init__(self, image: str, folder: Path) -> None:
         shutil.copytree(ROOT / "deploy", folder)
@@ -234,7 +234,7 @@ class Site:
         return docker(*self._compose, *arguments)
 
     def servers(self) -> list[str]:
-        """Their containers."""
+        """The ids of the servers' containers."""
         return self.run("ps", "--all", "--quiet", "cpu").split()
 
     def url(self) -> str:
@@ -255,7 +255,7 @@ def healthy(container: str) -> bool:
     return docker("inspect", "--format", "{{.State.Health.Status}}", container) == "healthy"
 
 
-def ended(url: str, max_tokens: int, begun: threading.Semaphore) -> str:
+def end_of(url: str, max_tokens: int, begun: threading.Semaphore) -> str:
     """How a prediction ends for the client that streams it. `begun` counts those that have some text."""
     body = {"input": {**LONG, "max_tokens": max_tokens}}
     try:
@@ -281,12 +281,12 @@ def test_two_servers_answer_96_clients(site: Site) -> None:
     assert url.startswith(f"http://{server.HOST}:")
     with ThreadPoolExecutor(96) as clients:
         for _ in range(2):
-            ends = list(clients.map(lambda _: ended(url, 8, threading.Semaphore()), range(96)))
+            ends = list(clients.map(lambda _: end_of(url, 8, threading.Semaphore()), range(96)))
             assert set(ends) == {"succeeded"}
 
 
 def test_a_server_is_confined(site: Site) -> None:
-    tries = """
+    program = """
 import json, pathlib, socket
 def works(what):
     try:
@@ -305,7 +305,7 @@ print(json.dumps({
 }))
 """
     for container in site.servers():
-        assert json.loads(docker("exec", container, "python", "-c", tries)) == {
+        assert json.loads(docker("exec", container, "python", "-c", program)) == {
             "privileges": [0, 0],
             "gains none": "1",
             "writes beside the program": False,
@@ -315,39 +315,39 @@ print(json.dumps({
         }
 
 
-def test_a_server_that_is_killed_and_one_that_is_stopped(site: Site) -> None:
+def test_a_killed_server_costs_only_what_it_ran_and_a_stopped_one_nothing(site: Site) -> None:
     killed, stopped = site.servers()
     url, begun = site.url(), threading.Semaphore(0)
     with ThreadPoolExecutor(96) as clients:
 
-        def started(max_tokens: int) -> list[Any]:
-            futures = [clients.submit(ended, url, max_tokens, begun) for _ in range(96)]
-            # on both
+        def start(max_tokens: int) -> list[Any]:
+            futures = [clients.submit(end_of, url, max_tokens, begun) for _ in range(96)]
+            # on both servers
             for _ in range(48):
                 assert begun.acquire(timeout=FINALLY)
             return futures
 
-        running = started(200)
+        running = start(200)
         docker("kill", killed)
         ends = [future.result() for future in running]
-        # what it had, and what it was given for a place that closed while it died
+        # what ran on the killed server, and what HAProxy gave it while it died
         assert 0 < ends.count("cut") <= 32 <= ends.count("succeeded")
         assert set(ends) <= {"succeeded", "cut", "502"}
-        assert ended(url, 8, begun) == "succeeded"
+        assert end_of(url, 8, begun) == "succeeded"
 
         docker("start", killed)
         wait(lambda: healthy(killed), FINALLY * 5)
-        # HAProxy has to find it too
+        # HAProxy has to find the server too
         wait(lambda: served(site, 2))
 
-        running = started(200)
+        running = start(200)
         docker("stop", stopped)
         assert {future.result() for future in running} == {"succeeded"}
         assert docker("inspect", "--format", "{{.State.ExitCode}}", stopped) == "0"
 
 
 def served(site: Site, servers: int) -> bool:
-    """Whether HAProxy has so many that answer, by its metrics: a server's container, beside it, may ask for them."""
+    """Whether HAProxy counts so many active servers, in its metrics. A server's container may ask for them."""
     source = "import urllib.request; print(urllib.request.urlopen('http://proxy:8404/metrics').read().decode())"
     text = docker("exec", site.servers()[0], "python", "-c", source)
     return f'\nhaproxy_backend_active_servers{{proxy="predictions"}} {servers}\n' in text

@@ -1,4 +1,4 @@
-"""The engine on real models: it computes what transformers computes, for whoever comes, leaves or fails beside it."""
+"""The engine on real models: a request gets what transformers computes, whatever comes, leaves or fails beside it."""
 
 import random
 import re
@@ -38,19 +38,14 @@ from llm.engine.sequence import Request, Sampling
 from llm.engine.slots import Slots
 from llm.errors import UserError
 from tests.support import checkpoints
+from tests.support.graphs import plain_call
 from tests.support.processes import until
 
 GREEDY = Sampling(temperature=0)
 CHUNK = 32
 
 
-def plain_call(step: Callable[[], None]) -> Replay:
-    """Stands for CUDA's capture: buckets, order and reading one step late are as on a GPU, the graphs are calls."""
-    step()
-    return step
-
-
-BOTH = pytest.mark.parametrize(
+with_and_without_graphs = pytest.mark.parametrize(
     "options", [{}, pytest.param({"capture": plain_call}, marks=pytest.mark.slow)], ids=["plain", "graphs"]
 )
 
@@ -62,7 +57,7 @@ def out_of_memory() -> torch.OutOfMemoryError:
     return torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 11 GiB")
 
 
-def ended(engine: Engine, prompt: list[int], max_tokens: int, sampling: Sampling = GREEDY) -> list[int]:
+def generated(engine: Engine, prompt: list[int], max_tokens: int, sampling: Sampling = GREEDY) -> list[int]:
     return list(engine.generate(Request(prompt, max_tokens, sampling)))
 
 
@@ -86,8 +81,8 @@ class Reference:
 
     def __call__(self, prompt: list[int], max_tokens: int, repetition_penalty: float = 1.0) -> list[int]:
         ids = torch.tensor([prompt])
-        beyond = list(range(self.model.vocabulary, self.network.config.vocab_size))
-        found: list[int] = self.network.generate(
+        without_token = list(range(self.model.vocabulary, self.network.config.vocab_size))
+        answer: list[int] = self.network.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             do_sample=False,
@@ -95,9 +90,9 @@ class Reference:
             eos_token_id=list(self.model.stop_ids),
             pad_token_id=0,
             repetition_penalty=repetition_penalty,
-            suppress_tokens=beyond or None,
+            suppress_tokens=without_token or None,
         )[0, len(prompt) :].tolist()
-        return found[:-1] if found[-1] in self.model.stop_ids else found
+        return answer[:-1] if answer[-1] in self.model.stop_ids else answer
 
 
 @pytest.fixture(scope="module")
@@ -112,15 +107,15 @@ def falcon_reference(falcon: Path, falcon_model: Model) -> Reference:
 
 @pytest.fixture
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
-    """Of each pass over prompts, how many tokens of each it was asked to read."""
+    """How many tokens of each prompt every prefill was asked to read."""
     counts: list[list[int]] = []
     prefill = Runner.prefill
 
-    def noted(runner: Runner, chunks: list[Chunk]) -> Any:
+    def counted(runner: Runner, chunks: list[Chunk]) -> Any:
         counts.append([chunk.count for chunk in chunks])
         return prefill(runner, chunks)
 
-    monkeypatch.setattr(Runner, "prefill", noted)
+    monkeypatch.setattr(Runner, "prefill", counted)
     return counts
 
 
@@ -137,9 +132,9 @@ def any_engine(request: pytest.FixtureRequest, falcon_model: Model) -> Engine:
 
 def test_greedy_text_is_that_of_generate(any_engine: Engine, falcon_reference: Reference) -> None:
     for prompt in prompts((1, 5, CHUNK, CHUNK + 1, 3 * CHUNK + 7, 600), checkpoints.TOKENS):
-        found = ended(any_engine, prompt, 24)
-        assert found == falcon_reference(prompt, 24)
-        assert len(set(found)) > 4, "a text of one token proves nothing"
+        text = generated(any_engine, prompt, 24)
+        assert text == falcon_reference(prompt, 24)
+        assert len(set(text)) > 4, "a text of one token proves nothing"
 
 
 @pytest.mark.slow
@@ -150,19 +145,19 @@ def test_greedy_text_of_the_embedded_model_is_that_of_generate(demo_folder: Path
     prompt = model.tokenizer(model.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
     prompt = prompt["input_ids"]
     for start in (prompt, prompt * 9):
-        assert ended(engine, start, 40) == reference(start, 40)
+        assert generated(engine, start, 40) == reference(start, 40)
 
 
 @pytest.mark.slow
-def test_requests_that_come_and_go_get_what_they_would_get_alone(
+def test_concurrent_and_cancelled_requests_get_the_texts_of_generate(
     any_engine: Engine, falcon_reference: Reference
 ) -> None:
-    """Eight prompts of unlike lengths, for unlike numbers of tokens, while others are cancelled under way."""
+    """Eight prompts of different lengths and budgets, beside four that are cancelled."""
     chosen = prompts((3, 40, 17, 100, 9, 64, 1, 33, 12, 25, 150, 8), checkpoints.TOKENS, seed=1)
     budgets = [5, 40, 13, 30, 50, 8, 21, 34, 60, 60, 60, 60]
     cancelled_after = {8: 1, 9: 7, 10: 3, 11: 20}
 
-    def one(number: int) -> list[int]:
+    def answer(number: int) -> list[int]:
         generation = any_engine.generate(Request(chosen[number], budgets[number], GREEDY))
         tokens = []
         for token in generation:
@@ -173,20 +168,20 @@ def test_requests_that_come_and_go_get_what_they_would_get_alone(
         return tokens
 
     with ThreadPoolExecutor(len(chosen)) as threads:
-        found = list(threads.map(one, range(len(chosen))))
-    for number, tokens in enumerate(found):
+        answers = list(threads.map(answer, range(len(chosen))))
+    for number, tokens in enumerate(answers):
         expected = falcon_reference(chosen[number], budgets[number])
         assert tokens == expected[: cancelled_after.get(number)], number
 
 
 def test_a_repetition_penalty_is_that_of_generate(any_engine: Engine, falcon_reference: Reference) -> None:
     (prompt,) = prompts((50,), checkpoints.TOKENS, seed=2)
-    assert ended(any_engine, prompt, 30, Sampling(temperature=0, repetition_penalty=1.7)) == falcon_reference(
+    assert generated(any_engine, prompt, 30, Sampling(temperature=0, repetition_penalty=1.7)) == falcon_reference(
         prompt, 30, 1.7
     )
 
 
-def test_a_repetition_penalty_does_not_see_the_padding_beside_a_longer_prompt(
+def test_a_repetition_penalty_ignores_the_padding_beside_a_longer_prompt(
     falcon_model: Model, falcon_reference: Reference
 ) -> None:
     engine = Engine(falcon_model, 4)
@@ -207,7 +202,7 @@ def test_more_requests_than_rows_wait_their_turn(falcon_model: Model, falcon_ref
 
 
 @pytest.mark.slow
-def test_a_seeded_text_is_the_same_alone_and_in_company(any_engine: Engine) -> None:
+def test_a_seeded_text_is_the_same_alone_and_beside_others(any_engine: Engine) -> None:
     chosen = prompts((20, 11, 31, 5, 26), checkpoints.TOKENS, seed=4)
     sampling = [
         Sampling(0.9, 0.9, 50, 1.1, 7),
@@ -216,13 +211,13 @@ def test_a_seeded_text_is_the_same_alone_and_in_company(any_engine: Engine) -> N
         GREEDY,
         Sampling(1.5),
     ]
-    alone = [ended(any_engine, prompt, 25, s) for prompt, s in zip(chosen, sampling, strict=True)]
+    alone = [generated(any_engine, prompt, 25, s) for prompt, s in zip(chosen, sampling, strict=True)]
     together = [any_engine.generate(Request(p, 25, s)) for p, s in zip(chosen, sampling, strict=True)]
     assert [list(g) for g in together] == alone
-    assert ended(any_engine, chosen[0], 25, Sampling(0.9, 0.9, 50, 1.1, 9)) != alone[0]
+    assert generated(any_engine, chosen[0], 25, Sampling(0.9, 0.9, 50, 1.1, 9)) != alone[0]
 
 
-def test_ids_that_no_token_has_are_never_drawn(falcon: Path) -> None:
+def test_ids_without_a_token_are_never_drawn(falcon: Path) -> None:
     """Of the 50304 logits, 47 belong to no token: here they are by far the largest."""
     model = Model.read(falcon, torch.float32)
     assert model.vocabulary == checkpoints.TOKENS
@@ -232,33 +227,33 @@ def test_ids_that_no_token_has_are_never_drawn(falcon: Path) -> None:
     engine = started(model, rows=2)
     assert int(model.network(input_ids=torch.tensor([[5, 6]])).logits[0, -1].argmax()) >= checkpoints.TOKENS
     for sampling in (GREEDY, Sampling(temperature=1.0), Sampling(temperature=1.0, top_k=50)):
-        assert max(ended(engine, [5, 6], 10, sampling)) < checkpoints.TOKENS
+        assert max(generated(engine, [5, 6], 10, sampling)) < checkpoints.TOKENS
 
 
-def test_ids_that_have_no_logits_are_read_and_never_drawn(falcon: Path) -> None:
+def test_ids_without_logits_are_read_and_never_drawn(falcon: Path) -> None:
     model = Model.read(falcon, torch.float32)
     head = model.network.get_output_embeddings()
     head.weight = torch.nn.Parameter(head.weight[:1000].clone())
     engine = started(model, rows=2)
     for sampling in (Sampling(0, repetition_penalty=1.3), Sampling(1.0), Sampling(1.0, top_k=50, repetition_penalty=2)):
-        assert max(ended(engine, [5, 50_000, 6], 10, sampling)) < 1000
+        assert max(generated(engine, [5, 50_000, 6], 10, sampling)) < 1000
 
 
-def test_an_id_that_a_request_names_ends_its_text_alone(engine: Engine) -> None:
+def test_a_stop_id_of_a_request_ends_only_its_own_text(engine: Engine) -> None:
     (prompt,) = prompts((30,), checkpoints.TOKENS, seed=6)
-    text = ended(engine, prompt, 20)
+    text = generated(engine, prompt, 20)
     end = next(token for token in text[5:] if token not in text[:5])
     generation = engine.generate(Request(prompt, 20, GREEDY, frozenset({end})))
     assert list(generation) == text[: text.index(end)]
     assert generation.finish_reason == "stop"
-    assert ended(engine, prompt, 20) == text
+    assert generated(engine, prompt, 20) == text
 
 
-def test_falcon_ends_at_its_tokenizers_end_and_not_at_the_2_of_its_config(falcon_model: Model) -> None:
+def test_falcons_stop_id_is_its_tokenizers_and_not_the_2_of_its_config(falcon_model: Model) -> None:
     assert falcon_model.stop_ids == {falcon_model.tokenizer.convert_tokens_to_ids("<|endoftext|>")}
 
 
-def test_a_text_ends_where_its_model_says(falcon: Path, falcon_reference: Reference) -> None:
+def test_a_text_ends_at_its_models_stop_id(falcon: Path, falcon_reference: Reference) -> None:
     (prompt,) = prompts((30,), checkpoints.TOKENS, seed=6)
     text = falcon_reference(prompt, 20)
     model = Model.read(falcon, torch.float32)
@@ -277,7 +272,7 @@ def test_a_text_ends_with_the_context(any_engine: Engine, falcon_reference: Refe
     assert generation.finish_reason == "length"
 
 
-def test_times_are_in_the_order_of_what_happened(engine: Engine) -> None:
+def test_the_times_of_a_request_are_in_order(engine: Engine) -> None:
     generation = engine.generate(Request(list(range(70, 110)), 9, GREEDY))
     tokens = list(generation)
     assert generation.consumed == len(tokens) == 9
@@ -285,7 +280,7 @@ def test_times_are_in_the_order_of_what_happened(engine: Engine) -> None:
     assert 0 <= generation.queue_time <= generation.time_to_first_token <= 9 / generation.tokens_per_second
 
 
-def test_a_cancelled_request_says_so_and_frees_its_row(falcon_model: Model) -> None:
+def test_a_cancelled_request_raises_and_frees_its_row(falcon_model: Model) -> None:
     engine = started(falcon_model, rows=1)
     endless = engine.generate(Request([1, 2, 3], 2000, Sampling(temperature=1e6)))
     waiting = engine.generate(Request([4, 5], 2000, Sampling(temperature=1e6)))
@@ -295,12 +290,12 @@ def test_a_cancelled_request_says_so_and_frees_its_row(falcon_model: Model) -> N
     for generation in (endless, waiting):
         with pytest.raises(CancelledError):
             list(generation)
-    assert len(ended(engine, [1, 2, 3], 3)) == 3
+    assert len(generated(engine, [1, 2, 3], 3)) == 3
 
 
-# its prompt's first part, its first token, one in the middle, its last
+# the first chunk of its prompt, its first token, one in the middle, its last
 @pytest.mark.parametrize("passes_before", [1, 3, 10, 22])
-@BOTH
+@with_and_without_graphs
 def test_the_row_of_a_cancelled_request_is_free_at_the_next_step(
     falcon_model: Model,
     falcon_reference: Reference,
@@ -309,7 +304,7 @@ def test_the_row_of_a_cancelled_request_is_free_at_the_next_step(
     passes_before: int,
 ) -> None:
     engine = started(falcon_model, rows=1, prefill_chunk=CHUNK, **options)
-    one, other = prompts((3 * CHUNK, 5), checkpoints.TOKENS)
+    long, short = prompts((3 * CHUNK, 5), checkpoints.TOKENS)
     passes = 0
 
     def counted(compute: Callable[..., Any]) -> Callable[..., Any]:
@@ -325,16 +320,16 @@ def test_the_row_of_a_cancelled_request_is_free_at_the_next_step(
     for name in ("prefill", "decode"):
         monkeypatch.setattr(Runner, name, counted(getattr(Runner, name)))
     with engine._wake:
-        cancelled = engine.generate(Request(one, 20, GREEDY))
-        waiting = engine.generate(Request(other, 3, GREEDY))
-    assert list(waiting) == falcon_reference(other, 3)
-    # the step in which it came may go on, to decode what it has read
+        cancelled = engine.generate(Request(long, 20, GREEDY))
+        waiting = engine.generate(Request(short, 3, GREEDY))
+    assert list(waiting) == falcon_reference(short, 3)
+    # the step in which the cancel arrived may still decode
     assert passes - passes_before - 3 in (0, 1)
     with pytest.raises(CancelledError):
         list(cancelled)
 
 
-def test_to_cancel_twice_is_to_cancel_once(engine: Engine) -> None:
+def test_a_second_cancel_does_nothing(engine: Engine) -> None:
     generation = engine.generate(Request([1, 2, 3], 2000, Sampling(temperature=1e6)))
     for _ in range(3):
         generation.cancel()
@@ -345,7 +340,7 @@ def test_to_cancel_twice_is_to_cancel_once(engine: Engine) -> None:
     assert not any(isinstance(events.get(), CancelledError) for _ in range(events.qsize()))
 
 
-def test_an_answer_that_ends_early_counts_what_it_used(engine: Engine) -> None:
+def test_a_cancelled_answer_counts_only_the_tokens_that_were_read(engine: Engine) -> None:
     generation = engine.generate(Request([1, 2, 3], 40, GREEDY))
     tokens = iter(generation)
     for _ in range(3):
@@ -356,32 +351,32 @@ def test_an_answer_that_ends_early_counts_what_it_used(engine: Engine) -> None:
     assert generation.consumed == 3
 
 
-def test_a_long_prompt_is_read_in_chunks_between_the_steps_of_others(
+def test_chunks_of_a_long_prompt_alternate_with_decode_steps(
     falcon_model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = started(falcon_model, prefill_chunk=CHUNK)
     steps: list[str] = []
     for name in ("prefill", "decode"):
         pass_ = getattr(engine._runner, name)
-        monkeypatch.setattr(engine._runner, name, partial(_noted, steps, name, pass_))
+        monkeypatch.setattr(engine._runner, name, partial(_recorded, steps, name, pass_))
     running = engine.generate(Request([1, 2, 3], 300, Sampling(temperature=1e6)))
     tokens = iter(running)
     next(tokens)
-    ended(engine, list(range(100, 100 + 5 * CHUNK)), 1)
+    generated(engine, list(range(100, 100 + 5 * CHUNK)), 1)
     running.cancel()
     around = [step for step, before in zip(steps[1:], steps, strict=False) if "prefill" in (step, before)]
     assert steps.count("prefill") == 1 + 5
     assert "prefill prefill" not in " ".join(around), "two chunks without a step of the running stream between"
 
 
-def _noted(steps: list[str], name: str, pass_: Callable[..., Any], *arguments: Any) -> Any:
+def _recorded(steps: list[str], name: str, pass_: Callable[..., Any], *arguments: Any) -> Any:
     steps.append(name)
     return pass_(*arguments)
 
 
 @pytest.mark.slow
-@BOTH
-def test_a_prefix_is_read_once_and_its_prompts_go_on_as_generate_does(
+@with_and_without_graphs
+def test_a_prefix_is_read_once_and_changes_no_text(
     falcon_model: Model, falcon_reference: Reference, passes: list[list[int]], options: dict[str, Any]
 ) -> None:
     (prefix,) = prompts((CHUNK + 9,), checkpoints.TOKENS, seed=3)
@@ -391,21 +386,21 @@ def test_a_prefix_is_read_once_and_its_prompts_go_on_as_generate_does(
     engine.start(prefix)
     passes.clear()
     with ThreadPoolExecutor(len(asked)) as clients:
-        found = list(clients.map(lambda prompt: ended(engine, prompt, 24), asked))
-    assert found == [falcon_reference(prompt, 24) for prompt in asked]
-    read = sum(map(sum, passes))
-    assert read == sum(map(len, endings)) + sum(map(len, asked[len(endings) :]))
+        texts = list(clients.map(lambda prompt: generated(engine, prompt, 24), asked))
+    assert texts == [falcon_reference(prompt, 24) for prompt in asked]
+    tokens_read = sum(map(sum, passes))
+    assert tokens_read == sum(map(len, endings)) + sum(map(len, asked[len(endings) :]))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "lengths", "expected"),
     [
-        # what is computed for them: as many tokens for each as the longest has
+        # padding counts: a pass computes as many tokens for each prompt as the longest has
         ({"prefill_chunk": 52}, (4, 9, 6, 13), [[4, 6, 9, 13]]),
         ({"prefill_chunk": 51}, (4, 9, 6, 13), [[4, 6, 9], [13]]),
         ({"prefill_chunk": 64}, (60, 2, 2, 3), [[60], [2, 2, 3]]),
-        # as on a GPU: filled up to a multiple of 8
+        # as on a GPU: padded to a multiple of 8
         ({"prefill_chunk": 64, "capture": plain_call}, (4, 9, 6, 13), [[4, 6, 9, 13]]),
         ({"prefill_chunk": 63, "capture": plain_call}, (4, 9, 6, 13), [[4, 6, 9], [13]]),
     ],
@@ -431,16 +426,16 @@ def test_short_prompts_that_wait_are_read_in_one_pass(
 @pytest.mark.slow
 @pytest.mark.parametrize("chunk", [13, 32, 100])
 def test_no_pass_computes_more_than_a_chunk(falcon_model: Model, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    """Padding included, whatever comes: a pass over one long prompt and many short ones is what ended every stream."""
+    """Padding included: a pass over one long prompt and many short ones once ended every stream."""
     engine = Engine(falcon_model, 8, prefill_chunk=chunk, capture=plain_call)
     computed: list[int] = []
     logits = Runner._logits
 
-    def noted(runner: Runner, pass_: Pass, *arguments: Any, **named: Any) -> torch.Tensor:
+    def recorded(runner: Runner, pass_: Pass, *arguments: Any, **named: Any) -> torch.Tensor:
         computed.append(pass_.tokens)
         return logits(runner, pass_, *arguments, **named)
 
-    monkeypatch.setattr(Runner, "_logits", noted)
+    monkeypatch.setattr(Runner, "_logits", recorded)
     (prefix,) = prompts((11,), checkpoints.TOKENS, seed=10)
     chosen = [*prompts((200, 3, 3, 9, 70, 1, 3), checkpoints.TOKENS, seed=11), *([*prefix, n] for n in range(4))]
     generations = [engine.generate(Request(prompt, 2, GREEDY)) for prompt in chosen]
@@ -452,18 +447,18 @@ def test_no_pass_computes_more_than_a_chunk(falcon_model: Model, monkeypatch: py
 
 
 def failing(step: Callable[..., Any], *errors: BaseException | None) -> Callable[..., Any]:
-    """The step, which raises these one after another, where there is one, and then does its work."""
-    left = iter(errors)
+    """The step, whose calls raise these errors one after another (None: no error), and then do its work."""
+    remaining = iter(errors)
 
     def run(*arguments: Any) -> Any:
-        if error := next(left, None):
+        if error := next(remaining, None):
             raise error
         return step(*arguments)
 
     return run
 
 
-@BOTH
+@with_and_without_graphs
 @pytest.mark.parametrize("name", ["put", "prefill", "decode", "_move"])
 @pytest.mark.parametrize("error", [RuntimeError, ValueError])
 def test_a_step_that_fails_ends_its_requests_and_the_engine_goes_on(
@@ -473,64 +468,62 @@ def test_a_step_that_fails_ends_its_requests_and_the_engine_goes_on(
     name: str,
     error: type[Exception],
 ) -> None:
-    """Whatever fails in it: no client waits for ever, and no row is lost."""
+    """No client waits for ever, and no row is lost."""
     engine = started(falcon_model, rows=2, **options)
-    expected = ended(engine, [7, 8, 9], 10)
+    expected = generated(engine, [7, 8, 9], 10)
     step = getattr(engine._runner, name)
     monkeypatch.setattr(engine._runner, name, failing(step, error("the device said no\nand more")))
-    # the first ends before the second, which then moves to its row
+    # the first ends before the second, which compaction then moves to the first's row
     generations = [engine.generate(Request([7, 8, 9], tokens, GREEDY)) for tokens in (5, 10, 10, 10)]
-    found = []
+    texts = []
     for generation in generations:
         try:
-            found.append(list(generation))
-        except UserError as refused:
-            assert re.search(r"falló.*\(the device said no\): vuelva a intentarlo", str(refused))
-    assert len(found) < 4 and all(tokens == expected[: len(tokens)] for tokens in found)
-    assert ended(engine, [7, 8, 9], 10) == expected
+            texts.append(list(generation))
+        except UserError as raised:
+            assert re.search(r"falló.*\(the device said no\): vuelva a intentarlo", str(raised))
+    assert len(texts) < 4 and all(tokens == expected[: len(tokens)] for tokens in texts)
+    assert generated(engine, [7, 8, 9], 10) == expected
     assert engine.lost is None and not engine.running and not engine._runner.rows
 
 
-def test_steps_that_fail_again_and_again_end_each_its_own_requests(
+def test_each_of_many_failing_steps_ends_only_its_own_requests(
     falcon_model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = started(falcon_model, rows=2)
-    expected = ended(engine, [7, 8, 9], 10)
+    expected = generated(engine, [7, 8, 9], 10)
     errors = [RuntimeError("no")] * 20
     monkeypatch.setattr(engine._runner, "decode", failing(engine._runner.decode, *errors))
     for _ in errors:
         with pytest.raises(UserError, match="falló"):
-            ended(engine, [7, 8, 9], 10)
-    assert ended(engine, [7, 8, 9], 10) == expected
+            generated(engine, [7, 8, 9], 10)
+    assert generated(engine, [7, 8, 9], 10) == expected
 
 
-@BOTH
+@with_and_without_graphs
 @pytest.mark.parametrize("max_tokens", [1, 2, 10])
-def test_ids_that_cannot_be_read_end_their_requests_also_at_the_last_token(
+def test_ids_that_cannot_be_read_end_their_request_also_at_the_last_token(
     falcon_model: Model, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], max_tokens: int
 ) -> None:
-    """Where a GPU's errors surface. The last token's row is given back by then."""
+    """A GPU's errors surface there. By the last token the row is free again."""
     engine = started(falcon_model, rows=2, **options)
-    expected = ended(engine, [7, 8, 9], 10)
-    reads = [None] * (max_tokens - 1) + [RuntimeError("an illegal memory access")]
+    expected = generated(engine, [7, 8, 9], 10)
+    errors = [None] * (max_tokens - 1) + [RuntimeError("an illegal memory access")]
     read = PendingIds.read
-    left = iter(reads)
+    remaining = iter(errors)
 
     def failing_read(ids: PendingIds) -> list[int]:
-        if error := next(left, None):
+        if error := next(remaining, None):
             raise error
         return read(ids)
 
     monkeypatch.setattr(PendingIds, "read", failing_read)
     with pytest.raises(UserError, match=r"falló.*illegal memory access"):
-        ended(engine, [7, 8, 9], max_tokens)
-    assert ended(engine, [7, 8, 9], 10) == expected
+        generated(engine, [7, 8, 9], max_tokens)
+    assert generated(engine, [7, 8, 9], 10) == expected
     assert not engine.running
 
 
-def test_a_step_that_hangs_is_reported_and_one_that_goes_on_is_healthy_again(
-    falcon_model: Model, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_step_that_hangs_is_a_failure_until_it_goes_on(falcon_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = started(falcon_model, rows=1)
     monkeypatch.setattr("llm.engine.engine.LONGEST_STEP", 0.05)
     goes_on = threading.Event()
@@ -554,7 +547,7 @@ def test_a_lack_of_memory_at_the_start_is_one_line(
         engine.start()
 
 
-def test_a_lack_of_memory_in_the_trial_is_no_fault_of_the_model(
+def test_a_lack_of_memory_in_the_trial_is_not_blamed_on_the_model(
     falcon_model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Slots, "ensure_capacity", failing(Slots.ensure_capacity, CPU_OUT_OF_MEMORY))
@@ -562,7 +555,7 @@ def test_a_lack_of_memory_in_the_trial_is_no_fault_of_the_model(
         Engine(falcon_model, 2)
 
 
-def test_a_cache_that_cannot_be_given_back_stops_nobody(falcon_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_that_cannot_shrink_costs_no_request(falcon_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_module, "IDLE", 0.1)
     engine = started(falcon_model, rows=1)
     rest = engine._runner.rest
@@ -574,12 +567,12 @@ def test_a_cache_that_cannot_be_given_back_stops_nobody(falcon_model: Model, mon
         raise CPU_OUT_OF_MEMORY
 
     monkeypatch.setattr(engine._runner, "rest", failing_rest)
-    expected = ended(engine, [7, 8, 9], 10)
+    expected = generated(engine, [7, 8, 9], 10)
     assert rested.wait(60)
-    assert ended(engine, [7, 8, 9], 10) == expected
+    assert generated(engine, [7, 8, 9], 10) == expected
 
 
-def test_a_lost_device_refuses_what_comes(falcon_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lost_device_refuses_new_requests(falcon_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = started(falcon_model, rows=1)
 
     def gone() -> None:
@@ -615,14 +608,14 @@ def test_whatever_ends_the_engines_thread_ends_every_request(
 
 
 @pytest.mark.parametrize("request_", [Request([], 5, GREEDY), Request([5], 0, GREEDY), Request([5] * 2048, 1, GREEDY)])
-def test_what_no_token_can_come_of_is_refused(engine: Engine, request_: Request) -> None:
+def test_a_request_without_room_for_a_token_is_refused(engine: Engine, request_: Request) -> None:
     with pytest.raises(ValueError, match="ids of 2048"):
         engine.generate(request_)
-    assert len(ended(engine, [5] * 2047, 9)) == 1
+    assert len(generated(engine, [5] * 2047, 9)) == 1
 
 
-@BOTH
-def test_prompts_for_which_there_was_no_memory_are_read_again_alone_and_in_smaller_chunks(
+@with_and_without_graphs
+def test_prompts_that_lack_memory_are_read_again_alone_and_in_smaller_chunks(
     falcon_model: Model,
     falcon_reference: Reference,
     passes: list[list[int]],
@@ -631,7 +624,7 @@ def test_prompts_for_which_there_was_no_memory_are_read_again_alone_and_in_small
 ) -> None:
     engine = started(falcon_model, rows=8, prefill_chunk=256, **options)
     chosen = prompts((20, 60, 31), checkpoints.TOKENS, seed=12)
-    # it is on its way while the others' prompts find no memory
+    # decodes while the others' prompts find no memory
     (beside,) = prompts((40,), checkpoints.TOKENS, seed=13)
     running = engine.generate(Request(beside, 60, GREEDY))
     first = next(iter(running))
@@ -644,15 +637,15 @@ def test_prompts_for_which_there_was_no_memory_are_read_again_alone_and_in_small
     # 256, then 64, then 16
     assert all(len(counts) == 1 for counts in passes) and max(map(max, passes)) <= 16
     assert engine.lost is None
-    # and back, as what lacked was there again
+    # with memory again, the chunk grows back
     for long in prompts((1500, 1500), checkpoints.TOKENS, seed=17):
-        assert ended(engine, long, 5) == falcon_reference(long, 5)
+        assert generated(engine, long, 5) == falcon_reference(long, 5)
     assert max(map(max, passes)) == 256
 
 
-@BOTH
+@with_and_without_graphs
 @pytest.mark.parametrize("error", [out_of_memory(), CPU_OUT_OF_MEMORY, MemoryError()], ids=["gpu", "cpu", "python"])
-def test_a_prompt_for_which_there_is_never_memory_fails_and_the_others_go_on(
+def test_a_prompt_that_never_finds_memory_fails_and_the_others_go_on(
     falcon_model: Model,
     falcon_reference: Reference,
     monkeypatch: pytest.MonkeyPatch,
@@ -672,10 +665,10 @@ def test_a_prompt_for_which_there_is_never_memory_fails_and_the_others_go_on(
 
     monkeypatch.setattr(engine._runner, "prefill", without_memory)
     with pytest.raises(UserError, match="Faltó memoria para esta petición: vuelva a intentarlo"):
-        ended(engine, large, 5)
+        generated(engine, large, 5)
     assert [first, *running] == falcon_reference(beside, 60)
     monkeypatch.undo()
-    assert ended(engine, large, 5) == falcon_reference(large, 5)
+    assert generated(engine, large, 5) == falcon_reference(large, 5)
 
 
 @pytest.mark.parametrize("name", ["put", "prefill"])
@@ -686,17 +679,17 @@ def test_where_rows_grow_a_prompt_without_memory_waits_until_another_sequence_en
     chosen = prompts((40, 50, 60, 70), checkpoints.TOKENS, seed=18)
     step = getattr(engine._runner, name)
 
-    def memory_for_two_rows(asked: Any) -> Any:
-        if len({*engine._runner.rows.values()} | {s for s in engine.running if s is asked}) > 2:
+    def memory_for_two_rows(argument: Any, *others: Any) -> Any:
+        if len({*engine._runner.rows.values()} | {s for s in engine.running if s is argument}) > 2:
             raise CPU_OUT_OF_MEMORY
-        return step(asked)
+        return step(argument, *others)
 
     monkeypatch.setattr(engine._runner, name, memory_for_two_rows)
     generations = [engine.generate(Request(prompt, 20, GREEDY)) for prompt in chosen]
     assert [list(g) for g in generations] == [falcon_reference(prompt, 20) for prompt in chosen]
 
 
-@BOTH
+@with_and_without_graphs
 @pytest.mark.parametrize("error", [out_of_memory(), CPU_OUT_OF_MEMORY], ids=["gpu", "cpu"])
 def test_a_decode_step_without_memory_ends_the_longest_sequence_and_the_others_go_on(
     falcon_model: Model,
@@ -743,37 +736,37 @@ def test_a_cache_that_cannot_grow_fails_only_the_request_that_needs_it(
 
     monkeypatch.setattr(layer, "resize", no_more_than_512)
     with pytest.raises(UserError, match="Faltó memoria"):
-        ended(engine, large, 5)
+        generated(engine, large, 5)
     assert [first, *running] == falcon_reference(beside, 100)
     monkeypatch.undo()
-    assert ended(engine, next_, 20) == falcon_reference(next_, 20)
+    assert generated(engine, next_, 20) == falcon_reference(next_, 20)
 
 
-@BOTH
+@with_and_without_graphs
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_logits_that_are_no_numbers_fail_their_request_alone(
+def test_logits_that_are_no_numbers_fail_only_their_request(
     falcon_model: Model,
     falcon_reference: Reference,
     monkeypatch: pytest.MonkeyPatch,
     options: dict[str, Any],
     bad: float,
 ) -> None:
-    """Its keys and values are no numbers either: who comes into that row next does not meet them."""
+    """The keys and values of its row are no numbers either: the next sequence in that row does not read them."""
     engine = started(falcon_model, rows=2, **options)
     broken, beside, next_ = prompts((9, 30, 5), checkpoints.TOKENS, seed=15)
     logits = Runner._logits
 
-    def noted(runner: Runner, *arguments: Any, **named: Any) -> torch.Tensor:
-        found = logits(runner, *arguments, **named)
+    def corrupted(runner: Runner, *arguments: Any, **named: Any) -> torch.Tensor:
+        result = logits(runner, *arguments, **named)
         # four steps after its prompt's last pass
         row = [i for i, s in runner.rows.items() if len(s.prompt) == len(broken) and s.cached == len(broken) + 3]
         if row:
-            found[row] = bad
+            result[row] = bad
             for layer in runner.slots.slot_layers:
                 layer.keys[row], layer.values[row] = bad, bad
-        return found
+        return result
 
-    monkeypatch.setattr(Runner, "_logits", noted)
+    monkeypatch.setattr(Runner, "_logits", corrupted)
     running = [engine.generate(Request(prompt, 40, GREEDY)) for prompt in (broken, beside)]
     tokens = []
     with pytest.raises(UserError, match="ningún número en el token 5 de la respuesta"):
@@ -782,12 +775,12 @@ def test_logits_that_are_no_numbers_fail_their_request_alone(
     assert tokens == falcon_reference(broken, 4)
     assert [sequence.prompt for sequence in engine.running] == [beside], "its row is free"
     monkeypatch.setattr(Runner, "_logits", logits)
-    assert ended(engine, next_, 40) == falcon_reference(next_, 40)
+    assert generated(engine, next_, 40) == falcon_reference(next_, 40)
     assert list(running[1]) == falcon_reference(beside, 40)
 
 
 def refused_capture(step: Callable[[], None]) -> Replay:
-    """As CUDA's, which refuses a step that makes tensors from the host's numbers or reads any back."""
+    """As CUDA's capture, which refuses a step that copies numbers from the host or reads any back."""
 
     class Refusing(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -809,20 +802,20 @@ def test_a_model_that_cannot_be_captured_is_served_without_graphs(
     folder = falcon if kind == "falcon" else uncapturable(tmp_path / "model", kind)
     model = Model.read(folder, torch.float32)
     engine = started(model, rows=2, prefill_chunk=CHUNK, capture=refused_capture)
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     (prompt,) = prompts((CHUNK + 5,), 250, seed=16)
-    assert ended(engine, prompt, 12) == Reference(folder, model)(prompt, 12)
+    assert generated(engine, prompt, 12) == Reference(folder, model)(prompt, 12)
     if kind == "falcon":
-        assert "Sin grafos" not in said and "grafos CUDA capturados en" in said
+        assert "Sin grafos" not in output and "grafos CUDA capturados en" in output
         assert engine._runner.forward_graphs and engine._runner.choose_graphs
     else:
-        (line,) = [line for line in said.splitlines() if "grafos" in line]
+        (line,) = [line for line in output.splitlines() if "grafos" in line]
         assert line.startswith("Sin grafos CUDA, cada paso va más despacio: este modelo no se deja capturar (operation")
         assert not engine._runner.forward_graphs and not engine._runner.choose_graphs
 
 
 def uncapturable(folder: Path, kind: str) -> Path:
-    """Models whose forward reads the host: they index with a list, or make tensors of numbers."""
+    """A model whose forward copies from the host: it indexes with a list, or makes tensors of numbers."""
     torch.manual_seed(0)
     size: dict[str, Any] = {"vocab_size": checkpoints.TOKENS, "initializer_range": 0.3}
     network: PreTrainedModel
@@ -858,10 +851,10 @@ def test_a_capture_without_memory_is_served_without_graphs(
     captures = failing(plain_call, None, None, out_of_memory())
     engine = started(falcon_model, rows=2, capture=captures)
     assert "Sin grafos CUDA" in capsys.readouterr().out
-    assert ended(engine, [7, 8, 9], 10) == falcon_reference([7, 8, 9], 10)
+    assert generated(engine, [7, 8, 9], 10) == falcon_reference([7, 8, 9], 10)
 
 
-def test_rows_are_only_as_long_as_the_longest_needs(falcon_model: Model) -> None:
+def test_rows_are_only_as_long_as_the_longest_sequence_needs(falcon_model: Model) -> None:
     engine = started(falcon_model, rows=3)
     slots = engine._runner.slots
     beside = engine.generate(Request([5] * 3, 2000, GREEDY))
@@ -876,7 +869,7 @@ def test_rows_are_only_as_long_as_the_longest_needs(falcon_model: Model) -> None
     beside.cancel()
 
 
-def test_memory_is_given_back_once_nobody_asks(falcon_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_idle_engine_gives_memory_back(falcon_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_module, "IDLE", 0.1)
     engine = started(falcon_model, rows=3)
     last = engine._runner.slots.slot_layers[-1]
@@ -885,7 +878,7 @@ def test_memory_is_given_back_once_nobody_asks(falcon_model: Model, monkeypatch:
     assert [len(list(generation)) for generation in generations] == [3, 3, 3]
     until(lambda: last.values.shape == smallest)
     assert smallest[0] == 1 and smallest[2] < 128
-    assert len(ended(engine, [5] * 300, 3)) == 3
+    assert len(generated(engine, [5] * 300, 3)) == 3
 
 
 @pytest.mark.slow
@@ -900,12 +893,12 @@ def test_llama_too_is_served_as_generate_would(tmp_path: Path) -> None:
         assert [list(g) for g in generations] == [reference(prompt, 20) for prompt in chosen]
 
 
-def test_beside_busy_processes_one_thread_answers_the_same(falcon_model: Model) -> None:
+def test_beside_busy_processes_one_thread_computes_the_same_text(falcon_model: Model) -> None:
     engine = started(falcon_model)
-    quiet = ended(engine, [7, 8, 9], 20)
+    quiet = generated(engine, [7, 8, 9], 20)
     threads = engine._runner.threads
     assert threads
     with ExitStack() as stack:
         for _ in range(psutil.cpu_count() or 1):
             stack.enter_context(busy_core())
-        until(lambda: ended(engine, [7, 8, 9], 20) == quiet and threads.number == 1)
+        until(lambda: generated(engine, [7, 8, 9], 20) == quiet and threads.number == 1)

@@ -4,7 +4,7 @@ import pytest
 
 from cli import events
 
-# each of them ends a line in Python, and none in a stream of events
+# each of these ends a line in Python, and none does in a stream of events
 LINE_ENDS = "\x85\u2028\u2029"
 
 STREAM = f"""event: start

@@ -59,11 +59,11 @@ def environment(demo_gateway: Gateway) -> dict[str, str]:
 
 @pytest.fixture
 def answer(demo_gateway: Gateway) -> Answer:
-    """What the service shows as its answer to a question that the test asked once."""
+    """The service's answer to a question that the test asked once."""
     before = set(demo_gateway.predictions)
 
     def answer(question: str) -> str:
-        asked = [shown.shown() for id, shown in demo_gateway.predictions.items() if id not in before]
+        asked = [prediction.shown() for id, prediction in demo_gateway.predictions.items() if id not in before]
         (text,) = ("".join(shown["output"]) for shown in asked if shown["input"]["pregunta"] == question)
         assert text
         return text
@@ -72,7 +72,7 @@ def answer(demo_gateway: Gateway) -> Answer:
 
 
 def printed(command: list[Any], environment: dict[str, str], folder: Path) -> str:
-    """What the command prints. It has to end well."""
+    """What the command prints. It has to succeed."""
     result = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert not result.stderr
@@ -84,22 +84,22 @@ def test_an_answer_in_python(folder: Path, environment: dict[str, str], answer: 
     assert printed([sys.executable, folder / name], environment, folder) == f"{answer(QUESTION)}\n"
 
 
-def test_many_at_once(folder: Path, environment: dict[str, str], answer: Answer) -> None:
+def test_many_answers_at_once(folder: Path, environment: dict[str, str], answer: Answer) -> None:
     questions = constant("many.py", "QUESTIONS")
     assert questions[0] == QUESTION
     shown = printed([sys.executable, folder / "many.py"], environment, folder)
     assert shown == "".join(f"{question}\n{answer(question)}\n\n" for question in questions)
 
 
-def test_a_webhook(folder: Path, environment: dict[str, str], demo_gateway: Gateway, answer: Answer) -> None:
+def test_a_webhook_is_checked(folder: Path, environment: dict[str, str], demo_gateway: Gateway, answer: Answer) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     forged: list[int] = []
 
     def post(headers: Headers, body: str) -> int:
-        kept = {name: headers[name] for name in headers if name.startswith(("webhook-", "Content-"))}
-        return httpx.post(f"http://127.0.0.1:{port}", headers=kept, content=body.encode(), trust_env=False).status_code
+        sent = {name: headers[name] for name in headers if name.startswith(("webhook-", "Content-"))}
+        return httpx.post(f"http://127.0.0.1:{port}", headers=sent, content=body.encode(), trust_env=False).status_code
 
     def tunnel(headers: Headers, body: str) -> int:
         unsigned = {name: value for name, value in headers.items() if name != "webhook-signature"}
@@ -122,7 +122,7 @@ def test_a_webhook(folder: Path, environment: dict[str, str], demo_gateway: Gate
     assert forged == [403, 403, 403]
 
 
-def test_a_webhook_without_an_address() -> None:
+def test_the_webhook_example_asks_for_its_address() -> None:
     result = subprocess.run([sys.executable, EXAMPLES / "webhook.py"], capture_output=True, text=True)
     assert (result.returncode, result.stdout) == (1, "")
     assert result.stderr == "Falta la dirección en la que Replicate encuentra este ordenador, https://…\n"
@@ -145,7 +145,7 @@ def node_modules(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copy(JAVASCRIPT / name, folder)
     command = ["npm", "ci", "--no-audit", "--no-fund"]
     result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    # that the two files do not agree, or that a package is another one, is no matter of the network
+    # files that disagree, or a package with another checksum, are no fault of the network
     if result.returncode and not {"EUSAGE", "EINTEGRITY"} & set(result.stderr.split()):
         pytest.skip("Los ejemplos en JavaScript no se han probado: npm ci no trae el paquete replicate")
     assert result.returncode == 0, result.stderr
@@ -163,14 +163,14 @@ def test_an_answer_in_javascript(
     assert shown == f"{answer(QUESTION)}\n"
 
 
-def test_the_lock_is_of_this_package_and_names_no_registry() -> None:
+def test_package_lock_matches_package_json_and_names_no_registry() -> None:
     package, lock = (json.loads((JAVASCRIPT / name).read_text()) for name in ("package.json", "package-lock.json"))
     root, *packages = lock["packages"].values()
     assert root["dependencies"] == package["dependencies"]
     assert packages and all(entry["integrity"] and "resolved" not in entry for entry in packages)
 
 
-def test_each_is_run_and_calls_the_same_model() -> None:
+def test_every_example_is_tested_and_calls_the_same_model() -> None:
     assert PYTHON == ["answer.py", "many.py", "stream.py", "webhook.py"]
     assert {constant(name, "MODEL") for name in PYTHON} == {MODEL}
     assert f"model={MODEL}\n" in (EXAMPLES / "curl.sh").read_text()

@@ -1,4 +1,4 @@
-"""What goes wrong with one client, or with one answer, costs no other: on the genuine server."""
+"""A fault of one client, or in one answer, costs no other client: on the real server."""
 
 import json
 import socket
@@ -29,8 +29,8 @@ def text_of(prediction: dict[str, Any]) -> str:
     return "".join(prediction["output"])
 
 
-def asked(client: Client, tokens: int) -> socket.socket:
-    """The connection of one whose stream has begun, and who has room for next to nothing of it."""
+def slow_stream(client: Client, tokens: int) -> socket.socket:
+    """The connection of a stream that has begun, with the smallest receive buffer."""
     body = json.dumps({"input": {"pregunta": "Once upon a time", "max_tokens": tokens, **GREEDY}})
     headers = [
         "POST /predictions HTTP/1.1",
@@ -46,40 +46,40 @@ def asked(client: Client, tokens: int) -> socket.socket:
         connection.settimeout(FINALLY)
         connection.connect((server.HOST, client.server.port))
         connection.sendall("\r\n".join([*headers, "", body]).encode())
-        # Cog may refuse one: see tests/support/client.py
+        # Cog may refuse a request: see tests/support/client.py
         if connection.recv(12, socket.MSG_WAITALL) != b"HTTP/1.1 409":
             return connection
         connection.close()
 
 
-def test_clients_that_read_a_byte_a_second_hold_nobody_up(falcon_server: Client) -> None:
+def test_clients_that_read_a_byte_a_second_delay_no_other(falcon_server: Client) -> None:
     places = schema.read(ROOT / "predict.py").concurrency
     inputs = {"pregunta": "El mar", "max_tokens": 40, **GREEDY}
     alone = text_of(falcon_server.predict(**inputs).json())
-    enough = threading.Event()
+    finished = threading.Event()
 
     def answered(_: int) -> str:
         return text_of(falcon_server.predict(**inputs).json())
 
     def read_slowly() -> None:
-        while not enough.wait(1):
-            for slow in slow_ones:
+        while not finished.wait(1):
+            for slow in slow_streams:
                 slow.recv(1)
 
     with ExitStack() as connections, ThreadPoolExecutor(places) as threads:
-        connections.callback(enough.set)
-        asking = threads.map(lambda _: asked(falcon_server, 100), range(places))
-        slow_ones = [connections.enter_context(slow) for slow in asking]
+        connections.callback(finished.set)
+        opened = threads.map(lambda _: slow_stream(falcon_server, 100), range(places))
+        slow_streams = [connections.enter_context(slow) for slow in opened]
         reading = threads.submit(read_slowly)
         assert list(threads.map(answered, range(4))) == [alone] * 4
         assert not reading.done()
-        enough.set()
+        finished.set()
         reading.result()
-        # theirs waits for them, whole
-        for slow in slow_ones:
-            rest = slow.makefile("r", encoding="utf-8").read()
-            assert '"output_token_count":100' in rest
-            assert '"status":"succeeded"' in rest
+        # their own answers are whole
+        for slow in slow_streams:
+            remainder = slow.makefile("r", encoding="utf-8").read()
+            assert '"output_token_count":100' in remainder
+            assert '"status":"succeeded"' in remainder
 
 
 def served(folder: Path) -> Iterator[Client]:
@@ -91,23 +91,23 @@ def served(folder: Path) -> Iterator[Client]:
 
 @pytest.fixture(scope="module")
 def parrot(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
-    """The server with a falcon that says the prompt's last token for ever. Its turns end in <|im_end|>."""
+    """A server with a falcon that repeats the prompt's last token for ever. Its turns end in <|im_end|>."""
     folder = checkpoints.falcon(tmp_path_factory.mktemp("weights") / "parrot")
     tokenizer = checkpoints.tokenizer()
     tokenizer.add_tokens(["<|im_end|>", "<|otro|>"], special_tokens=True)
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}<|im_end|>\n{% endfor %}"
     tokenizer.save_pretrained(folder)
     file = folder / "model.safetensors"
-    # nothing is added to a token's embedding, and no other is as near to it as it is
+    # the layers add nothing to a token's embedding, which is nearer to itself than to any other
     silent = ("dense.weight", "dense.bias", "dense_4h_to_h.weight", "dense_4h_to_h.bias")
     weights = {name: t.zero_() if name.endswith(silent) else t for name, t in load_file(file).items()}
     save_file(weights, file, {"format": "pt"})
     yield from served(folder)
 
 
-# the second begins at each token, and the third with it
+# the second may begin at each token and never ends; of the third, the first text matches at once
 @pytest.mark.parametrize("stops", ["", "la lu", " la la la," + "la " * BUDGET])
-def test_the_same_token_for_ever_ends_at_the_budget(parrot: Client, stops: str) -> None:
+def test_the_same_token_for_ever_ends_at_the_budget_or_a_stop_sequence(parrot: Client, stops: str) -> None:
     prediction = parrot.predict(pregunta="Tra la", max_tokens=BUDGET, stop_sequences=stops, **GREEDY).json()
     assert text_of(prediction) == (" la" * BUDGET if "," not in stops else "")
     assert prediction["metrics"]["finish_reason"] == ("length" if "," not in stops else "stop")
@@ -119,7 +119,7 @@ def test_half_a_character_for_ever_ends_at_the_budget(parrot: Client) -> None:
     assert prediction["metrics"]["output_token_count"] == BUDGET
 
 
-# the tokenizer's end of text, the chat template's end of a turn, and a token that only a stop sequence makes an end
+# the tokenizer's end of text, the chat template's end of a turn, and a token that only a stop sequence names
 @pytest.mark.parametrize(
     ("end", "stops"),
     [("<|endoftext|>", {}), ("<|im_end|>", {}), ("<|otro|>", {"stop_sequences": "nunca,<|otro|>"})],
@@ -138,8 +138,7 @@ def test_an_empty_answer_is_a_success_without_text(parrot: Client, end: str, sto
 
 @pytest.fixture(scope="module")
 def mismatched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
-    """The server with a tokenizer that has a token more than the model, and a chat template that wants more than a
-    question."""
+    """A server whose tokenizer has a token more than its model, and whose chat template needs a system message."""
     folder = checkpoints.llama(tmp_path_factory.mktemp("weights") / "mismatched")
     tokenizer = checkpoints.tokenizer()
     tokenizer.add_tokens(["zapatófono"])
@@ -148,14 +147,14 @@ def mismatched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
     yield from served(folder)
 
 
-def test_a_chat_template_that_fails_is_said_at_start_and_to_who_needs_it(mismatched: Client) -> None:
+def test_a_chat_template_that_fails_is_reported_in_setup_and_where_it_is_needed(mismatched: Client) -> None:
     line = "La plantilla de chat de este modelo falla (First message must be system): indique prompt_template"
     assert line in mismatched.get("/health-check")["setup"]["logs"]
     assert server.error_text(mismatched.predict(pregunta="hola").json()["error"]) == line
     text_of(mismatched.predict(pregunta="hola", max_tokens=2, **GREEDY).json())
 
 
-def test_a_token_that_the_model_lacks_is_refused_and_costs_no_other(mismatched: Client) -> None:
+def test_a_token_that_the_model_lacks_fails_only_its_request(mismatched: Client) -> None:
     with mismatched.stream(pregunta="Once", max_tokens=100, **GREEDY) as events:
         assert any(name == "output" for name, _ in events)
         refused = mismatched.predict(pregunta="Mi zapatófono", **GREEDY).json()

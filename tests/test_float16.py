@@ -26,14 +26,14 @@ from transformers import (
     XGLMForCausalLM,
 )
 
-from llm.devices import activation, linear
+from llm.devices import activation, forward, linear
 from llm.devices.linear import Float16Linear
 from llm.devices.model import Model
 from llm.engine.engine import Engine
 from llm.weights import checkpoint
 from llm.weights.settings import Settings
 from tests.support import checkpoints
-from tests.test_trial import CONTEXT, SIZE, WORDS, assert_company_keeps_texts, saved
+from tests.support.tiny import CONTEXT, SIZE, WORDS, assert_texts_are_generates, save
 
 pytestmark = pytest.mark.skipif(not Float16Linear.is_fast(), reason="this processor has no AVX2 and F16C, or no FBGEMM")
 
@@ -98,18 +98,28 @@ def llama() -> PreTrainedModel:
 
 
 @pytest.mark.parametrize("make", [llama, gpt2, opt, gemma, mixtral, xglm])
-def test_the_text_is_the_one_of_transformers_in_float32(make: Callable[[], PreTrainedModel], tmp_path: Path) -> None:
+def test_the_text_is_that_of_transformers_in_float32(make: Callable[[], PreTrainedModel], tmp_path: Path) -> None:
     torch.manual_seed(0)
-    folder = saved(tmp_path / "model", make().bfloat16())
+    folder = save(tmp_path / "model", make().bfloat16())
     model = read(folder)
     assert any(isinstance(module, Float16Linear) for module in model.network.modules())
     # an expert's products depend on how many tokens it gets; XGLM's attention is its own
     assert model.batch_invariant == (make not in (mixtral, xglm))
-    assert_company_keeps_texts(folder, Engine(model, 4), 1, 3, 20, 40)
+    assert_texts_are_generates(folder, Engine(model, 4), 1, 3, 20, 40)
 
 
-def test_logits_are_as_near_as_float32s(bfloat16_folder: Path) -> None:
-    """Within what float32's own rounding changes, from a table of weights of 16 bits."""
+def test_layers_of_one_product_may_be_called_with_other_inputs(tmp_path: Path) -> None:
+    network: Any = llama().bfloat16()
+    attention = read(save(tmp_path / "model", network)).network.model.layers[0].self_attn
+    plain = network.float().model.layers[0].self_attn
+    one, other = torch.randn(2, 3, 5, SIZE["hidden_size"])
+    with torch.inference_mode(), forward.run(forward.Pass(length=5, start=0, rows=slice(3))):
+        for name, x in (("q_proj", one), ("k_proj", other), ("v_proj", one), ("v_proj", other), ("k_proj", one)):
+            torch.testing.assert_close(getattr(attention, name)(x), getattr(plain, name)(x))
+
+
+def test_logits_are_nearly_as_exact_as_float32s(bfloat16_folder: Path) -> None:
+    """The mean squared error stays below four times that of float32's own rounding."""
     text = torch.randint(0, checkpoints.TOKENS, (1, 150), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         exact, plain = (
@@ -121,7 +131,7 @@ def test_logits_are_as_near_as_float32s(bfloat16_folder: Path) -> None:
 
 
 def changed(folder: Path, target: Path, change: Callable[[torch.Tensor], torch.Tensor], name: str) -> Path:
-    """A copy of a checkpoint in which one weight is another."""
+    """A copy of a checkpoint with one weight changed."""
     target.mkdir()
     for path in folder.iterdir():
         (target / path.name).write_bytes(path.read_bytes())
@@ -150,14 +160,14 @@ def test_weights_that_float16_does_not_hold_stay_in_float32(
     assert torch.equal(model.network.state_dict()[name], load_file(folder / "model.safetensors")[name].float())
 
 
-def test_weights_that_were_trained_in_float32_stay_so(tmp_path: Path) -> None:
+def test_weights_that_were_trained_in_float32_stay_in_float32(tmp_path: Path) -> None:
     lines: list[str] = []
     model = read(checkpoints.falcon(tmp_path / "falcon", dtype=torch.float32), lines)
     assert (lines, model.precision, model.packed) == ([REFUSED], "float32", False)
 
 
 def test_the_dtype_is_the_one_of_the_weights_whatever_config_json_says(bfloat16_folder: Path, tmp_path: Path) -> None:
-    """In float16, as it says there, a weight would be infinite before anybody looks."""
+    """In config.json's float16 a weight would already be infinite when it is checked."""
     name = "transformer.h.1.mlp.dense_h_to_4h.weight"
     folder = changed(bfloat16_folder, tmp_path / "changed", one_huge, name)
     config = folder / "config.json"
@@ -167,7 +177,7 @@ def test_the_dtype_is_the_one_of_the_weights_whatever_config_json_says(bfloat16_
 
 
 @pytest.mark.parametrize("missing", ["flags", "fbgemm"])
-def test_elsewhere_all_is_as_it_was(missing: str, bfloat16_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_elsewhere_models_are_in_float32(missing: str, bfloat16_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On Arm, on macOS, on an old x86 processor."""
     monkeypatch.setattr(linear.BFloat16Linear, "is_fast", lambda: False)
     assert linear.layout(chosen=None) is Float16Linear
@@ -185,7 +195,7 @@ def test_elsewhere_all_is_as_it_was(missing: str, bfloat16_folder: Path, monkeyp
 @pytest.mark.parametrize(
     ("dtype", "precision"), [(None, "float16, con las cuentas en float32"), ("float32", "float32")]
 )
-def test_the_log_says_what_is_used_and_the_user_can_choose(
+def test_the_log_names_the_precision_and_the_user_can_choose_it(
     dtype: str | None, precision: str, bfloat16_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(linear.BFloat16Linear, "is_fast", lambda: False)
@@ -221,34 +231,34 @@ import torch
 from llm.devices.linear import Float16Linear
 from llm.devices.model import Model
 
-def taken():
+def memory():
     return int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1]) * 1024
 
 def watch():
     while not loaded.wait(0.002):
-        seen.append(taken())
+        samples.append(memory())
 
-folder, loaded, before = Path(sys.argv[1]), threading.Event(), taken()
-seen = [before]
+folder, loaded, before = Path(sys.argv[1]), threading.Event(), memory()
+samples = [before]
 watcher = threading.Thread(target=watch)
 watcher.start()
 layout = Float16Linear if sys.argv[2] == "float16" else None
 model = Model.read(folder, torch.float32, layout=layout)
 loaded.set()
 watcher.join()
-print((max(seen) - before) / (folder / "model.safetensors").stat().st_size)
+print((max(samples) - before) / (folder / "model.safetensors").stat().st_size)
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks /proc")
-def test_loading_holds_the_packed_weights_and_no_other_copy_of_all(tmp_path: Path) -> None:
+def test_loading_holds_no_second_copy_of_all_weights(tmp_path: Path) -> None:
     wide: Any = SIZE | {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 6}
-    folder = saved(tmp_path / "model", LlamaForCausalLM(LlamaConfig(**wide)).bfloat16())
+    folder = save(tmp_path / "model", LlamaForCausalLM(LlamaConfig(**wide)).bfloat16())
 
     def copies(dtype: str) -> float:
         command = [sys.executable, "-c", LOADING, str(folder), dtype]
         run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
         return float(run.stdout)
 
-    # beside the file, which is mapped: the weights once and what is being packed, and in float32 twice
+    # without the mapped file: in float16 the weights once, and the layer that is being packed; in float32 twice
     assert copies("float16") < 1.8 < copies("float32")

@@ -1,4 +1,4 @@
-"""The gateway, asked by Replicate's own client. Only what neither the examples nor script/deploy show of it."""
+"""The stand-in for Replicate, asked by Replicate's own client: what neither examples nor script/deploy ask of it."""
 
 from collections.abc import Iterator
 
@@ -51,15 +51,15 @@ def status(prediction: Prediction) -> str:
     return prediction.status
 
 
-def test_lines_are_kept_in_a_stream(demo_gateway: Gateway) -> None:
+def test_a_stream_keeps_line_ends(demo_gateway: Gateway) -> None:
     client = Replicate(demo_gateway.token, base_url=demo_gateway.url)
-    asked = {"pregunta": "Write a letter to a friend.", "temperature": 0, "max_tokens": 12}
-    prediction = client.predictions.create(version=next(iter(demo_gateway.versions)), input=asked, wait=True)
+    inputs = {"pregunta": "Write a letter to a friend.", "temperature": 0, "max_tokens": 12}
+    prediction = client.predictions.create(version=next(iter(demo_gateway.versions)), input=inputs, wait=True)
     assert "\n" in joined(prediction)
     assert "".join(map(str, prediction.stream())) == joined(prediction)
 
 
-def test_what_is_shown_of_a_prediction(client: Replicate, gateway: Gateway, version: str, text: str) -> None:
+def test_a_prediction_has_all_fields_of_the_api(client: Replicate, gateway: Gateway, version: str, text: str) -> None:
     created = client.predictions.create(version=version, input=SHORT)
     assert (created.status, created.output, created.model, created.version) == ("starting", None, MODEL, version)
     created.wait()
@@ -72,19 +72,19 @@ def test_what_is_shown_of_a_prediction(client: Replicate, gateway: Gateway, vers
     assert client.predictions.get(created.id) == created
 
 
-def test_cancel(client: Replicate, version: str) -> None:
+def test_a_cancel_ends_the_prediction_and_its_stream(client: Replicate, version: str) -> None:
     prediction = client.predictions.create(version=version, input=LONG)
     until(lambda: status(prediction) == "processing" and prediction.output)
     prediction.cancel()
     assert prediction.status == "canceled" and prediction.completed_at
     assert [event.data for event in prediction.stream() if event.event.value == "done"] == ['{"reason": "canceled"}']
-    # the server has ended it too, long before its last token
+    # the server has ended the prediction too, long before its last token
     assert prediction.output and len(prediction.output) < 1000
     # a prediction that has ended stays as it is
     assert client.predictions.cancel(prediction.id) == client.predictions.get(prediction.id)
 
 
-def test_one_more_than_the_server_has_places_for_waits_its_turn(
+def test_a_prediction_beyond_the_servers_places_waits_its_turn(
     client: Replicate, falcon_server: Client, version: str, text: str
 ) -> None:
     places = schema.read(ROOT / "predict.py").concurrency
@@ -92,7 +92,7 @@ def test_one_more_than_the_server_has_places_for_waits_its_turn(
     until(lambda: falcon_server.get("/health-check")["status"] == "BUSY")
     waiting = [client.predictions.create(version=version, input=SHORT) for _ in range(3)]
     assert [status(prediction) for prediction in waiting] == ["starting"] * 3
-    # the server itself still refuses them
+    # the server itself would refuse them
     assert falcon_server.predict_if_free(**SHORT).status_code == httpx.codes.CONFLICT
     waiting[1].cancel()
     assert (waiting[1].status, waiting[1].output) == ("canceled", None)

@@ -1,5 +1,4 @@
-"""What the GPU path asks of a device, seen without one: on meta tensors every operation, its shapes and its devices are
-those of a GPU, and nothing is computed."""
+"""The operations of the GPU path, without a GPU: meta tensors have a GPU's shapes and devices, and compute nothing."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -27,12 +26,12 @@ from tests.support import checkpoints
 META = torch.device("meta")
 CONTEXT = 2048
 READS = {"item", "_local_scalar_dense", "is_nonzero", "nonzero", "equal", "masked_select"}
-"""What makes the host wait for the device."""
+"""Operations that make the host wait for the device."""
 DRAWN = Sampling(0.7, 0.95, 50, 1.1, 3)
 
 
 class Watch(TorchDispatchMode):
-    """The operations in its block that a capture forbids, or that the host waits for."""
+    """Records the operations that a capture forbids, or that the host waits for."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,13 +42,13 @@ class Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name.removeprefix("aten::")
         result = func(*args, **(kwargs or {}))
-        taken = {leaf.device.type for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
-        made = {leaf.device.type for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)}
-        if name in READS and "meta" in taken:
+        inputs = {leaf.device.type for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
+        outputs = {leaf.device.type for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)}
+        if name in READS and "meta" in inputs:
             self.forbidden.append(name)
-        elif "cpu" in taken and "meta" in made:
+        elif "cpu" in inputs and "meta" in outputs:
             self.copies.append((kwargs or {}).get("non_blocking", False) or True in args[2:])
-        elif {"cpu", "meta"} <= taken | made:
+        elif {"cpu", "meta"} <= inputs | outputs:
             self.forbidden.append(name)
         return result
 
@@ -64,7 +63,7 @@ class Watch(TorchDispatchMode):
 
 
 class Assignments(TorchFunctionMode):
-    """What torch does on CUDA alone, out of a dispatcher's sight: numbers copied from memory that is not pinned."""
+    """Records copies of numbers from unpinned memory, which torch makes on CUDA alone, unseen by a dispatch mode."""
 
     def __init__(self, forbidden: list[str]) -> None:
         super().__init__()
@@ -80,7 +79,7 @@ class Assignments(TorchFunctionMode):
 
 
 class Unread:
-    """In place of PendingIds, whose reading is the one wait that is meant."""
+    """Replaces PendingIds, whose `read` is the one wait that is intended."""
 
     def __init__(self, rows: int, device: torch.device) -> None:
         self.rows = rows
@@ -134,16 +133,16 @@ def model_of(network: PreTrainedModel, device: torch.device = META, token_bytes:
 
 
 @pytest.fixture(params=["falcon", "llama"])
-def on_a_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Runner]:
-    """A runner of eight rows; three have read their prompts, and one has some of its own before it."""
+def runner_on_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Runner]:
+    """A runner of eight rows: three are prefilled, and one has read a chunk of its prompt."""
     monkeypatch.setattr(runner, "PendingIds", Unread)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
     with torch.inference_mode():
-        found = Runner(model_of(network(request.param)), 8, capture=lambda step: step)
-        found.cuda = True
+        filled = Runner(model_of(network(request.param)), 8, capture=lambda step: step)
+        filled.cuda = True
         for prompt, read in ((7, 7), (300, 300), (20, 20), (40, 16)):
-            found.prefill([Chunk(put(found, prompt), 0, read)])
-        yield found
+            filled.prefill([Chunk(put(filled, prompt), 0, read)])
+        yield filled
 
 
 def put(runner: Runner, prompt: int, sampling: Sampling = DRAWN) -> Sequence:
@@ -153,12 +152,12 @@ def put(runner: Runner, prompt: int, sampling: Sampling = DRAWN) -> Sequence:
     return sequence
 
 
-def test_a_captured_step_reads_nothing_back_and_takes_nothing_from_the_host(on_a_gpu: Runner) -> None:
+def test_a_captured_step_copies_nothing_from_or_to_the_host(runner_on_gpu: Runner) -> None:
     for rows, length in ((1, 256), (8, 2048)):
         for width in (0, 128, checkpoints.TOKENS):
             with Watch() as watch:
-                on_a_gpu._forward(rows, length)
-                on_a_gpu._choose(rows, [width])
+                runner_on_gpu._forward(rows, length)
+                runner_on_gpu._choose(rows, [width])
             assert watch.forbidden == [] and watch.copies == []
 
 
@@ -174,26 +173,26 @@ def test_a_captured_step_reads_nothing_back_and_takes_nothing_from_the_host(on_a
     ],
     ids=["put", "prefill", "decode", "move", "release", "clear"],
 )
-def test_nothing_but_the_reading_of_ids_waits_for_the_device(
-    on_a_gpu: Runner, step: Callable[[Runner], object], copies: int
+def test_only_the_reading_of_ids_waits_for_the_device(
+    runner_on_gpu: Runner, step: Callable[[Runner], object], copies: int
 ) -> None:
     with Watch() as watch:
-        step(on_a_gpu)
+        step(runner_on_gpu)
     assert watch.forbidden == []
     assert watch.copies == [True] * copies, "lists travel from pinned memory, numbers in a kernel's arguments"
 
 
-def test_on_a_device_that_is_no_cuda_copies_are_waited_for(on_a_gpu: Runner) -> None:
-    """Elsewhere than on CUDA a copy that is not waited for may read memory that is freed, or ids that have not come."""
-    on_a_gpu.cuda = False
+def test_copies_to_a_device_other_than_cuda_are_blocking(runner_on_gpu: Runner) -> None:
+    """There a non-blocking copy may read memory that is freed, or ids that have not arrived."""
+    runner_on_gpu.cuda = False
     with Watch() as watch:
-        step = put(on_a_gpu, 30)
-        on_a_gpu.prefill([Chunk(step, 0, 30)])
+        sequence = put(runner_on_gpu, 30)
+        runner_on_gpu.prefill([Chunk(sequence, 0, 30)])
     assert watch.copies == [False, False]
 
 
 class Copies(TorchDispatchMode):
-    """Whether each copy within is non-blocking."""
+    """Records whether each copy is non-blocking."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -206,7 +205,7 @@ class Copies(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("cuda", [False, True])
-def test_ids_come_without_waiting_from_cuda_alone(monkeypatch: pytest.MonkeyPatch, cuda: bool) -> None:
+def test_the_copy_of_ids_is_non_blocking_only_from_cuda(monkeypatch: pytest.MonkeyPatch, cuda: bool) -> None:
     event = SimpleNamespace(record=lambda: None, synchronize=lambda: None)
     monkeypatch.setattr(torch.cuda, "Event", lambda: event)
     empty = torch.empty
@@ -218,35 +217,35 @@ def test_ids_come_without_waiting_from_cuda_alone(monkeypatch: pytest.MonkeyPatc
     assert pending.read() == [5, 6]
 
 
-def test_rows_move_only_where_a_decode_step_then_computes_fewer(
-    on_a_gpu: Runner, monkeypatch: pytest.MonkeyPatch
+def test_compaction_moves_rows_only_where_a_decode_step_then_computes_fewer(
+    runner_on_gpu: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     moves: list[tuple[int, int]] = []
-    monkeypatch.setattr(on_a_gpu, "_move", lambda sequence, target: moves.append((sequence.place, target)))
+    monkeypatch.setattr(runner_on_gpu, "_move", lambda sequence, target: moves.append((sequence.place, target)))
     for _ in range(4):
-        put(on_a_gpu, 9)
-    # of eight rows: seven, six and five take as long as eight
+        put(runner_on_gpu, 9)
+    # a step over seven, six or five rows is padded to eight
     for number in (0, 2, 4):
-        on_a_gpu.release(on_a_gpu.rows[number])
-        on_a_gpu._compact()
+        runner_on_gpu.release(runner_on_gpu.rows[number])
+        runner_on_gpu._compact()
         assert moves == []
-    on_a_gpu.release(on_a_gpu.rows[1])
-    on_a_gpu._compact()
+    runner_on_gpu.release(runner_on_gpu.rows[1])
+    runner_on_gpu._compact()
     assert moves == [(5, 0), (6, 1), (7, 2)]
 
 
-def test_a_watch_sees_what_would_wait(on_a_gpu: Runner) -> None:
+def test_a_watch_records_what_would_wait(runner_on_gpu: Runner) -> None:
     with Watch() as watch:
-        on_a_gpu.positions[2] = 7
+        runner_on_gpu.positions[2] = 7
         torch.tensor([1, 2], device=META)
         torch.tensor([1, 2]).to(META)
     assert watch.forbidden == ["setitem", "tensor"] and watch.copies == [False]
     with pytest.raises((RuntimeError, NotImplementedError)), Watch() as watch:
-        on_a_gpu.positions.max().item()
+        runner_on_gpu.positions.max().item()
 
 
 def test_graphs_share_one_stream_and_a_failed_capture_leaves_none_current(monkeypatch: pytest.MonkeyPatch) -> None:
-    """cuBLAS keeps a workspace for each stream that it meets."""
+    """cuBLAS keeps a workspace for each stream."""
     streams: list[object] = []
     current = ["default"]
     fails = [False]
@@ -299,13 +298,13 @@ def test_graphs_share_one_stream_and_a_failed_capture_leaves_none_current(monkey
 
 
 class Peak(TorchDispatchMode):
-    """The most bytes that tensors made within hold at once."""
+    """Records the most bytes that new tensors hold at once."""
 
     def __init__(self, before: Runner) -> None:
         super().__init__()
-        kept = [*before.model.network.state_dict().values(), before.history, before.logits, before.positions]
-        kept += [tensor for layer in before.slots.slot_layers for tensor in (layer.keys, layer.values)]
-        self._before = {tensor.untyped_storage()._cdata for tensor in kept}
+        existing = [*before.model.network.state_dict().values(), before.history, before.logits, before.positions]
+        existing += [tensor for layer in before.slots.slot_layers for tensor in (layer.keys, layer.values)]
+        self._before = {tensor.untyped_storage()._cdata for tensor in existing}
         self._live: dict[int, tuple[StorageWeakRef, int]] = {}
         self.bytes = 0
 
@@ -322,35 +321,35 @@ class Peak(TorchDispatchMode):
 
 
 def fused(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
-    """What a fused kernel makes; on meta tensors torch would make all scores."""
+    """The output of a fused kernel; on meta tensors torch would allocate all scores."""
     return query.new_empty(*query.shape[:-1], value.shape[-1])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["falcon", "llama"])
 @pytest.mark.parametrize("lengths", [(2047, 2047), (2040,), (1000, 1000, 1000, 1000), (128,) * 32])
-def test_the_largest_passes_stay_within_what_is_left_for_them(
+def test_the_largest_passes_stay_within_their_reserve(
     monkeypatch: pytest.MonkeyPatch, kind: str, lengths: tuple[int, ...]
 ) -> None:
-    """At falcon-rw-1b's size, prompts as many as a piece takes; then a decode step of 32 whole contexts."""
+    """At falcon-rw-1b's size: prompts that fill a chunk, then a decode step of 32 whole contexts."""
     monkeypatch.setattr(runner, "PendingIds", Unread)
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", fused)
     model = model_of(network(kind, layers=24, width=2048, heads=32))
-    kept = gpu.reserve(model.network, model_module.GPU_PREFILL_CHUNK, 32, CONTEXT, fused=True)
+    reserve = gpu.reserve(model.network, model_module.GPU_PREFILL_CHUNK, 32, CONTEXT, fused=True)
     with torch.inference_mode():
-        found = Runner(model, 32, capture=lambda step: step)
-        warm_up = put(found, 9)
-        found.prefill([Chunk(warm_up, 0, 9)])
-        found.release(warm_up)
-        chunks = [Chunk(put(found, length, Sampling()), 0, length) for length in lengths]
-        assert found.shape.tokens(chunks) <= model_module.GPU_PREFILL_CHUNK
-        with Peak(found) as peak:
-            found.prefill(chunks)
-        assert kept.prefill / 10 < peak.bytes < kept.prefill
-        with Peak(found) as peak:
-            found._forward(32, CONTEXT)
-            found._choose(32, [checkpoints.TOKENS])
-        assert peak.bytes < kept.graphs
+        large = Runner(model, 32, capture=lambda step: step)
+        warm_up = put(large, 9)
+        large.prefill([Chunk(warm_up, 0, 9)])
+        large.release(warm_up)
+        chunks = [Chunk(put(large, length, Sampling()), 0, length) for length in lengths]
+        assert large.shape.tokens(chunks) <= model_module.GPU_PREFILL_CHUNK
+        with Peak(large) as peak:
+            large.prefill(chunks)
+        assert reserve.prefill / 10 < peak.bytes < reserve.prefill
+        with Peak(large) as peak:
+            large._forward(32, CONTEXT)
+            large._choose(32, [checkpoints.TOKENS])
+        assert peak.bytes < reserve.graphs
 
 
 @pytest.mark.parametrize(
@@ -364,7 +363,7 @@ def test_the_largest_passes_stay_within_what_is_left_for_them(
         (6.2e9, (8, 0), 4096, 4, 0),
     ],
 )
-def test_the_cache_of_falcon_leaves_room_for_what_a_gpu_computes(
+def test_the_cache_of_falcon_leaves_a_gpu_the_reserve(
     monkeypatch: pytest.MonkeyPatch,
     total: float,
     capability: tuple[int, int],
@@ -377,45 +376,45 @@ def test_the_cache_of_falcon_leaves_room_for_what_a_gpu_computes(
     token = 24 * 2 * 2048 * 2
     model = model_of(falcon, device=device, token_bytes=token)
     weights = sum(p.numel() for p in falcon.parameters()) * 2
-    free = int(total - weights - 400e6)  # what CUDA itself takes of a GPU
+    free = int(total - weights - 400e6)  # CUDA itself takes 400 MB of a GPU
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, int(total)))
     assert model.prefill_chunk() == chunk
     lines: list[str] = []
     assert model.room(32, chunk, lines.append) == Room(rows, CONTEXT, spare * CONTEXT)
-    kept = gpu.reserve(falcon, chunk, 32, CONTEXT, fused=capability >= (8, 0))
-    assert (rows + spare) * CONTEXT * token + kept.total < free
-    for part in (kept.prefill, kept.graphs, kept.workspaces):
+    reserve = gpu.reserve(falcon, chunk, 32, CONTEXT, fused=capability >= (8, 0))
+    assert (rows + spare) * CONTEXT * token + reserve.total < free
+    for part in (reserve.prefill, reserve.graphs, reserve.workspaces):
         assert f"{part / 1e6:.0f} MB" in "\n".join(lines)
 
 
 def test_the_reserve_is_the_sum_of_its_parts() -> None:
     """For 4,096 tokens a pass and 32 contexts of 2,048 of falcon-rw-1b in bfloat16, computed by hand."""
-    kept = gpu.reserve(network("falcon", layers=1, width=2048, heads=32), 4096, 32, CONTEXT, fused=True)
+    reserve = gpu.reserve(network("falcon", layers=1, width=2048, heads=32), 4096, 32, CONTEXT, fused=True)
     # 6 x 2,048 and 3 x 8,192 numbers of two bytes
     activations = 73_728
     # ALiBi's bias, of each position for each head
     scores = 131_072
     # 11 tensors of 32 x 50,304 float32
     sampling = 70_828_032
-    assert kept.prefill == 4096 * (activations + scores) + sampling == 909_688_832
+    assert reserve.prefill == 4096 * (activations + scores) + sampling == 909_688_832
     # 42 copies of 4 MiB; a step; its choice; a history of int64 and the logits in float32
-    assert kept.graphs == 176_160_768 + 32 * (activations + scores) + sampling + 32 * (16_384 + 201_216)
-    assert kept.workspaces == 134_217_728
-    assert kept.total == 1_304_412_160
+    assert reserve.graphs == 176_160_768 + 32 * (activations + scores) + sampling + 32 * (16_384 + 201_216)
+    assert reserve.workspaces == 134_217_728
+    assert reserve.total == 1_304_412_160
 
 
-def test_scores_that_no_kernel_fuses_are_left_room_for() -> None:
-    """As on a T4 with grouped queries, and of models that transformers computes step by step."""
+def test_the_reserve_counts_scores_that_no_kernel_fuses() -> None:
+    """As on a T4 with grouped queries, and in transformers' eager attention."""
     llama = network("llama", layers=24, width=2048, heads=32)
-    kept = gpu.reserve(llama, 1024, 32, CONTEXT, fused=True).prefill
+    reserve = gpu.reserve(llama, 1024, 32, CONTEXT, fused=True).prefill
     scores = 1024 * CONTEXT * 32 * 4
-    assert gpu.reserve(llama, 1024, 32, CONTEXT, fused=False).prefill > kept + 2 * scores
+    assert gpu.reserve(llama, 1024, 32, CONTEXT, fused=False).prefill > reserve + 2 * scores
     llama.set_attn_implementation("eager")
-    assert gpu.reserve(llama, 1024, 32, CONTEXT, fused=True).prefill > kept + 2 * scores
+    assert gpu.reserve(llama, 1024, 32, CONTEXT, fused=True).prefill > reserve + 2 * scores
 
 
-def test_attention_that_plans_for_each_shape_is_off() -> None:
+def test_cudnns_attention_which_plans_for_each_shape_is_off() -> None:
     before = torch.backends.cuda.cudnn_sdp_enabled()
     try:
         torch.backends.cuda.enable_cudnn_sdp(True)

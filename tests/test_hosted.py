@@ -1,4 +1,4 @@
-"""What the client's errors become, over a small Replicate and over a server that only refuses."""
+"""The message of each error of Replicate's client, over Replicate's stand-in and over a server that only refuses."""
 
 import json
 import os
@@ -32,8 +32,8 @@ def gateway(falcon_server: Client) -> Iterator[Gateway]:
 
 
 @pytest.fixture
-def at(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Replicate]:
-    """The client of a user whose environment says this."""
+def connect(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Replicate]:
+    """The client of a user with these environment variables."""
 
     def client(**variables: str) -> Replicate:
         for name, value in variables.items():
@@ -43,32 +43,32 @@ def at(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Replicate]:
     return client
 
 
-def line(call: Callable[[], Any], what: str = MODEL) -> str:
-    with pytest.raises(UserError) as raised, hosted.explained(what):
+def message(call: Callable[[], Any], name: str = MODEL) -> str:
+    with pytest.raises(UserError) as raised, hosted.explained(name):
         call()
     assert "\n" not in str(raised.value)
-    # what may be put right by another input is told apart
+    # an error that another input may avoid has a type of its own
     assert isinstance(raised.value, Refused) == ("no acepta" in str(raised.value))
     return str(raised.value)
 
 
 @pytest.mark.parametrize("text", [MODEL, f"r8.im/{MODEL}", f"{MODEL}:v1", f"r8.im/{MODEL}:v1"])
-def test_a_name(text: str) -> None:
+def test_a_name_may_have_a_registry_and_a_version(text: str) -> None:
     reference = Reference.parse(text, versioned=True)
     assert (reference.model, reference.version) == (MODEL, "v1" if "v1" in text else None)
 
 
 @pytest.mark.parametrize("text", ["", "x", "a/b/c", "A/b", "a/b:", "a/b:v-1", "a/b:v1:v2", "a/b:v1\n", "otro.io/a/b"])
-def test_a_name_that_is_none(text: str) -> None:
+def test_a_malformed_name_is_refused(text: str) -> None:
     with pytest.raises(UserError, match="se escribe USUARIO/NOMBRE o USUARIO/NOMBRE:VERSIÓN, en minúsculas"):
         Reference.parse(text, versioned=True)
     with pytest.raises(UserError, match="se escribe USUARIO/NOMBRE, en minúsculas"):
         Reference.parse("a/b:v1")
 
 
-def test_what_is_well_asked_is_answered(at: Callable[..., Replicate], gateway: Gateway) -> None:
+def test_a_valid_request_is_answered(connect: Callable[..., Replicate], gateway: Gateway) -> None:
     with hosted.explained(MODEL):
-        assert at(**gateway.environment).models.get(MODEL).latest_version
+        assert connect(**gateway.environment).models.get(MODEL).latest_version
 
 
 def test_the_token_comes_from_the_env_file_too(
@@ -84,14 +84,14 @@ def test_the_token_comes_from_the_env_file_too(
     assert hosted.client().models.get(MODEL).latest_version
 
 
-def test_a_token_that_is_none_is_not_shown(at: Callable[..., Replicate]) -> None:
+def test_a_malformed_token_is_refused_and_not_shown(connect: Callable[..., Replicate]) -> None:
     with pytest.raises(UserError, match="lleva espacios o letras que un token no tiene") as raised:
-        at(REPLICATE_API_TOKEN="r8_secreto r8_secreto")
+        connect(REPLICATE_API_TOKEN="r8_secreto r8_secreto")
     assert "secreto" not in str(raised.value)
 
 
 @pytest.mark.parametrize(
-    ("call", "says"),
+    ("call", "expected"),
     [
         (lambda client: client.models.get(OTHERS), f"Replicate no tiene {OTHERS}, o su token no lo ve"),
         (
@@ -104,17 +104,17 @@ def test_a_token_that_is_none_is_not_shown(at: Callable[..., Replicate]) -> None
         ),
     ],
 )
-def test_what_the_service_refuses(
-    at: Callable[..., Replicate], gateway: Gateway, call: Callable[[Replicate], Any], says: str
+def test_what_the_service_refuses_is_one_line(
+    connect: Callable[..., Replicate], gateway: Gateway, call: Callable[[Replicate], Any], expected: str
 ) -> None:
-    client = at(**gateway.environment)
-    assert says in line(lambda: call(client), OTHERS)
+    client = connect(**gateway.environment)
+    assert expected in message(lambda: call(client), OTHERS)
 
 
-def test_another_token(at: Callable[..., Replicate], gateway: Gateway) -> None:
-    client = at(**{**gateway.environment, "REPLICATE_API_TOKEN": "r8_otro"})
-    said = line(lambda: client.models.get(MODEL))
-    assert said.startswith("Replicate no reconoce su REPLICATE_API_TOKEN: cópielo") and "r8_otro" not in said
+def test_an_unknown_token_is_refused_and_not_shown(connect: Callable[..., Replicate], gateway: Gateway) -> None:
+    client = connect(**{**gateway.environment, "REPLICATE_API_TOKEN": "r8_otro"})
+    text = message(lambda: client.models.get(MODEL))
+    assert text.startswith("Replicate no reconoce su REPLICATE_API_TOKEN: cópielo") and "r8_otro" not in text
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +140,7 @@ def refusing() -> Iterator[str]:
 
 
 @pytest.mark.parametrize(
-    ("status", "says"),
+    ("status", "expected"),
     [
         (400, f"Replicate no acepta lo que se le pide de {MODEL}: Why not."),
         (402, f"Replicate pide saldo o una forma de pago: póngalos en {hosted.BILLING} (Why not.)"),
@@ -151,13 +151,13 @@ def refusing() -> Iterator[str]:
         (503, f"Replicate falla (503): mire {hosted.STATUS} y repita"),
     ],
 )
-def test_each_code(at: Callable[..., Replicate], refusing: str, status: int, says: str) -> None:
-    client = at(REPLICATE_BASE_URL=refusing, REPLICATE_API_TOKEN="r8_x")
-    assert line(lambda: client.predictions.cancel(f"../../{status}#")) == says
+def test_a_status_is_explained(connect: Callable[..., Replicate], refusing: str, status: int, expected: str) -> None:
+    client = connect(REPLICATE_BASE_URL=refusing, REPLICATE_API_TOKEN="r8_x")
+    assert message(lambda: client.predictions.cancel(f"../../{status}#")) == expected
 
 
 @pytest.mark.parametrize(
-    ("address", "says"),
+    ("address", "expected"),
     [
         ("http://127.0.0.1:1", "Sin conexión con 127.0.0.1: compruebe la red y repita"),
         ("127.0.0.1:1", "REPLICATE_BASE_URL no es una dirección: se escribe https://..., o se deja vacía"),
@@ -165,11 +165,11 @@ def test_each_code(at: Callable[..., Replicate], refusing: str, status: int, say
         ("{refusing}", "No es Replicate quien contesta: compruebe REPLICATE_BASE_URL y la red"),
     ],
 )
-def test_an_address_where_replicate_is_not(
-    at: Callable[..., Replicate], refusing: str, address: str, says: str
+def test_an_address_that_is_not_replicates_is_one_line(
+    connect: Callable[..., Replicate], refusing: str, address: str, expected: str
 ) -> None:
-    client = at(REPLICATE_BASE_URL=address.format(refusing=refusing), REPLICATE_API_TOKEN="r8_x")
-    assert line(lambda: client.predictions.cancel("uno")) == says
+    client = connect(REPLICATE_BASE_URL=address.format(refusing=refusing), REPLICATE_API_TOKEN="r8_x")
+    assert message(lambda: client.predictions.cancel("uno")) == expected
 
 
 def test_without_a_terminal_only_yes_goes_on(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,15 +11,15 @@ from llm.weights.settings import ROOT
 
 def names(source: str) -> set[str]:
     """What the source imports anywhere, and each attribute that it names."""
-    found = set()
+    collected = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            collected |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+            collected |= {f"{node.module}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Attribute):
-            found.add(ast.unparse(node))
-    return found
+            collected.add(ast.unparse(node))
+    return collected
 
 
 # text and numbers, never a tensor
@@ -27,7 +27,7 @@ PREDICT = r"(torch|transformers|cli)\b"
 
 RULES = {
     r"os\.(environb?|getenv)\b|dotenv\b": {"llm/weights/settings.py"},
-    # what torch may change without a word
+    # torch may change these without notice
     r"torch\.(ops|library|(\w+\.)*_\w+)\b": {"llm/devices/linear.py", "llm/devices/attention.py"},
 }
 """What only these files of llm/ may name."""
@@ -43,7 +43,7 @@ def broken(path: str, source: str) -> set[str]:
 @pytest.mark.parametrize(
     "path", ["predict.py", *(path.relative_to(ROOT).as_posix() for path in (ROOT / "llm").rglob("*.py"))]
 )
-def test_the_house_is_in_order(path: str) -> None:
+def test_a_file_names_only_what_it_may(path: str) -> None:
     assert broken(path, Path(ROOT, path).read_text(encoding="utf-8")) == set()
 
 
@@ -64,6 +64,6 @@ def test_the_house_is_in_order(path: str) -> None:
         ("llm/devices/linear.py", "import torch\ntorch.ops.mkldnn._linear_pointwise(x)", set()),
     ],
 )
-def test_a_broken_rule_is_seen(path: str, source: str, named: set[str]) -> None:
+def test_a_broken_rule_is_found(path: str, source: str, named: set[str]) -> None:
     assert broken(path, source) >= named
     assert bool(broken(path, source)) == bool(named)

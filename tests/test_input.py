@@ -1,4 +1,4 @@
-"""Whatever is sent to the genuine server is answered with a final status, and never with a 5xx."""
+"""Whatever is sent to the real server is answered with a final status, and never with a 5xx."""
 
 import json
 from collections import Counter
@@ -20,7 +20,7 @@ from tests.support.client import Client
 
 EXAMPLES = settings(
     max_examples=40,
-    # the same ones each time
+    # the same examples each time
     derandomize=True,
     database=None,
     deadline=None,
@@ -29,8 +29,8 @@ EXAMPLES = settings(
 )
 FEW = 3
 """Tokens of an answer whose text does not matter."""
-ASIS = "{pregunta}"
-GREEDY = {"temperature": 0, "repetition_penalty": 1, "prompt_template": ASIS}
+PLAIN = "{pregunta}"
+GREEDY = {"temperature": 0, "repetition_penalty": 1, "prompt_template": PLAIN}
 
 Inputs = dict[str, Any]
 
@@ -41,7 +41,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def ended(answer: httpx.Response) -> dict[str, Any]:
-    """The prediction, which has succeeded, or failed with one line that is ours."""
+    """The prediction, which has succeeded, or failed with one line of ours."""
     assert answer.status_code == httpx.codes.OK, answer.text[:500]
     prediction: dict[str, Any] = answer.json()
     if prediction["status"] != "succeeded":
@@ -66,7 +66,7 @@ def text_before(text: str, stops: str) -> str:
     return text[: min(at for stop in stops.split(",") if stop and (at := text.find(stop)) >= 0)]
 
 
-# What the schema allows. Without those that would only take long.
+# Values that the schema allows, less those that would only take long.
 TEXTS = st.text(max_size=40) | st.text("{}%s!r0 ,\n<|>👩\u200d\0", max_size=40)
 WHOLE = st.integers(-(2**70), 2**70)
 VALID = {
@@ -77,10 +77,10 @@ VALID = {
     "repetition_penalty": st.floats(1, 2),
     "stop_sequences": TEXTS,
     "seed": WHOLE.filter(lambda seed: seed != -1),
-    "prompt_template": st.one_of(TEXTS, st.tuples(TEXTS, TEXTS).map(ASIS.join)),
+    "prompt_template": st.one_of(TEXTS, st.tuples(TEXTS, TEXTS).map(PLAIN.join)),
 }
 QUESTION = {"pregunta": TEXTS.filter(bool)}
-# What it does not, for each input.
+# Values that the schema forbids.
 NO_TEXT = st.one_of(st.none(), st.booleans(), WHOLE, st.lists(TEXTS, max_size=2), st.dictionaries(TEXTS, WHOLE))
 NO_NUMBER = st.one_of(st.none(), st.booleans(), TEXTS, st.lists(WHOLE, max_size=2), st.dictionaries(TEXTS, WHOLE))
 NO_WHOLE = NO_NUMBER | st.floats(allow_nan=False, allow_infinity=False).filter(lambda number: number % 1)
@@ -111,7 +111,7 @@ JSON = st.recursive(
 @pytest.mark.slow
 @EXAMPLES
 @given(inputs=st.fixed_dictionaries(QUESTION, optional=VALID))
-def test_what_the_schema_allows_ends_whole_and_as_a_stream(falcon_server: Client, inputs: Inputs) -> None:
+def test_allowed_inputs_give_the_same_text_whole_and_as_a_stream(falcon_server: Client, inputs: Inputs) -> None:
     inputs = {"max_tokens": FEW, "seed": 1, **inputs}
     whole = ended(falcon_server.predict(**inputs))
     with falcon_server.stream(**inputs) as events:
@@ -126,7 +126,7 @@ def test_what_the_schema_allows_ends_whole_and_as_a_stream(falcon_server: Client
 
 @EXAMPLES
 @given(data=st.data())
-def test_what_the_schema_forbids_is_422_with_its_field(falcon_server: Client, data: st.DataObject) -> None:
+def test_a_forbidden_value_is_422_with_its_field(falcon_server: Client, data: st.DataObject) -> None:
     field = data.draw(st.sampled_from(sorted(INVALID)))
     answer = falcon_server.predict(**{"pregunta": "a", field: data.draw(INVALID[field])})
     assert answer.status_code == httpx.codes.UNPROCESSABLE_ENTITY
@@ -142,7 +142,7 @@ def test_any_other_body_is_refused(falcon_server: Client, body: str | bytes) -> 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", GenerationMode)
-def test_whatever_openapi_json_leads_to(
+def test_requests_made_from_openapi_json_get_no_5xx(
     falcon_server: Client, mode: GenerationMode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NO_PROXY", server.HOST)
@@ -150,9 +150,9 @@ def test_whatever_openapi_json_leads_to(
     body = document["components"]["schemas"]["PredictionRequest"]
     # Cog makes a folder of this name, and where it cannot (over 255 bytes, a NUL) the place is lost until a restart.
     del body["properties"]["id"]
-    # else most have none
+    # else most requests have no input
     body["required"] = ["input"]
-    seen: Counter[int] = Counter()
+    statuses: Counter[int] = Counter()
     schema = schemathesis.openapi.from_dict(document)
     operations = [schema[path][method] for path, methods in document["paths"].items() for method in methods]
 
@@ -161,20 +161,20 @@ def test_whatever_openapi_json_leads_to(
         if isinstance(inputs, dict) and mode is GenerationMode.POSITIVE:
             inputs["max_tokens"] = FEW
         answer = case.call(base_url=falcon_server.server.url, timeout=60)
-        seen[answer.status_code] += 1
+        statuses[answer.status_code] += 1
         assert answer.status_code < httpx.codes.INTERNAL_SERVER_ERROR
         if case.path == "/predictions" and answer.status_code == httpx.codes.OK:
             assert answer.json()["status"] in ("succeeded", "failed")
 
     for operation in operations:
-        # the others take nothing that could be wrong
+        # the other operations take no input that could be wrong
         if mode is GenerationMode.POSITIVE or operation.path == "/predictions":
             EXAMPLES(given(case=operation.as_strategy(generation_mode=mode))(call))()
-    assert seen[200 if mode is GenerationMode.POSITIVE else 422] > EXAMPLES.max_examples / 3
+    assert statuses[200 if mode is GenerationMode.POSITIVE else 422] > EXAMPLES.max_examples / 3
     assert falcon_server.get("/health-check")["status"] == "READY"
 
 
-WRITTEN = [
+ODD_QUESTIONS = [
     "nulo \0 y \ufffd",
     "שלום עולם, مرحبا \u202e\u2067 de derecha a izquierda",
     "e\u0301 n\u0303 Z͑ͫ̓ͪ̂ͫ̽͏̴̙̤̞͉͚̯̞̠͍A̴̵̜̰͔ͫ͗͢ " + "\u0301" * 500,
@@ -184,17 +184,16 @@ WRITTEN = [
     "{0} {pregunta!r} {pregunta.__class__} {} %s %(pregunta)s ${pregunta} $1 \\1 \\n {{}} {{pregunta}} {% raw %}",
     "-" * 100_000,
 ]
-"""Questions that are odd, and allowed."""
 
 
-@pytest.mark.parametrize("pregunta", WRITTEN, ids=range(len(WRITTEN)))
+@pytest.mark.parametrize("pregunta", ODD_QUESTIONS, ids=range(len(ODD_QUESTIONS)))
 def test_an_odd_question_is_read_as_it_is_written(
     falcon_server: Client, tokenizer: PreTrainedTokenizerFast, pregunta: str
 ) -> None:
-    for template in (ASIS, f"{{0}} {{pregunta!r}} %s %(pregunta)s {{{{}}}} {ASIS}", COMPLETION):
+    for template in (PLAIN, f"{{0}} {{pregunta!r}} %s %(pregunta)s {{{{}}}} {PLAIN}", COMPLETION):
         given_template = {} if template is COMPLETION else {"prompt_template": template}
         count = succeeded(falcon_server, pregunta=pregunta, **given_template)["metrics"]["input_token_count"]
-        assert count == len(tokenizer(template.replace(ASIS, pregunta))["input_ids"])
+        assert count == len(tokenizer(template.replace(PLAIN, pregunta))["input_ids"])
 
 
 @pytest.mark.slow
@@ -207,7 +206,7 @@ def test_control_tokens_in_a_question_are_text(served: str, request: pytest.Fixt
         tokenizer = PreTrainedTokenizerFast.from_pretrained(request.getfixturevalue("demo_folder"))
     assert tokenizer.all_special_tokens
     for name in tokenizer.all_special_tokens:
-        for template, ours in ((ASIS, 0), (f"{name}{ASIS}", 1)):
+        for template, ours in ((PLAIN, 0), (f"{name}{PLAIN}", 1)):
             prediction = succeeded(client, pregunta=name, prompt_template=template, max_tokens=1)
             plain = len(tokenizer(name, split_special_tokens=True)["input_ids"])
             assert plain > 1
@@ -215,12 +214,12 @@ def test_control_tokens_in_a_question_are_text(served: str, request: pytest.Fixt
 
 
 @pytest.mark.parametrize("template", ["{0}", "{pregunta!r}", "{pregunta:s}", "%s", "{{}}", "{", "}", " ", "\0", "🏳️‍🌈"])
-def test_a_template_without_the_place_says_so(falcon_server: Client, template: str) -> None:
+def test_a_template_without_the_placeholder_is_refused(falcon_server: Client, template: str) -> None:
     prediction = ended(falcon_server.predict(pregunta="a", prompt_template=template))
     assert server.error_text(prediction["error"]) == "prompt_template debe contener {pregunta}"
 
 
-def test_half_a_surrogate_pair_is_no_json_for_cog(falcon_server: Client) -> None:
+def test_half_a_surrogate_pair_is_400(falcon_server: Client) -> None:
     for field in ("pregunta", "prompt_template", "stop_sequences", "otra"):
         for half in ("\\ud83d", "\\ude00", "\\ude00\\ud83d"):
             body = f'{{"input": {{"pregunta": "a", "{field}": "{half}{{pregunta}}"}}}}'
@@ -229,14 +228,14 @@ def test_half_a_surrogate_pair_is_no_json_for_cog(falcon_server: Client) -> None
     assert ended(falcon_server.post("/predictions", body))["metrics"]["input_token_count"] == 2
 
 
-def test_what_lies_at_a_limit_is_taken_and_the_next_is_not(falcon_server: Client) -> None:
+def test_a_limit_is_taken_and_a_value_beyond_it_is_422(falcon_server: Client) -> None:
     inputs = falcon_server.get("/openapi.json")["components"]["schemas"]["Input"]["properties"]
     limited = {name: rules for name, rules in inputs.items() if "minimum" in rules}
     assert limited.keys() == {"max_tokens", "temperature", "top_p", "top_k", "repetition_penalty"}
     for name, rules in limited.items():
         for limit, way in ((rules["minimum"], -1), (rules["maximum"], 1)):
-            # so long that any number of tokens ends soon
-            prediction = succeeded(falcon_server, **{"pregunta": " a" * 2044, "prompt_template": ASIS, name: limit})
+            # so long a prompt that the answer ends soon
+            prediction = succeeded(falcon_server, **{"pregunta": " a" * 2044, "prompt_template": PLAIN, name: limit})
             assert prediction["metrics"]["output_token_count"] <= 4
             beyond = limit + way * (1 if rules["type"] == "integer" else 1e-6)
             refused = falcon_server.predict(**{"pregunta": "a", name: beyond})
@@ -250,21 +249,21 @@ def test_any_seed_gives_the_same_text_again(falcon_server: Client, seed: float) 
 
 
 @pytest.mark.parametrize("drawn", [{}, {"seed": -1}, {"seed": -1.0}])
-def test_a_drawn_seed_is_another_each_time_and_gives_the_text_again(
+def test_a_drawn_seed_differs_each_time_and_gives_its_text_again(
     falcon_server: Client, drawn: dict[str, float]
 ) -> None:
     inputs = {"pregunta": "a", "temperature": 2, "max_tokens": 1}
     predictions = [succeeded(falcon_server, **inputs, **drawn) for _ in range(12)]
     seeds = [int(prediction["logs"].partition("semilla ")[2].partition(":")[0]) for prediction in predictions]
     assert len({*seeds}) == len(seeds)
-    # the command cog takes no larger one
+    # the command cog takes no larger seed
     assert all(0 <= seed < 2**31 for seed in seeds)
     assert text_of(succeeded(falcon_server, **inputs, seed=seeds[0])) == text_of(predictions[0])
 
 
 @pytest.fixture(scope="module")
 def greedy(falcon_server: Client) -> list[str]:
-    """An answer's chunks, which the tests of stop sequences cut."""
+    """The chunks of an answer, for the tests of stop sequences."""
     with falcon_server.stream(pregunta="Once upon a time", max_tokens=24, **GREEDY) as events:
         return [data["chunk"] for name, data in events if name == "output"]
 
@@ -291,13 +290,13 @@ def test_a_stop_sequence_is_written_with_escapes(falcon_server: Client, greedy: 
     assert text_of(stopped) == text[: text.index(text[5:9])]
 
 
-def test_more_stop_sequences_than_are_taken_fail_with_their_line(falcon_server: Client) -> None:
+def test_too_many_stop_sequences_fail_with_one_line(falcon_server: Client) -> None:
     prediction = ended(falcon_server.predict(pregunta="a", stop_sequences=",".join("a" * 33)))
     assert server.error_text(prediction["error"]) == ("stop_sequences lleva 33 textos y se admiten 32: quite algunos")
 
 
 @pytest.mark.parametrize("stops", ["", ",", ",,,", "nunca", "\ufffe", "👩‍👩‍👧", "\0"])
-def test_a_stop_sequence_that_never_comes_changes_nothing(falcon_server: Client, greedy: list[str], stops: str) -> None:
+def test_stop_sequences_without_a_match_change_nothing(falcon_server: Client, greedy: list[str], stops: str) -> None:
     prediction = succeeded(
         falcon_server, pregunta="Once upon a time", stop_sequences=stops, **{**GREEDY, "max_tokens": 24}
     )
@@ -316,7 +315,7 @@ def test_a_stop_sequence_that_never_comes_changes_nothing(falcon_server: Client,
         ("\ufffd", "uno 👩\u200d👩\u200d👧 dos"),
     ],
 )
-def test_a_part_of_an_emoji_as_a_stop_sequence(tokenizer: PreTrainedTokenizerFast, stop: str, shown: str) -> None:
+def test_a_stop_sequence_may_be_a_part_of_an_emoji(tokenizer: PreTrainedTokenizerFast, stop: str, shown: str) -> None:
     text = Text(tokenizer, [stop])
     chunks = [text.add([token]) for token in tokenizer.encode("uno 👩‍👩‍👧 dos")]
     assert "".join([*chunks, text.end()]) == shown

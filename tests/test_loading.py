@@ -1,4 +1,4 @@
-"""A checkpoint is loaded with all of its weights, or refused in one line that says what it is and what to do."""
+"""A checkpoint is loaded with all of its weights, or refused in one line with the reason and the remedy."""
 
 import json
 import re
@@ -53,8 +53,8 @@ TINY: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("whole") / "llama"
+def saved_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved_llama") / "llama"
     config = LlamaConfig(**TINY, max_position_embeddings=512, tie_word_embeddings=False)
     LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
     letters = {letter: number for number, letter in enumerate(sorted(ByteLevel.alphabet()))}
@@ -64,23 +64,23 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def llama(whole: Path, tmp_path: Path) -> Path:
+def llama(saved_llama: Path, tmp_path: Path) -> Path:
     """A small Llama, in a folder of the user's own."""
-    return shutil.copytree(whole, tmp_path / "Mine")
+    return shutil.copytree(saved_llama, tmp_path / "Mine")
 
 
 def settings(folder: Path, dtype: str = "float32") -> Settings:
     return Settings(folder.name, None, folder.parent, None, dtype)
 
 
-def loaded(settings: Settings) -> Model:
+def load(settings: Settings) -> Model:
     return Model.load(hub.ensure(settings, print), settings, print)
 
 
-def refused(folder: Path, dtype: str = "float32") -> str:
-    """The line with which the server's setup refuses a folder of the user's own."""
+def refusal(folder: Path, dtype: str = "float32") -> str:
+    """The line with which setup refuses the user's own folder."""
     with pytest.raises(UserError) as error:
-        loaded(settings(folder, dtype))
+        load(settings(folder, dtype))
     line = str(error.value)
     assert "\n" not in line and folder.name in line
     return line
@@ -95,11 +95,11 @@ def without(*names: str) -> Callable[[State], State]:
     return lambda state: {name: tensor for name, tensor in state.items() if name not in names}
 
 
-def under(prefix: str) -> Callable[[State], State]:
+def with_prefix(prefix: str) -> Callable[[State], State]:
     return lambda state: {prefix + name: tensor for name, tensor in state.items()}
 
 
-def beside(**more: Tensor) -> Callable[[State], State]:
+def with_tensors(**more: Tensor) -> Callable[[State], State]:
     return lambda state: state | {name.replace("__", "."): tensor for name, tensor in more.items()}
 
 
@@ -107,57 +107,57 @@ def beside(**more: Tensor) -> Callable[[State], State]:
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
         (without("lm_head.weight"), "le faltan pesos de LlamaForCausalLM, lm_head.weight:"),
         (without("model.norm.weight", "lm_head.weight"), "LlamaForCausalLM, model.norm.weight y 1 más:"),
         (
-            under("base_model.model."),
+            with_prefix("base_model.model."),
             "LlamaForCausalLM, model.embed_tokens.weight y 20 más, y sobra base_model.model.lm_head.weight:",
         ),
         (lambda state: {}, "model.embed_tokens.weight y 20 más:"),
-        (beside(model__norm__weight=torch.ones(7)), "model.norm.weight mide [7] y no [32]"),
-        # the layer would compute something else without them
+        (with_tensors(model__norm__weight=torch.ones(7)), "model.norm.weight mide [7] y no [32]"),
+        # without these tensors the layer would compute something else
         (
-            beside(model__layers__0__self_attn__q_proj__bias=torch.ones(32)),
+            with_tensors(model__layers__0__self_attn__q_proj__bias=torch.ones(32)),
             "no tiene model.layers.0.self_attn.q_proj.bias",
         ),
         (
-            beside(model__layers__1__mlp__up_proj__weight_scale=torch.ones(1)),
+            with_tensors(model__layers__1__mlp__up_proj__weight_scale=torch.ones(1)),
             "no tiene model.layers.1.mlp.up_proj.weight_s",
         ),
-        (beside(lm_head__lora_A__weight=torch.ones(2, 32)), "no tiene lm_head.lora_A.weight"),
+        (with_tensors(lm_head__lora_A__weight=torch.ones(2, 32)), "no tiene lm_head.lora_A.weight"),
     ],
 )
-def test_weights_that_are_not_the_models_are_refused(llama: Path, change: Callable[[State], State], says: str) -> None:
+def test_weights_that_are_not_the_models_are_refused(
+    llama: Path, change: Callable[[State], State], message: str
+) -> None:
     edit(llama, change)
-    assert says in refused(llama)
+    assert message in refusal(llama)
 
 
-def test_a_tied_weight_that_is_nowhere_is_refused(tmp_path: Path) -> None:
+def test_a_missing_tied_weight_is_refused(tmp_path: Path) -> None:
     folder = checkpoints.falcon(tmp_path / "mine", width=32)
     edit(folder, without("transformer.word_embeddings.weight"))
-    assert "le faltan pesos de FalconForCausalLM, transformer.word_embeddings.weight" in refused(folder)
+    assert "le faltan pesos de FalconForCausalLM, transformer.word_embeddings.weight" in refusal(folder)
 
 
 @pytest.mark.parametrize(
     "change",
     [
         lambda state: {name.removeprefix("model."): tensor for name, tensor in state.items()},
-        beside(model__layers__0__self_attn__rotary_emb__inv_freq=torch.ones(4)),
-        beside(mtp__fc__weight=torch.ones(4, 4), model__layers__2__mlp__up_proj__weight=torch.ones(4, 4)),
+        with_tensors(model__layers__0__self_attn__rotary_emb__inv_freq=torch.ones(4)),
+        with_tensors(mtp__fc__weight=torch.ones(4, 4), model__layers__2__mlp__up_proj__weight=torch.ones(4, 4)),
     ],
 )
-def test_weights_under_the_base_models_names_or_of_parts_that_are_not_used_load(
-    llama: Path, change: Callable[[State], State]
-) -> None:
+def test_weights_with_base_model_names_or_of_unused_parts_load(llama: Path, change: Callable[[State], State]) -> None:
     expected = load_file(llama / "model.safetensors")
     edit(llama, change)
-    loaded = Model.read(llama, torch.bfloat16).network.state_dict()
-    assert all(torch.equal(loaded[name], expected[name]) for name in expected)
+    weights = Model.read(llama, torch.bfloat16).network.state_dict()
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
-def test_tied_weights_load_from_one_or_from_two(tmp_path: Path) -> None:
+def test_tied_weights_load_from_one_tensor_or_two(tmp_path: Path) -> None:
     for twice in (False, True):
         folder = checkpoints.falcon(tmp_path / str(twice), width=32, format="bin", tied_twice=twice)
         network = Model.read(folder, torch.float32).network
@@ -173,18 +173,18 @@ def sharded(folder: Path) -> None:
 def test_shards_load(llama: Path) -> None:
     sharded(llama)
     assert len(list(llama.glob("model-*.safetensors"))) > 1
-    assert loaded(settings(llama)).context == 512
+    assert load(settings(llama)).context == 512
 
 
 INDEX = "model.safetensors.index.json"
 
 
-def shard_gone(folder: Path) -> None:
+def missing_shard(folder: Path) -> None:
     sharded(folder)
     next(folder.glob("model-00002-of-*.safetensors")).unlink()
 
 
-def shard_unnamed(folder: Path) -> None:
+def missing_tensor(folder: Path) -> None:
     sharded(folder)
     index = json.loads((folder / INDEX).read_text())
     del index["weight_map"]["model.norm.weight"]
@@ -202,7 +202,7 @@ def index_of(text: str) -> Callable[[Path], None]:
     return damage
 
 
-def no_index(folder: Path) -> None:
+def missing_index(folder: Path) -> None:
     sharded(folder)
     (folder / INDEX).unlink()
 
@@ -232,15 +232,15 @@ def other_weights(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "says"),
+    ("damage", "message"),
     [
-        (shard_gone, r"^Falta .*Mine/model-00002-of-\d+\.safetensors, una parte de los pesos"),
-        (shard_unnamed, "le faltan pesos de LlamaForCausalLM, model.norm.weight:"),
+        (missing_shard, r"^Falta .*Mine/model-00002-of-\d+\.safetensors, una parte de los pesos"),
+        (missing_tensor, "le faltan pesos de LlamaForCausalLM, model.norm.weight:"),
         (index_of("{"), f"Mine/{INDEX} no se entiende"),
         (index_of("[]"), f"Mine/{INDEX} no se entiende"),
         (index_of('{"weight_map": {}}'), "^Falta .*, una parte de los pesos"),
         (index_of('{"weight_map": {"lm_head.weight": 5}}'), f"Mine/{INDEX} no se entiende"),
-        (no_index, "Mine no es un modelo, le falta config.json o los pesos"),
+        (missing_index, "Mine no es un modelo, le falta config.json o los pesos"),
         (adapter, "Mine es un adaptador .LoRA. sin su modelo base: únalos"),
         (adapter_alone, "Mine es un adaptador .LoRA. sin su modelo base: únalos"),
         (gguf_alone, "Mine no tiene pesos que se puedan usar, solo GGUF"),
@@ -248,9 +248,11 @@ def other_weights(folder: Path) -> None:
         (other_weights, "Mine no es un modelo, le falta config.json o los pesos"),
     ],
 )
-def test_a_folder_that_is_no_whole_model_is_named(llama: Path, damage: Callable[[Path], None], says: str) -> None:
+def test_an_incomplete_model_is_refused_with_the_reason(
+    llama: Path, damage: Callable[[Path], None], message: str
+) -> None:
     damage(llama)
-    assert re.search(says, refused(llama))
+    assert re.search(message, refusal(llama))
 
 
 # Kinds of models
@@ -277,25 +279,25 @@ def test_a_folder_that_is_no_whole_model_is_named(llama: Path, damage: Callable[
         ({"text_config": {"quantization_config": {"quant_method": "gptq"}}}, "gptq"),
     ],
 )
-def test_quantized_weights_are_named(llama: Path, changes: dict[str, Any], method: str) -> None:
+def test_quantized_weights_are_refused(llama: Path, changes: dict[str, Any], method: str) -> None:
     path = llama / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-    assert f"Mine está cuantizado ({method}), y aquí los pesos van en 16 o 32 bits: elija" in refused(llama)
+    assert f"Mine está cuantizado ({method}), y aquí los pesos van en 16 o 32 bits: elija" in refusal(llama)
 
 
-def test_quantized_weights_of_old_tools_are_named(llama: Path) -> None:
+def test_weights_with_a_quantize_config_are_refused(llama: Path) -> None:
     (llama / "quantize_config.json").write_text('{"bits": 4}')
-    assert "Mine está cuantizado (gptq)" in refused(llama)
+    assert "Mine está cuantizado (gptq)" in refusal(llama)
 
 
-def test_a_config_that_says_that_nothing_is_quantized_is_taken(llama: Path) -> None:
+def test_a_config_without_quantization_loads(llama: Path) -> None:
     path = llama / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": None}))
-    assert loaded(settings(llama)).context == 512
+    assert load(settings(llama)).context == 512
 
 
 @pytest.mark.parametrize(
-    ("network", "says"),
+    ("network", "message"),
     [
         (
             T5ForConditionalGeneration(T5Config(vocab_size=300, d_model=16, d_ff=16, num_layers=1)),
@@ -311,11 +313,11 @@ def test_a_config_that_says_that_nothing_is_quantized_is_taken(llama: Path) -> N
         (ViTForImageClassification(ViTConfig(**TINY, image_size=16)), "es de tipo vit, y no un modelo causal"),
     ],
 )
-def test_models_that_are_not_causal_are_refused(network: PreTrainedModel, says: str, llama: Path) -> None:
+def test_models_that_are_not_causal_are_refused(network: PreTrainedModel, message: str, llama: Path) -> None:
     network.save_pretrained(llama)
     with pytest.raises(UserError) as error:
-        loaded(settings(llama))
-    assert says in str(error.value) and "\n" not in str(error.value)
+        load(settings(llama))
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -335,7 +337,7 @@ def test_whatever_transformers_raises_is_one_line(
     llama: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, call: str
 ) -> None:
     monkeypatch.setattr(LlamaForCausalLM, call, raising(error))
-    line = refused(llama)
+    line = refusal(llama)
     first = str(error).partition("\n")[0] or type(error).__name__
     assert line.startswith("transformers no puede cargar") and line.endswith(f"({first})")
 
@@ -351,7 +353,7 @@ def raising(error: Exception) -> Callable[..., Any]:
 
 
 @pytest.mark.parametrize(
-    ("names", "says"),
+    ("names", "message"),
     [
         ([], "Mine no trae ningún tokenizador que se admita: hace falta tokenizer.json"),
         (["tokenizer.model"], "Mine no trae ningún tokenizador que se admita (solo tokenizer.model): hace falta"),
@@ -359,25 +361,25 @@ def raising(error: Exception) -> Callable[..., Any]:
         (["vocab.json"], "Mine no trae ningún tokenizador que se admita: hace falta tokenizer.json"),
     ],
 )
-def test_a_folder_without_a_fast_tokenizer_is_refused(llama: Path, names: list[str], says: str) -> None:
+def test_a_folder_without_a_fast_tokenizer_is_refused(llama: Path, names: list[str], message: str) -> None:
     for path in llama.glob("tokenizer*"):
         path.unlink()
     for name in names:
         (llama / name).write_text("{}")
-    assert says in refused(llama)
-    # script/weights and script/push see it too
-    with pytest.raises(UserError, match=re.escape(says)):
+    assert message in refusal(llama)
+    # script/weights and script/push refuse it too
+    with pytest.raises(UserError, match=re.escape(message)):
         hub.ensure(settings(llama), print)
 
 
-def test_a_tokenizer_of_two_files_is_taken(llama: Path) -> None:
+def test_a_tokenizer_of_two_files_loads(llama: Path) -> None:
     tokenizer = json.loads((llama / "tokenizer.json").read_text())["model"]
     for path in llama.glob("tokenizer*"):
         path.unlink()
     (llama / "vocab.json").write_text(json.dumps(tokenizer["vocab"]))
     (llama / "merges.txt").write_text("".join(f"{left} {right}\n" for left, right in tokenizer["merges"]))
     (llama / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer", "eos_token": "<end>"}')
-    model = loaded(settings(llama))
+    model = load(settings(llama))
     assert model.tokenizer.decode(model.tokenizer("una prueba")["input_ids"]) == "una prueba"
 
 
@@ -397,17 +399,17 @@ def test_a_tokenizer_of_two_files_is_taken(llama: Path) -> None:
         ImportError("libx.so: failed to map segment from shared object"),
     ],
 )
-def test_without_memory_the_reason_is_said(llama: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    graphics = "CUDA" in str(error)
-    says = "no cabe en la memoria libre de la GPU: cierre" if graphics else "^Falta memoria para cargar .*Mine: cierre"
+def test_a_lack_of_memory_is_one_line(llama: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    on_gpu = "CUDA" in str(error)
+    message = "no cabe en la memoria libre de la GPU: cierre" if on_gpu else "^Falta memoria para cargar .*Mine: cierre"
     for target, name in ((AutoModelForCausalLM, "from_pretrained"), (LlamaForCausalLM, "forward")):
         with monkeypatch.context() as patch:
             patch.setattr(target, name, raising(error))
-            assert re.search(says, refused(llama))
+            assert re.search(message, refusal(llama))
     with monkeypatch.context() as patch:
         patch.setattr(linear, "layout", lambda chosen: linear.BFloat16Linear)
         patch.setattr(linear, "pack", raising(error))
-        assert re.search(says, refused(llama, "bfloat16"))
+        assert re.search(message, refusal(llama, "bfloat16"))
 
 
 LOADING = """
@@ -431,9 +433,9 @@ for more in sys.argv[2:]:
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="a limit that macOS does not keep")
-def test_a_process_with_too_little_memory_says_so(llama: Path) -> None:
-    """Neither for the thread that loads, nor for the file of weights, nor for its numbers in float32."""
+@pytest.mark.skipif(sys.platform != "linux", reason="macOS does not enforce this limit")
+def test_a_process_with_too_little_memory_ends_in_one_line(llama: Path) -> None:
+    """Too little for the loading thread, for the file of weights, or for the weights in float32."""
     config = LlamaConfig(**TINY | {"hidden_size": 512, "intermediate_size": 8192})
     LlamaForCausalLM(config).bfloat16().save_pretrained(llama)
     limits = [10**6, 2 * 10**7, 8 * 10**7]
@@ -453,17 +455,17 @@ def test_one_gpu_takes_the_whole_model_if_it_fits(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(free))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (free[index], 10**12))
 
-    def chosen(*now: int) -> str | torch.device:
-        free[:] = now
+    def device_map(*bytes_free: int) -> str | torch.device:
+        free[:] = bytes_free
         return loading.device_map(config, torch.bfloat16)
 
-    room = int(size / gpu.WEIGHTS_SHARE) + 1000
-    # two that are alike, one that another program fills, and one that is larger
-    assert chosen(room, room) == torch.device("cuda", 0)
-    assert chosen(100, room) == torch.device("cuda", 1)
-    assert chosen(room, room, 2 * room) == torch.device("cuda", 2)
-    # too small, each for itself
-    assert chosen(size, size) == "auto"
-    # accelerate keeps a part of the only one free
-    assert chosen(room) == "auto"
-    assert chosen() == "auto"
+    enough = int(size / gpu.WEIGHTS_SHARE) + 1000
+    # two equal GPUs, one that another program fills, and a larger one
+    assert device_map(enough, enough) == torch.device("cuda", 0)
+    assert device_map(100, enough) == torch.device("cuda", 1)
+    assert device_map(enough, enough, 2 * enough) == torch.device("cuda", 2)
+    # each too small alone
+    assert device_map(size, size) == "auto"
+    # accelerate leaves a part of a single GPU free
+    assert device_map(enough) == "auto"
+    assert device_map() == "auto"

@@ -1,4 +1,4 @@
-"""requirements.txt and requirements-dev.txt: all that is installed, as script/lock wrote it from what we pin."""
+"""requirements.txt and requirements-dev.txt: every installed package, as script/lock wrote them from our pins."""
 
 import ast
 import re
@@ -16,7 +16,7 @@ DEVELOPMENT = ["requirements.in", "requirements-dev.in"]
 
 
 def versions(*names: str) -> dict[str, str]:
-    """Each package of these files that is for this computer, and its version. Of two that pin it the last is right."""
+    """The packages that these files pin for this computer, and their versions; the last of two pins counts."""
     lines = [line for name in names for line in (ROOT / name).read_text().splitlines() if not line.startswith("#")]
     requirements = [Requirement(line) for line in lines]
     return {
@@ -27,13 +27,13 @@ def versions(*names: str) -> dict[str, str]:
 
 
 def imported(*paths: Path) -> set[str]:
-    """The packages, of those that are installed, that these files import anywhere."""
+    """The installed packages that these files import anywhere."""
     nodes = [node for path in paths for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
     modules = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     modules |= {str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)}
-    theirs = {module.partition(".")[0] for module in modules} - sys.stdlib_module_names
+    third_party = {module.partition(".")[0] for module in modules} - sys.stdlib_module_names
     installed = packages_distributions()
-    return {canonicalize_name(installed[module][0]) for module in theirs if module in installed}
+    return {canonicalize_name(installed[module][0]) for module in third_party if module in installed}
 
 
 @pytest.mark.parametrize(
@@ -43,28 +43,28 @@ def test_a_lock_holds_what_is_pinned(lock: str, pins: list[str]) -> None:
     locked, pinned = versions(lock), versions(*pins)
     assert {name: locked.get(name) for name in pinned} == pinned
     assert all(re.fullmatch(r"\d[\w.]*", version) for version in locked.values())
-    # of the CUDA of another torch than the image's
+    # they would be another torch's CUDA, not the image's
     assert not [name for name in locked if re.match("nvidia|cuda|triton", name)]
 
 
 def test_what_the_image_imports_is_pinned() -> None:
-    found = imported(ROOT / "predict.py", *(ROOT / "llm").rglob("*.py"))
-    assert {"torch", "cog", "httpx2"} < found
-    assert found <= set(versions("requirements.in"))
+    packages = imported(ROOT / "predict.py", *(ROOT / "llm").rglob("*.py"))
+    assert {"torch", "cog", "httpx2"} < packages
+    assert packages <= set(versions("requirements.in"))
 
 
 def test_what_the_commands_and_the_tests_import_is_pinned() -> None:
-    found = imported(*(ROOT / "cli").glob("*.py"), *(ROOT / "tests").rglob("*.py"))
-    assert {"replicate", "pytest", "psutil"} < found
+    packages = imported(*(ROOT / "cli").glob("*.py"), *(ROOT / "tests").rglob("*.py"))
+    assert {"replicate", "pytest", "psutil"} < packages
     # script/setup's own installer is there before any package
-    assert found - {"pip"} <= set(versions(*DEVELOPMENT))
+    assert packages - {"pip"} <= set(versions(*DEVELOPMENT))
 
 
 def test_what_is_installed_is_locked() -> None:
-    """In an environment as script/setup makes it: but for torch's CUDA libraries, and what makes environments."""
+    """Except torch's CUDA libraries and the packages that make environments."""
     locked = versions("requirements-dev.txt")
-    installed = {canonicalize_name(found.name): found.version.partition("+")[0] for found in distributions()}
-    others = re.compile("nvidia|cuda|triton|setuptools|wheel$|pip$")
+    installed = {canonicalize_name(item.name): item.version.partition("+")[0] for item in distributions()}
+    ignored = re.compile("nvidia|cuda|triton|setuptools|wheel$|pip$")
     assert {
-        name: version for name, version in installed.items() if locked.get(name) != version and not others.match(name)
+        name: version for name, version in installed.items() if locked.get(name) != version and not ignored.match(name)
     } == {}

@@ -13,7 +13,7 @@ import pytest
 from llm.devices import cgroups, memory
 from llm.weights.settings import ROOT
 from tests.support import checkpoints
-from tests.support.cgroups import genuine, python, written
+from tests.support.cgroups import real_group, run_python, write_groups
 
 GIB = 1 << 30
 V1 = "/ /sys/fs/cgroup/memory cgroup memory"
@@ -25,7 +25,7 @@ def v1(folder: str, limit: str, used: int, cached: int = 0) -> dict[str, str]:
     return {
         f"{folder}/memory.limit_in_bytes": limit,
         f"{folder}/memory.usage_in_bytes": str(used),
-        # version 1 counts the group alone, and with all that are below it
+        # version 1 counts the group alone, and (total_) with the groups below it
         f"{folder}/memory.stat": f"cache 7\ninactive_file 5\ntotal_inactive_file {cached}\ntotal_active_file 9",
     }
 
@@ -42,11 +42,11 @@ def v2(folder: str, limit: str, used: int, cached: int = 0, high: str = "max") -
 @pytest.mark.parametrize(
     ("groups", "mounts", "files", "left"),
     [
-        # a container, which sees its own group as the top
+        # a container sees its own group as the root
         ("0::/", V2, v2("/sys/fs/cgroup", str(8 * GIB), 3 * GIB, GIB), 6 * GIB),
         ("0::/", V2, v2("/sys/fs/cgroup", "max", 3 * GIB, GIB), math.inf),
         ("0::/", V2, v2("/sys/fs/cgroup", str(8 * GIB), 3 * GIB, high=str(5 * GIB)), 2 * GIB),
-        # more in use than a limit that was lowered
+        # the limit was lowered below the use
         ("0::/", V2, v2("/sys/fs/cgroup", str(GIB), 3 * GIB), -2 * GIB),
         # the least of all groups above, each with its own use
         (
@@ -58,17 +58,17 @@ def v2(folder: str, limit: str, used: int, cached: int = 0, high: str = "max") -
             | {"/sys/fs/cgroup/cgroup.procs": "1"},
             GIB,
         ),
-        # not another's
+        # a neighbouring group does not count
         ("0::/a", V2, v2("/sys/fs/cgroup/a", str(4 * GIB), 0) | v2("/sys/fs/cgroup/b", "1", 0), 4 * GIB),
         ("5:memory:/docker/x", V1, v1("/sys/fs/cgroup/memory/docker/x", str(8 * GIB), GIB, GIB // 2), 7.5 * GIB),
-        # Docker, where the container has no namespace of its own
+        # Docker, without a namespace for the container
         (
             "5:memory:/docker/x",
             "/docker/x /sys/fs/cgroup/memory cgroup memory",
             v1("/sys/fs/cgroup/memory", str(8 * GIB), GIB),
             7 * GIB,
         ),
-        # a namespace that names the group from elsewhere
+        # a namespace whose root is another group
         (
             "5:memory:/kubelet/x",
             "/docker/y/kubelet/x /sys/fs/cgroup/memory cgroup memory",
@@ -84,7 +84,7 @@ def v2(folder: str, limit: str, used: int, cached: int = 0, high: str = "max") -
             v1("/sys/fs/cgroup/hugetlb,memory/x", str(2 * GIB), GIB) | v1("/sys/fs/cgroup/cpu/x", "1", 0),
             GIB,
         ),
-        # not all that a kernel or a sandbox may lack is there
+        # files that a kernel or a sandbox may lack
         ("0::/", V2, {"/sys/fs/cgroup/memory.max": str(GIB), "/sys/fs/cgroup/memory.current": "24"}, GIB - 24),
         ("0::/", V2, {"/sys/fs/cgroup/memory.max": str(GIB)}, GIB),
         ("0::/", V2, {}, math.inf),
@@ -94,12 +94,12 @@ def v2(folder: str, limit: str, used: int, cached: int = 0, high: str = "max") -
 def test_the_tightest_control_group_counts(
     tmp_path: Path, groups: str, mounts: str, files: dict[str, str], left: float
 ) -> None:
-    assert cgroups.memory_left(written(tmp_path, groups, mounts, files)) == left
+    assert cgroups.memory_left(write_groups(tmp_path, groups, mounts, files)) == left
 
 
 def test_without_a_limit_version_1_writes_a_large_number(tmp_path: Path) -> None:
     files = v1("/sys/fs/cgroup/memory", NO_LIMIT, GIB)
-    assert cgroups.memory_left(written(tmp_path, "5:memory:/", V1, files)) > 1 << 60
+    assert cgroups.memory_left(write_groups(tmp_path, "5:memory:/", V1, files)) > 1 << 60
 
 
 def test_a_system_without_control_groups_has_no_limit(tmp_path: Path) -> None:
@@ -114,14 +114,14 @@ def test_the_least_of_machine_and_groups_counts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, limit: str, available: int
 ) -> None:
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=free))
-    root = written(tmp_path, "0::/", V2, v2("/sys/fs/cgroup", limit, GIB))
+    root = write_groups(tmp_path, "0::/", V2, v2("/sys/fs/cgroup", limit, GIB))
     assert memory.available(root) == available
 
 
-def test_a_genuine_group_counts() -> None:
+def test_a_real_group_counts() -> None:
     limit = 900 << 20
-    with genuine("memory", {"memory.max": str(limit), "memory.limit_in_bytes": str(limit)}) as group:
-        taken = limit - int(python(group, "from llm.devices import memory; print(memory.available())"))
+    with real_group("memory", {"memory.max": str(limit), "memory.limit_in_bytes": str(limit)}) as group:
+        taken = limit - int(run_python(group, "from llm.devices import memory; print(memory.available())"))
     # the interpreter and its libraries: a torch with CUDA's takes 300 MB
     assert 1 << 20 < taken < 600 << 20
 
@@ -147,11 +147,11 @@ def test_a_limited_address_space_counts(option: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux holds these limits")
-def test_the_limits_of_a_shell_are_those_of_the_cache_and_the_threads(tmp_path: Path) -> None:
+def test_the_limits_of_a_shell_bound_the_cache_and_the_threads(tmp_path: Path) -> None:
     checkpoints.llama(tmp_path / "llama", context=1 << 17)
     question = ["-i", "pregunta=Once upon a time", "-i", "max_tokens=2"]
     model = {"MODEL_ID": "llama", "WEIGHTS_DIR": str(tmp_path), "DTYPE": "float32"}
-    # beside the addresses of torch's own libraries, of which a build with CUDA has more
+    # added to the addresses of torch's libraries, of which a build with CUDA has more
     libraries = "import psutil, torch; print(psutil.Process().memory_info().vms >> 10)"
     taken = int(subprocess.check_output([sys.executable, "-c", libraries], text=True))
     limit = f'ulimit -v {taken + 2_400_000}; exec "$0" -m cli.predict "$@"'

@@ -1,4 +1,4 @@
-"""What the engine has to know of a model is learned from the model: any causal one will do, and others are refused."""
+"""What the engine needs to know is read from the model; a model that it cannot serve is refused."""
 
 import json
 from collections import Counter
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.slow
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
-def saved(folder: Path, network: PreTrainedModel) -> Path:
+def save(folder: Path, network: PreTrainedModel) -> Path:
     network.save_pretrained(folder)
     checkpoints.tokenizer().save_pretrained(folder)
     return folder
@@ -40,7 +40,7 @@ def test_falcons_context_is_its_own_and_not_its_tokenizers(falcon: Path) -> None
     assert model.vocabulary == checkpoints.TOKENS
 
 
-def test_ids_that_the_embedding_lacks_are_none_of_the_vocabulary(tmp_path: Path) -> None:
+def test_ids_without_an_embedding_are_not_in_the_vocabulary(tmp_path: Path) -> None:
     folder = checkpoints.llama(tmp_path / "llama")
     tokenizer = checkpoints.tokenizer()
     tokenizer.add_tokens(["zapatófono"])
@@ -48,23 +48,23 @@ def test_ids_that_the_embedding_lacks_are_none_of_the_vocabulary(tmp_path: Path)
     assert Model.read(folder, torch.float32).vocabulary == checkpoints.TOKENS
 
 
-def test_a_token_in_the_cache_takes_its_keys_and_values(falcon: Path, tmp_path: Path) -> None:
-    # 2 layers, keys and values, 128 wide; of the Llama half the heads have keys
+def test_a_cached_token_takes_the_bytes_of_its_keys_and_values(falcon: Path, tmp_path: Path) -> None:
+    # 2 layers, keys and values, 128 wide; half of the Llama's heads have keys
     assert Model.read(falcon, torch.bfloat16).token_bytes == Counter({CPU: 2 * 2 * 128 * 2})
     llama = checkpoints.llama(tmp_path / "llama")
     assert Model.read(llama, torch.float32).token_bytes == Counter({CPU: 2 * 2 * 64 * 4})
 
 
-def test_stop_ids_are_the_control_tokens_among_those_that_are_named(tmp_path: Path) -> None:
+def test_stop_ids_are_the_named_ids_that_are_control_tokens(tmp_path: Path) -> None:
     folder = checkpoints.llama(tmp_path / "llama")
     end = checkpoints.TOKENS - 1
     generation = json.loads((folder / "generation_config.json").read_text())
-    # "#" is no control token, and 60000 no token at all
+    # id 2, "#", is no control token, and 60000 no token at all
     (folder / "generation_config.json").write_text(json.dumps({**generation, "eos_token_id": [2, 60000, end]}))
     assert Model.read(folder, torch.float32).stop_ids == {end}
 
 
-def test_the_context_ends_with_a_sliding_window(tmp_path: Path) -> None:
+def test_the_context_ends_where_a_sliding_window_does(tmp_path: Path) -> None:
     config = MistralConfig(
         vocab_size=checkpoints.TOKENS,
         hidden_size=32,
@@ -75,12 +75,12 @@ def test_the_context_ends_with_a_sliding_window(tmp_path: Path) -> None:
         max_position_embeddings=512,
         sliding_window=128,
     )
-    assert Model.read(saved(tmp_path / "mistral", MistralForCausalLM(config)), torch.float32).context == 128
+    assert Model.read(save(tmp_path / "mistral", MistralForCausalLM(config)), torch.float32).context == 128
 
 
 def test_a_model_without_keys_and_values_is_refused(tmp_path: Path) -> None:
     config = MambaConfig(vocab_size=checkpoints.TOKENS, hidden_size=32, state_size=4, num_hidden_layers=2)
-    folder = saved(tmp_path / "mamba", MambaForCausalLM(config))
+    folder = save(tmp_path / "mamba", MambaForCausalLM(config))
     with pytest.raises(UserError, match=r"^MambaForCausalLM no guarda claves y valores .*: use un modelo de atención"):
         Model.read(folder, torch.float32)
 
@@ -96,39 +96,43 @@ def test_a_tokenizer_written_in_python_is_refused(tmp_path: Path) -> None:
         Model.read(folder, torch.float32)
 
 
-def unknown(folder: Path) -> None:
+def unknown_architecture(folder: Path) -> None:
     (folder / "config.json").write_text('{"model_type": "no-such-model"}')
 
 
-def cut(folder: Path) -> None:
+def cut_weights(folder: Path) -> None:
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100_000])
 
 
 class Code:
-    """What a pickle may carry."""
+    """Pickled, code that runs when the pickle is loaded."""
 
     def __reduce__(self) -> tuple[object, ...]:
         return exec, ("raise SystemExit('the code of the .bin ran')",)
 
 
-def with_code(folder: Path) -> None:
+def code_in_weights(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     torch.save({"transformer.ln_f.weight": Code()}, folder / "pytorch_model.bin")
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
-    [(unknown, "transformers no puede cargar"), (cut, "transformers no puede cargar"), (with_code, "Los .bin de")],
+    [
+        (unknown_architecture, "transformers no puede cargar"),
+        (cut_weights, "transformers no puede cargar"),
+        (code_in_weights, "Los .bin de"),
+    ],
 )
-def test_a_folder_of_the_users_own_that_cannot_be_loaded_is_named(
+def test_a_users_folder_that_cannot_be_loaded_is_named(
     damage: Callable[[Path], None], message: str, tmp_path: Path
 ) -> None:
     folder = checkpoints.falcon(tmp_path / "mine")
     damage(folder)
-    with pytest.raises(UserError, match=rf"{message} .*mine") as refused:
+    with pytest.raises(UserError, match=rf"{message} .*mine") as error:
         Model.read(folder, torch.float32)
-    assert "\n" not in str(refused.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -158,12 +162,12 @@ def test_a_context_that_does_not_fit_is_shortened(
         # all fit
         (32 * 131_072, 32, (32, 131_072)),
         (4 * 131_072, 32, (4, 131_072)),
-        # four do not: steps of 256 tokens
+        # four do not: the context shrinks by 256 tokens at a time
         (3 * 131_072, 32, (4, 98_304)),
         (131_072, 32, (4, 32_768)),
         (50_000, 32, (4, 12_288)),
         (4 * 2048, 32, (4, 2048)),
-        # whoever wants two has two
+        # no more rows than asked for
         (131_072, 2, (2, 65_536)),
         # four would have less than 2,048
         (4 * 2048 - 1, 32, (1, 7936)),

@@ -1,4 +1,4 @@
-"""An ordinary question gives the tokenizer's own ids; one that names control tokens gives none that is not ours."""
+"""An ordinary question gives transformers' ids; only the template, never the question, writes control tokens."""
 
 import threading
 import time
@@ -34,12 +34,12 @@ QUESTIONS = [
 
 
 def chatml() -> PreTrainedTokenizerFast:
-    """GPT-2's, extended as models are."""
+    """GPT-2's tokenizer, extended as chat models extend theirs."""
     return extended(checkpoints.tokenizer())
 
 
 def extended(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    """Marks (not all special; one in another, one in GPT-2's merges), a word, blanks, and a chat template."""
+    """Adds marks (not all special; one in another, one in GPT-2's merges), a word, blanks and a chat template."""
     tokenizer.add_tokens([AddedToken(mark, special=True) for mark in ("im_start|>", "<|im_start|>", "<|im_end|>")])
     tokenizer.add_tokens([AddedToken("<think>", special=False), AddedToken("://", special=False)])
     tokenizer.add_tokens([AddedToken("<|user|>", special=True, rstrip=True)])
@@ -92,7 +92,7 @@ def falcon() -> Prompter:
 
 
 def default_ids(tokenizer: PreTrainedTokenizerFast, pregunta: str) -> list[int]:
-    """What transformers makes of a question without prompt_template."""
+    """transformers' ids for a question without prompt_template."""
     if tokenizer.chat_template is None:
         return list(tokenizer(COMPLETION.replace("{pregunta}", pregunta))["input_ids"])
     messages = [{"role": "user", "content": pregunta}]
@@ -136,11 +136,11 @@ def test_a_question_has_no_control_tokens(
     tokenizer: PreTrainedTokenizerFast, prompter: Prompter, template: str | None
 ) -> None:
     marks = [token.content for token in tokenizer.added_tokens_decoder.values() if set(token.content) & set("<:")]
-    ours = added(tokenizer, prompter.encode("sol", template).ids)
+    template_tokens = added(tokenizer, prompter.encode("sol", template).ids)
     assert marks
     for pregunta in [*marks, "".join(marks), f"de {marks[0]}\n {marks[-1]} de"]:
         ids = prompter.encode(pregunta, template).ids
-        assert added(tokenizer, ids) == ours
+        assert added(tokenizer, ids) == template_tokens
         assert pregunta in str(tokenizer.decode(ids))
 
 
@@ -157,7 +157,7 @@ def test_a_question_and_its_template_make_no_control_token_together() -> None:
         assert tokenizer.decode(ids) == "<|im_end|>"
 
 
-def test_a_template_has_its_control_tokens_wherever_it_writes_them() -> None:
+def test_control_tokens_in_a_template_are_encoded_as_such() -> None:
     tokenizer = checkpoints.tokenizer()
     tokenizer.backend_tokenizer.normalizer = normalizers.Prepend("_")
     tokenizer.add_tokens([AddedToken("<w>", single_word=True), AddedToken("<n>", normalized=True)])
@@ -180,7 +180,7 @@ def test_a_completion_ends_at_the_next_question(falcon: Prompter) -> None:
     assert text.stopped
 
 
-def test_other_templates_end_at_no_text_of_ours(falcon: Prompter) -> None:
+def test_other_templates_add_no_stop_sequences(falcon: Prompter) -> None:
     assert falcon.encode("hola", "{pregunta}").stop_sequences == ()
     assert Prompter(chatml(), 2048).encode("hola").stop_sequences == ()
 
@@ -208,7 +208,7 @@ def test_a_prompt_without_tokens_is_refused() -> None:
         prompter.encode(" ", "{pregunta}")
 
 
-def test_a_template_that_writes_the_first_token_gets_no_second() -> None:
+def test_a_template_that_writes_the_first_token_gets_no_second_one() -> None:
     tokenizer = sentencepiece()
     prompter = Prompter(tokenizer, 2048)
     assert prompter.encode("de", "<s>{pregunta}").ids == tokenizer("<s>de", add_special_tokens=False)["input_ids"]
@@ -223,14 +223,14 @@ def test_half_a_surrogate_pair_is_a_replacement_character(prompter: Prompter) ->
 
 def test_the_prefix_is_what_ordinary_prompts_begin_with(prompter: Prompter) -> None:
     prefix = prompter.prefix()
-    # blanks at the beginning may become a token together with the template's last
+    # leading blanks may become one token with the template's last
     for pregunta in filter(lambda pregunta: pregunta == pregunta.lstrip(), QUESTIONS):
         assert prompter.encode(pregunta).ids[: len(prefix)] == prefix
-    # without the question the prompt would be hardly longer
+    # the prefix is nearly all of a prompt but the question
     assert len(prefix) > len(prompter.encode("x").ids) - 12
 
 
-def test_where_no_question_fits_the_prefix_says_so(falcon: Prompter) -> None:
+def test_a_context_that_fits_no_question_is_refused(falcon: Prompter) -> None:
     with pytest.raises(UserError, match="en total, con la respuesta"):
         Prompter(checkpoints.tokenizer(), len(falcon.prefix())).prefix()
 
@@ -265,28 +265,28 @@ def test_a_chat_template_that_drops_the_question_is_refused() -> None:
         {"tool_use": CHATML},
     ],
 )
-def test_a_chat_template_that_fails_is_one_line_and_stops_nobody_with_another(template: str | dict[str, str]) -> None:
+def test_a_chat_template_that_fails_is_one_line_and_prompt_template_still_works(template: str | dict[str, str]) -> None:
     tokenizer = extended(sentencepiece())
     tokenizer.chat_template = template
     prompter = Prompter(tokenizer, 2048)
-    for ask in (prompter.prefix, lambda: prompter.encode("hola")):
+    for encode in (prompter.prefix, lambda: prompter.encode("hola")):
         with pytest.raises(
             UserError, match=r"^La plantilla de chat de este modelo .*: indique prompt_template$"
-        ) as refused:
-            ask()
-        assert "\n" not in str(refused.value)
+        ) as error:
+            encode()
+        assert "\n" not in str(error.value)
     assert prompter.encode("hola", "{pregunta}").ids == tokenizer("hola")["input_ids"]
 
 
 def test_of_several_chat_templates_the_default_one_is_used() -> None:
     tokenizer = extended(sentencepiece())
-    alone = Prompter(tokenizer, 2048).encode("hola")
+    expected = Prompter(tokenizer, 2048).encode("hola")
     tokenizer.chat_template = {"tool_use": "{{ tools[0] }}", "default": CHATML}
-    assert Prompter(tokenizer, 2048).encode("hola") == alone
+    assert Prompter(tokenizer, 2048).encode("hola") == expected
 
 
-WRITTEN = "{% for message in messages %}<|im_start|>{{ message['content'] }}"
-"""Of each message. What ends it follows."""
+EACH_MESSAGE = "{% for message in messages %}<|im_start|>{{ message['content'] }}"
+"""Writes each message; what ends a message follows."""
 
 
 @pytest.mark.parametrize(
@@ -294,16 +294,16 @@ WRITTEN = "{% for message in messages %}<|im_start|>{{ message['content'] }}"
     [
         (CHATML, "<|im_end|>"),
         (INST, None),
-        (WRITTEN + "{{ eos_token }}{% endfor %}", "</s>"),
-        (WRITTEN + " \n{{ eos_token }}{% endfor %}", "</s>"),
-        (WRITTEN + "{% if not loop.last %}<|im_end|>{% endif %}{% endfor %}", "<|im_end|>"),
-        # its end is where the next one begins
-        (WRITTEN + "\n{% endfor %}", "<|im_start|>"),
+        (EACH_MESSAGE + "{{ eos_token }}{% endfor %}", "</s>"),
+        (EACH_MESSAGE + " \n{{ eos_token }}{% endfor %}", "</s>"),
+        (EACH_MESSAGE + "{% if not loop.last %}<|im_end|>{% endif %}{% endfor %}", "<|im_end|>"),
+        # a message ends where the next one begins
+        (EACH_MESSAGE + "\n{% endfor %}", "<|im_start|>"),
         # a mark that is not special
-        (WRITTEN + "<think>{% endfor %}", "<think>"),
+        (EACH_MESSAGE + "<think>{% endfor %}", "<think>"),
         # added tokens that are text
-        (WRITTEN + "    covid{% endfor %}", None),
-        (WRITTEN + "://<|im_end|>{% endfor %}", None),
+        (EACH_MESSAGE + "    covid{% endfor %}", None),
+        (EACH_MESSAGE + "://<|im_end|>{% endfor %}", None),
         ("{{ messages[0]['content'] }}<|im_end|>", None),
         ("{% if messages[0]['role'] != 'system' %}{{ raise_exception('no') }}{% endif %}" + CHATML, "<|im_end|>"),
         ("{% if messages | length > 1 %}{{ raise_exception('no') }}{% endif %}" + CHATML, None),
@@ -316,12 +316,12 @@ def test_an_answer_ends_where_the_chat_template_ends_it(template: str, end: str 
     assert Prompter(tokenizer, 2048).encode("hola", "{pregunta}").stop_ids == expected
 
 
-def test_a_question_in_the_chat_template_ends_as_any_other() -> None:
+def test_the_stop_ids_do_not_depend_on_prompt_template() -> None:
     prompter = Prompter(extended(sentencepiece()), 2048)
     assert prompter.encode("hola").stop_ids == prompter.encode("hola", "{pregunta}").stop_ids != frozenset()
 
 
-def test_a_token_without_an_embedding_is_refused_where_it_stands() -> None:
+def test_a_token_without_an_embedding_is_refused_in_question_and_templates() -> None:
     tokenizer = sentencepiece()
     embeddings = len(tokenizer)
     tokenizer.add_tokens(["zapatófono"])
@@ -347,7 +347,7 @@ def test_a_token_without_an_embedding_is_refused_where_it_stands() -> None:
         processors.Sequence([processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])]),
     ],
 )
-def test_a_prompt_does_not_end_in_the_tokens_own_end(processor: processors.PostProcessor) -> None:
+def test_the_end_that_the_tokenizer_appends_is_dropped(processor: processors.PostProcessor) -> None:
     tokenizer = sentencepiece()
     tokenizer.chat_template = None
     tokenizer.backend_tokenizer.post_processor = processor
@@ -358,7 +358,7 @@ def test_a_prompt_does_not_end_in_the_tokens_own_end(processor: processors.PostP
         ids = prompter.encode("de la", template).ids
         assert ids == whole[: len(ids)]
         assert {*whole[len(ids) :]} == {2} != {ids[-1]}
-    # one that the template asks for is its own
+    # an end that the template writes stays
     assert prompter.encode("de", "{pregunta}</s>").ids[-2:] != [2, 2]
     assert prompter.encode("de", "{pregunta}</s>").ids[-1] == 2
 
@@ -374,25 +374,25 @@ def test_threads_do_not_disturb_each_other() -> None:
     tokenizer = chatml()
     prompter = Prompter(tokenizer, 100_000)
     questions = [question * 50 for question in [*QUESTIONS, "<|im_end|>", "<think>"]] * 5
-    alone = [prompter.encode(question) for question in questions]
+    expected = [prompter.encode(question) for question in questions]
     with ThreadPoolExecutor(8) as threads:
-        assert list(threads.map(prompter.encode, questions)) == alone
+        assert list(threads.map(prompter.encode, questions)) == expected
 
 
 def test_a_long_question_lets_other_threads_run() -> None:
     prompter = Prompter(checkpoints.tokenizer(), 10**6)
 
     def longest_pause() -> float:
-        """Of this thread while another encodes, as a part of the time that takes."""
+        """The longest pause of this thread while another one encodes, as a part of the encoding's time."""
         pauses = []
         encoding = threading.Thread(target=prompter.encode, args=("ñandú " * 16_000,))
-        begun = last = time.perf_counter()
+        start = last = time.perf_counter()
         encoding.start()
         while encoding.is_alive():
             now = time.perf_counter()
             pauses.append(now - last)
             last = now
-        return max(pauses) / (time.perf_counter() - begun)
+        return max(pauses) / (time.perf_counter() - start)
 
-    # A busy machine pauses any thread; the interpreter's lock would do it each time, and for nearly all the time.
+    # A busy machine pauses any thread; the interpreter's lock would do so each time, for nearly all of the encoding.
     assert any(longest_pause() < 0.6 for _ in range(20))

@@ -1,4 +1,4 @@
-"""script/push, as its user runs it, up to the command `cog`, which is one of ours that notes what it was given."""
+"""script/push, as its user runs it, up to the command `cog`: a stand-in that notes what it is given."""
 
 import json
 import os
@@ -37,16 +37,16 @@ SECRETS += ["env.local", "env.bak", "prod.env", "token", "token.json", "hf.token
 
 
 def model(weights_dir: Path, model_id: str, commit: str) -> Path:
-    """A model's folder with its manifest. Whether it can be loaded is no matter here."""
+    """A model's folder with its manifest; nothing here loads its weights."""
     settings = replace(Settings.read(), model_id=model_id, revision=None, weights_dir=weights_dir)
     with checkpoint.workspace(settings.folder) as work:
         (work / "config.json").write_text("{}")
-        large(work / "model.safetensors")
+        write_large(work / "model.safetensors")
         checkpoint.publish(work, settings, commit)
     return settings.folder
 
 
-def large(path: Path) -> None:
+def write_large(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:
         file.truncate(LARGE)
@@ -54,21 +54,21 @@ def large(path: Path) -> None:
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """A copy of the project as its user has it by now: .venv, a demo and an unfinished model, secrets, caches."""
+    """A copy of the project in use: .venv, a demo and an unfinished model, secrets, caches."""
     folder = copied(tmp_path / "project")
-    large(folder / ".venv" / "bin" / "ruff")
-    large(folder / ".venv" / "lib" / "torch" / "libtorch.so")
+    write_large(folder / ".venv" / "bin" / "ruff")
+    write_large(folder / ".venv" / "lib" / "torch" / "libtorch.so")
     (folder / ".env").write_text("HUGGINGFACE_HUB_TOKEN=hf_secreto\nMODEL_ID=otra/cosa\nMODEL_REVISION=rama\n")
-    large(folder / ".mypy_cache" / "3.13" / "cache.db")
-    large(folder / ".git" / "objects" / "pack")
+    write_large(folder / ".mypy_cache" / "3.13" / "cache.db")
+    write_large(folder / ".git" / "objects" / "pack")
     model(folder / "weights", "HuggingFaceTB/SmolLM2-135M-Instruct", "rueda")
-    large(folder / "weights" / ".otro.partial" / "model.safetensors")
+    write_large(folder / "weights" / ".otro.partial" / "model.safetensors")
     return folder
 
 
 @pytest.fixture
 def notes(tmp_path: Path) -> Path:
-    """What `cog` wrote down, once it has run."""
+    """The notes of `cog`, once it has run."""
     return tmp_path / "notes.json"
 
 
@@ -80,7 +80,7 @@ def registry() -> Iterator[Registry]:
 
 @pytest.fixture
 def image(registry: Registry) -> str:
-    """The name that cog gets."""
+    """The name that cog is given."""
     return f"{registry.host}/{NAME}"
 
 
@@ -91,10 +91,10 @@ def programs(tmp_path: Path, registry: Registry) -> Programs:
 
 @pytest.fixture
 def environment(programs: Programs, notes: Path) -> dict[str, str]:
-    """What makes script/push take those programs and nothing of the developer's."""
-    ours = ("WEIGHTS_DIR", "HF_TOKEN", "REPLICATE_API_TOKEN", "GIT_DIR")
+    """Variables that give script/push those programs and none of the developer's settings."""
+    own = ("WEIGHTS_DIR", "HF_TOKEN", "REPLICATE_API_TOKEN", "GIT_DIR")
     return {
-        **{name: value for name, value in os.environ.items() if name not in ours},
+        **{name: value for name, value in os.environ.items() if name not in own},
         **programs.environment,
         "NOTES": str(notes),
         "HF_ENDPOINT": "http://127.0.0.1:1",
@@ -123,13 +123,13 @@ def staged(project: Path) -> Path:
     return project / "weights" / ".push"
 
 
-def noted(notes: Path) -> dict[str, Any]:
+def read_notes(notes: Path) -> dict[str, Any]:
     content: dict[str, Any] = json.loads(notes.read_text())
     return content
 
 
 def pushed(notes: Path) -> tuple[list[str], dict[str, Any]]:
-    content = noted(notes)
+    content = read_notes(notes)
     return content["arguments"], content["files"]
 
 
@@ -149,7 +149,7 @@ def test_cog_gets_what_the_image_needs_and_nothing_else(
     # the weights are not copied
     weight = (falcon / "model.safetensors").stat()
     assert files["weights/falcon-rw-1b/model.safetensors"] == [weight.st_size, weight.st_ino]
-    # what cog says, and its exit status, are its own
+    # cog's message and exit status are passed on
     assert result.returncode == 3 and result.stderr.startswith("You are not logged in\n")
     assert f"Publicando weights/falcon-rw-1b ({FALCON}, {FALCON_COMMIT[:7]}) en {image}" in result.stdout
     assert not registry.uploads and "Aviso" not in result.stdout
@@ -178,9 +178,9 @@ def test_another_model_has_to_be_fetched_first(
         # in the project, and not named in .dockerignore
         variables = {"HF_ENDPOINT": hub.endpoint, "WEIGHTS_DIR": "modelos"}
         result = push(NAME, **variables)
-        mends = "MODEL_ID=org/Otro MODEL_REVISION='' script/weights"
-        refused(result, notes, f"Faltan los pesos de org/Otro: {mends}")
-        subprocess.run(mends, shell=True, check=True, cwd=project, env={**environment, **variables})
+        remedy = "MODEL_ID=org/Otro MODEL_REVISION='' script/weights"
+        assert_refused(result, notes, f"Faltan los pesos de org/Otro: {remedy}")
+        subprocess.run(remedy, shell=True, check=True, cwd=project, env={**environment, **variables})
         result = push(NAME, **variables)
     assert result.returncode == 3, result.stderr
     _, files = pushed(notes)
@@ -188,7 +188,7 @@ def test_another_model_has_to_be_fetched_first(
     assert "hf_secreto" not in result.stdout + result.stderr
 
 
-def test_a_link_to_weights_of_the_users_own_is_followed(project: Path, push: Push, notes: Path, tmp_path: Path) -> None:
+def test_a_link_to_the_users_own_weights_is_followed(project: Path, push: Push, notes: Path, tmp_path: Path) -> None:
     falcon = model(project / "weights", FALCON, FALCON_COMMIT)
     (falcon / "manifest.json").unlink()
     elsewhere = tmp_path / "blob"
@@ -200,7 +200,7 @@ def test_a_link_to_weights_of_the_users_own_is_followed(project: Path, push: Pus
     assert files["weights/falcon-rw-1b/model.safetensors"] == [LARGE, elsewhere.stat().st_ino]
 
 
-def test_what_editors_and_tools_leave_of_secrets_stays_here(project: Path, push: Push, notes: Path) -> None:
+def test_secrets_and_their_copies_by_editors_are_not_pushed(project: Path, push: Push, notes: Path) -> None:
     model(project / "weights", FALCON, FALCON_COMMIT)
     secrets = {f"{folder}{name}" for folder in ("", "llm/") for name in SECRETS}
     for name in secrets:
@@ -212,13 +212,13 @@ def test_what_editors_and_tools_leave_of_secrets_stays_here(project: Path, push:
 
     shutil.rmtree(project / ".git")
     subprocess.run(["git", "init", "--quiet", project], check=True)
-    offered = subprocess.run(
+    untracked = subprocess.run(
         ["git", "ls-files", "--others", "--exclude-standard"], cwd=project, capture_output=True, text=True, check=True
     ).stdout.splitlines()
-    assert not secrets & set(offered) and {".env.example", "llm/env.py"} <= {*offered}
+    assert not secrets & set(untracked) and {".env.example", "llm/env.py"} <= {*untracked}
 
 
-def test_what_is_no_file_is_passed_over(project: Path, push: Push, notes: Path) -> None:
+def test_pipes_and_broken_links_are_left_out(project: Path, push: Push, notes: Path) -> None:
     model(project / "weights", FALCON, FALCON_COMMIT)
     (project / ".#predict.py").symlink_to("ana@portatil.1234:1700000000")
     (project / "roto.py").symlink_to("no")
@@ -235,11 +235,11 @@ def test_what_is_no_file_is_passed_over(project: Path, push: Push, notes: Path) 
 
 
 @pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs Linux")
-def test_what_cannot_be_copied_is_named(project: Path, push: Push, notes: Path) -> None:
+def test_a_file_that_cannot_be_copied_is_named(project: Path, push: Push, notes: Path) -> None:
     model(project / "weights", FALCON, FALCON_COMMIT)
     # a file that no one can read whole
     (project / "raro").symlink_to("/proc/self/mem")
-    refused(push(NAME), notes, "No se puede copiar raro: corrija sus permisos o quítelo de la carpeta")
+    assert_refused(push(NAME), notes, "No se puede copiar raro: corrija sus permisos o quítelo de la carpeta")
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)])
@@ -259,7 +259,7 @@ def test_a_signal_ends_cog_and_leaves_nothing(
     assert not processes.alive()
 
 
-def refused(result: subprocess.CompletedProcess[str], notes: Path, line: str) -> None:
+def assert_refused(result: subprocess.CompletedProcess[str], notes: Path, line: str) -> None:
     assert result.returncode == 1
     assert result.stderr.count("\n") == 1 and line in result.stderr
     assert not notes.exists()
@@ -271,57 +271,57 @@ def test_altered_weights_are_not_pushed(project: Path, push: Push, notes: Path) 
     stat = weight.stat()
     with weight.open("r+b") as file:
         file.write(b"x")
-    # as a copy that keeps the times would have it
+    # as in a copy that keeps the times
     os.utime(weight, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    refused(push(NAME), notes, "weights/falcon-rw-1b/model.safetensors está alterado")
+    assert_refused(push(NAME), notes, "weights/falcon-rw-1b/model.safetensors está alterado")
 
 
-def test_weights_that_are_not_there(push: Push, notes: Path) -> None:
+def test_missing_weights_are_refused_with_the_remedy(push: Push, notes: Path) -> None:
     # .env names another model
     line = f"Faltan los pesos de {FALCON}: MODEL_ID={FALCON} MODEL_REVISION='' script/weights"
-    refused(push(NAME), notes, line)
-    refused(push(NAME, MODEL_ID="", MODEL_REVISION=""), notes, f"Faltan los pesos de {FALCON}: script/weights")
+    assert_refused(push(NAME), notes, line)
+    assert_refused(push(NAME, MODEL_ID="", MODEL_REVISION=""), notes, f"Faltan los pesos de {FALCON}: script/weights")
 
 
-def test_a_model_that_dockerignore_leaves_out(project: Path, push: Push, notes: Path) -> None:
+def test_a_model_that_dockerignore_leaves_out_is_refused(project: Path, push: Push, notes: Path) -> None:
     text = (project / "cog.yaml").read_text()
     (project / "cog.yaml").write_text(text.replace(FALCON, "org/Otro"))
     model(project / "weights", "org/Otro", "rueda")
-    refused(push(NAME), notes, ".dockerignore no deja pasar weights/otro, el modelo de cog.yaml")
+    assert_refused(push(NAME), notes, ".dockerignore no deja pasar weights/otro, el modelo de cog.yaml")
 
 
 @pytest.mark.parametrize("text", ["environment:\n  - MODEL_ID\n", "build: {}\n", "- a\n", "a: [\n"])
-def test_a_cog_yaml_that_is_none(project: Path, push: Push, notes: Path, text: str) -> None:
+def test_a_broken_cog_yaml_is_refused(project: Path, push: Push, notes: Path, text: str) -> None:
     (project / "cog.yaml").write_text(text)
-    refused(push(NAME), notes, "cog.yaml no se entiende")
+    assert_refused(push(NAME), notes, "cog.yaml no se entiende")
 
 
 @pytest.mark.parametrize(
     "name", ["../x", ";rm", "", " ", "x", "a/b c", "A/b", "r8.im/a", "r8.im/a/b/c", "a/-b", "a/b\n", "a/b:c1"]
 )
-def test_a_name_that_is_none(push: Push, notes: Path, name: str) -> None:
-    refused(push(name), notes, "no es un nombre de Replicate: se escribe USUARIO/NOMBRE, en minúsculas")
+def test_an_invalid_name_is_refused(push: Push, notes: Path, name: str) -> None:
+    assert_refused(push(name), notes, "no es un nombre de Replicate: se escribe USUARIO/NOMBRE, en minúsculas")
 
 
-def test_a_name_with_its_registry(project: Path, push: Push, notes: Path, image: str) -> None:
+def test_a_name_may_have_its_registry(project: Path, push: Push, notes: Path, image: str) -> None:
     model(project / "weights", FALCON, FALCON_COMMIT)
     # nobody listens where the environment says
     push(image, COG_REGISTRY_HOST="127.0.0.1:1")
     assert pushed(notes)[0] == ["push", "--separate-weights", image]
 
 
-def test_without_a_name(push: Push, notes: Path) -> None:
+def test_a_push_without_a_name_is_refused(push: Push, notes: Path) -> None:
     result = push()
     assert result.returncode == 2
     assert result.stderr.startswith("script/push no entiende la orden") and result.stderr.count("\n") == 1
     assert not notes.exists()
 
 
-# What is looked at before
+# The checks before
 
 
-def lines(result: subprocess.CompletedProcess[str], notes: Path) -> list[str]:
-    """What is missing."""
+def error_lines(result: subprocess.CompletedProcess[str], notes: Path) -> list[str]:
+    """The errors of a push that did not run cog."""
     assert result.returncode == 1 and not notes.exists()
     return result.stderr.splitlines()
 
@@ -337,18 +337,20 @@ def test_all_that_is_missing_is_named_at_once(
     for path in (path for folder in os.get_exec_path() for path in Path(folder).glob("*")):
         if path.name not in ("cog", "docker") and not os.path.lexists(programs.folder / path.name):
             (programs.folder / path.name).symlink_to(path)
-    *found, unread = lines(push(NAME, "--dry-run", PATH=str(programs.folder)), notes)
-    assert [line.rpartition(": ")[0] for line in found] == [
+    *missing, schema_error = error_lines(push(NAME, "--dry-run", PATH=str(programs.folder)), notes)
+    assert [line.rpartition(": ")[0] for line in missing] == [
         "Falta cog",
         "Falta Docker",
         f"No ha entrado en {registry.host}",
         f"Faltan los pesos de {FALCON}",
     ]
-    assert unread.startswith("predict.py, línea ") and "2 * 64" in unread
+    assert schema_error.startswith("predict.py, línea ") and "2 * 64" in schema_error
     assert not staged(project).exists()
 
 
-def test_a_dry_run_says_what_would_go(project: Path, push: Push, notes: Path, image: str, registry: Registry) -> None:
+def test_a_dry_run_lists_what_would_be_pushed(
+    project: Path, push: Push, notes: Path, image: str, registry: Registry
+) -> None:
     model(project / "weights", FALCON, FALCON_COMMIT)
     (project / "datos").mkdir()
     (project / "datos" / "tabla.csv").write_bytes(bytes(2_000_000))
@@ -365,7 +367,7 @@ def test_a_dry_run_says_what_would_go(project: Path, push: Push, notes: Path, im
     assert not notes.exists() and not list(staged(project).iterdir())
 
 
-def test_what_git_does_not_have_is_a_warning(project: Path, push: Push, notes: Path) -> None:
+def test_uncommitted_files_are_a_warning(project: Path, push: Push, notes: Path) -> None:
     model(project / "weights", FALCON, FALCON_COMMIT)
     shutil.rmtree(project / ".git")
 
@@ -386,30 +388,30 @@ def test_what_git_does_not_have_is_a_warning(project: Path, push: Push, notes: P
     assert notes.exists()
 
 
-# The registry, and what cog runs with
+# The registry, and the environment of cog
 
 
-def test_a_login_that_no_longer_holds(project: Path, push: Push, notes: Path, registry: Registry) -> None:
+def test_an_expired_login_is_refused(project: Path, push: Push, notes: Path, registry: Registry) -> None:
     model(project / "weights", FALCON, FALCON_COMMIT)
     registry.password = "otro"
-    refused(push(NAME), notes, f"{registry.host} no reconoce lo que guardó cog login: repita cog login")
+    assert_refused(push(NAME), notes, f"{registry.host} no reconoce lo que guardó cog login: repita cog login")
 
 
-def test_a_page_that_is_not_there(project: Path, push: Push, notes: Path, registry: Registry) -> None:
+def test_a_model_that_the_registry_lacks_is_refused(project: Path, push: Push, notes: Path, registry: Registry) -> None:
     model(project / "weights", FALCON, FALCON_COMMIT)
     registry.models.clear()
-    refused(push(NAME, "--dry-run"), notes, f"{registry.host} no tiene usuario/modelo, o la cuenta con que entró")
+    assert_refused(
+        push(NAME, "--dry-run"), notes, f"{registry.host} no tiene usuario/modelo, o la cuenta con que entró"
+    )
 
 
-def test_a_registry_that_is_away(project: Path, push: Push, notes: Path, registry: Registry) -> None:
+def test_an_unreachable_registry_is_refused(project: Path, push: Push, notes: Path, registry: Registry) -> None:
     model(project / "weights", FALCON, FALCON_COMMIT)
     registry.close()
-    refused(push(NAME), notes, "Sin conexión con 127.0.0.1: compruebe la red y repita")
+    assert_refused(push(NAME), notes, "Sin conexión con 127.0.0.1: compruebe la red y repita")
 
 
-def test_a_base_image_that_is_not_there_is_a_warning(
-    project: Path, push: Push, notes: Path, registry: Registry
-) -> None:
+def test_a_missing_base_image_is_a_warning(project: Path, push: Push, notes: Path, registry: Registry) -> None:
     model(project / "weights", FALCON, FALCON_COMMIT)
     registry.bases.clear()
     warning = f"Aviso: {registry.host} no tiene la imagen base cog-base:cuda12.8-python3.13-torch2.11.0, y sin ella"
@@ -417,15 +419,15 @@ def test_a_base_image_that_is_not_there_is_a_warning(
 
 
 @pytest.mark.parametrize(
-    ("happens", "line"),
+    ("change", "line"),
     [
         ("", "No se publicó, y Cog dice arriba por qué: con «authorization failed», repita cog login; con «repo"),
         ("models.clear()", "no tiene usuario/modelo, o la cuenta con que entró no puede publicar en él: créelo"),
         ("fails.update({'/token': 401})", "no reconoce lo que guardó cog login: repita cog login"),
     ],
 )
-def test_a_push_that_is_refused_is_explained(
-    project: Path, push: Push, notes: Path, programs: Programs, registry: Registry, happens: str, line: str
+def test_a_failed_push_is_explained(
+    project: Path, push: Push, notes: Path, programs: Programs, registry: Registry, change: str, line: str
 ) -> None:
     model(project / "weights", FALCON, FALCON_COMMIT)
     go_on = notes.with_name("go on")
@@ -435,14 +437,16 @@ def test_a_push_that_is_refused_is_explained(
         result = pool.submit(push, NAME)
         while not notes.exists():
             assert not result.done(), result.result()
-        exec(f"registry.{happens}" if happens else "")
+        exec(f"registry.{change}" if change else "")
         go_on.write_text("")
         errors = result.result(FINALLY).stderr.splitlines()
     assert result.result().returncode == 3
     assert errors[0] == "You are not logged in" and line in errors[1] and len(errors) == 2
 
 
-def test_what_cog_runs_with(project: Path, push: Push, notes: Path, registry: Registry) -> None:
+def test_cog_runs_with_our_coglet_and_without_model_variables(
+    project: Path, push: Push, notes: Path, registry: Registry
+) -> None:
     model(project / "weights", FALCON, FALCON_COMMIT)
     names = (
         "COG_MODEL",
@@ -453,9 +457,9 @@ def test_what_cog_runs_with(project: Path, push: Push, notes: Path, registry: Re
         "COG_SDK_WHEEL",
     )
     push(NAME, **dict.fromkeys((*names, "COGLET_WHEEL"), "otro"), COG_NO_COLOR="1")
-    variables = noted(notes)["variables"]
+    variables = read_notes(notes)["variables"]
     assert not variables.keys() & {*names}
-    # coglet as here
+    # the coglet that this project pins
     assert f"coglet=={variables['COGLET_WHEEL'].removeprefix('pypi:')}" in (ROOT / "requirements.txt").read_text()
     assert (variables["COG_REGISTRY_HOST"], variables["COG_NO_COLOR"]) == (registry.host, "1")
 
@@ -476,32 +480,32 @@ def test_the_commit_is_the_projects_wherever_the_weights_are(
     for folder in (project, tmp_path / "otra"):
         git(folder, "init")
     push(NAME, WEIGHTS_DIR=weights_dir, **unset)
-    # there is none yet
-    assert noted(notes)["variables"]["GITHUB_SHA"] == ""
+    # no commit yet
+    assert read_notes(notes)["variables"]["GITHUB_SHA"] == ""
 
     for folder in (project, tmp_path / "otra"):
         git(folder, "commit", "--allow-empty", "--message", folder.name)
     git(project, "tag", "v1")
     push(NAME, WEIGHTS_DIR=weights_dir, **unset)
-    assert weights_dir in noted(notes)["folder"]
-    variables = noted(notes)["variables"]
+    assert weights_dir in read_notes(notes)["folder"]
+    variables = read_notes(notes)["variables"]
     assert (variables["GITHUB_SHA"], variables["GITHUB_REF_NAME"]) == (git(project, "rev-parse", "HEAD"), "v1")
 
-    # what GitHub's own machines say wins
+    # the variables of GitHub's machines win
     push(NAME, WEIGHTS_DIR=weights_dir, GITHUB_SHA="abc", GITHUB_REF_NAME="main")
-    assert noted(notes)["variables"]["GITHUB_SHA"] == "abc"
+    assert read_notes(notes)["variables"]["GITHUB_SHA"] == "abc"
 
 
-# The folder that stays
+# The folder that is kept between pushes
 
 
-def test_weights_that_did_not_change_are_not_built_again(project: Path, push: Push, notes: Path) -> None:
+def test_unchanged_weights_are_not_built_again(project: Path, push: Push, notes: Path) -> None:
     falcon = model(project / "weights", FALCON, FALCON_COMMIT)
     push(NAME)
-    first = noted(notes)
+    first = read_notes(notes)
     (project / "nuevo.py").touch()
     push(NAME)
-    second = noted(notes)
+    second = read_notes(notes)
     assert (first["built"], second["built"]) == (True, False)
     assert first["folder"] == second["folder"] == str(staged(project)) and "nuevo.py" in second["files"]
 
@@ -510,12 +514,12 @@ def test_weights_that_did_not_change_are_not_built_again(project: Path, push: Pu
     (falcon / "tokenizer.json").write_text("{}")
     (project / "nuevo.py").unlink()
     push(NAME)
-    third = noted(notes)
+    third = read_notes(notes)
     assert third["built"] and "nuevo.py" not in third["files"]
 
 
 @pytest.mark.parametrize("change", ["pruned", "of another folder", "of another name"])
-def test_weights_whose_image_is_not_there_are_built_again(
+def test_weights_whose_image_is_missing_are_built_again(
     project: Path, push: Push, notes: Path, programs: Programs, change: str
 ) -> None:
     model(project / "weights", FALCON, FALCON_COMMIT)
@@ -526,10 +530,10 @@ def test_weights_whose_image_is_not_there_are_built_again(
     elif change == "of another folder":
         image.write_text("sha256:otra")
     push("usuario/otro" if change == "of another name" else NAME)
-    assert (noted(notes)["built"], noted(notes)["image"]) == (True, True)
+    assert (read_notes(notes)["built"], read_notes(notes)["image"]) == (True, True)
 
 
-def test_weights_whose_image_went_while_they_were_pushed_are_built_again(
+def test_weights_whose_image_is_removed_during_a_push_are_built_again(
     project: Path, push: Push, notes: Path, programs: Programs
 ) -> None:
     model(project / "weights", FALCON, FALCON_COMMIT)
@@ -538,7 +542,7 @@ def test_weights_whose_image_went_while_they_were_pushed_are_built_again(
     assert push(NAME).returncode == 0
     programs.write("cog", cog)
     push(NAME)
-    assert (noted(notes)["built"], noted(notes)["image"]) == (True, True)
+    assert (read_notes(notes)["built"], read_notes(notes)["image"]) == (True, True)
 
 
 def test_what_a_killed_push_left_is_not_pushed(project: Path, push: Push, notes: Path) -> None:
@@ -547,10 +551,12 @@ def test_what_a_killed_push_left_is_not_pushed(project: Path, push: Push, notes:
     (staged(project) / "llm" / "viejo.py").touch()
     (staged(project) / "viejo.py").touch()
     push(NAME)
-    assert not {"viejo.py", "llm/viejo.py"} & noted(notes)["files"].keys()
+    assert not {"viejo.py", "llm/viejo.py"} & read_notes(notes)["files"].keys()
 
 
-def test_two_pushes_at_once(project: Path, push: Push, notes: Path, programs: Programs, tmp_path: Path) -> None:
+def test_a_second_push_at_once_is_refused(
+    project: Path, push: Push, notes: Path, programs: Programs, tmp_path: Path
+) -> None:
     model(project / "weights", FALCON, FALCON_COMMIT)
     go_on = tmp_path / "go on"
     os.mkfifo(go_on)
@@ -568,21 +574,21 @@ def test_two_pushes_at_once(project: Path, push: Push, notes: Path, programs: Pr
         1,
         ["Ya hay otro script/push en marcha: espere a que acabe"],
     )
-    assert "predict.py" in noted(notes)["files"]
+    assert "predict.py" in read_notes(notes)["files"]
 
 
-# The version that is published
+# The published version
 
 
 @pytest.fixture
 def gateway() -> Iterator[Gateway]:
-    """A Replicate without any server: what is published there is only looked at."""
+    """A Replicate without a server: its versions are only read."""
     with Gateway("http://127.0.0.1:1", model="usuario/modelo") as gateway:
         yield gateway
 
 
-def published(gateway: Gateway, **limits: Any) -> None:
-    """A version like this one, but for what its max_tokens says."""
+def publish(gateway: Gateway, **limits: Any) -> None:
+    """Publish a version that differs from the project's in the limits of max_tokens."""
     interface = schema.read(ROOT / "predict.py").schema
     interface["components"]["schemas"]["Input"]["properties"]["max_tokens"].update(limits)
     gateway.publish(schema=interface)
@@ -591,10 +597,10 @@ def published(gateway: Gateway, **limits: Any) -> None:
 BROKEN = ["Deja de valer para quien usa la versión publicada:", "  max_tokens: el máximo era 4096 y será 2048"]
 
 
-def test_a_version_that_takes_no_more(project: Path, push: Push, notes: Path, gateway: Gateway) -> None:
+def test_a_version_that_breaks_no_caller_is_pushed(project: Path, push: Push, notes: Path, gateway: Gateway) -> None:
     model(project / "weights", FALCON, FALCON_COMMIT)
-    published(gateway, maximum=4096)
-    published(gateway, maximum=1024)
+    publish(gateway, maximum=4096)
+    publish(gateway, maximum=1024)
     result = push(NAME, **gateway.environment)
     assert result.stderr.startswith("You are not logged in\n") and notes.exists()
     assert "no se compara" not in result.stdout and gateway.token not in result.stdout
@@ -604,9 +610,9 @@ def test_without_a_terminal_what_breaks_a_caller_is_not_pushed(
     project: Path, push: Push, notes: Path, gateway: Gateway, image: str
 ) -> None:
     model(project / "weights", FALCON, FALCON_COMMIT)
-    published(gateway, maximum=4096)
-    *said, refusal = lines(push(NAME, **gateway.environment), notes)
-    assert said == BROKEN
+    publish(gateway, maximum=4096)
+    *warning, refusal = error_lines(push(NAME, **gateway.environment), notes)
+    assert warning == BROKEN
     assert refusal == "Sin terminal donde preguntarle no se sigue: si está de acuerdo, repita con --yes"
 
     dry = push(NAME, "--dry-run", **gateway.environment)
@@ -617,7 +623,7 @@ def test_without_a_terminal_what_breaks_a_caller_is_not_pushed(
 
 
 @pytest.mark.parametrize(("answer", "goes_on"), [("s", True), ("", False)])
-def test_the_user_is_asked(
+def test_the_user_is_asked_about_what_breaks_a_caller(
     project: Path,
     environment: dict[str, str],
     notes: Path,
@@ -626,7 +632,7 @@ def test_the_user_is_asked(
     goes_on: bool,
 ) -> None:
     model(project / "weights", FALCON, FALCON_COMMIT)
-    published(gateway, maximum=4096)
+    publish(gateway, maximum=4096)
     master, terminal = pty.openpty()
     os.write(master, f"{answer}\n".encode())
     result = subprocess.run(
@@ -642,20 +648,20 @@ def test_the_user_is_asked(
     assert result.returncode == (3 if goes_on else 1)
 
 
-def test_a_model_to_which_nothing_was_pushed(project: Path, push: Push, notes: Path, gateway: Gateway) -> None:
+def test_a_first_version_is_pushed_without_comparison(project: Path, push: Push, notes: Path, gateway: Gateway) -> None:
     model(project / "weights", FALCON, FALCON_COMMIT)
     assert push(NAME, **gateway.environment).returncode == 3 and notes.exists()
 
 
-def test_a_model_that_is_not_on_replicate(project: Path, push: Push, notes: Path, gateway: Gateway) -> None:
+def test_a_model_that_replicate_lacks_is_refused(project: Path, push: Push, notes: Path, gateway: Gateway) -> None:
     model(project / "weights", FALCON, FALCON_COMMIT)
     line = "Replicate no tiene usuario/otro, o su token no lo ve: créelo en https://replicate.com/create, o compruebe"
-    refused(push("usuario/otro", **gateway.environment), notes, line)
+    assert_refused(push("usuario/otro", **gateway.environment), notes, line)
 
 
-def test_a_token_that_is_none(project: Path, push: Push, notes: Path, gateway: Gateway) -> None:
+def test_an_invalid_token_is_refused_and_not_shown(project: Path, push: Push, notes: Path, gateway: Gateway) -> None:
     model(project / "weights", FALCON, FALCON_COMMIT)
     variables = {**gateway.environment, "REPLICATE_API_TOKEN": "r8_secreto"}
     result = push(NAME, **variables)
-    refused(result, notes, "Replicate no reconoce su REPLICATE_API_TOKEN: cópielo de nuevo")
+    assert_refused(result, notes, "Replicate no reconoce su REPLICATE_API_TOKEN: cópielo de nuevo")
     assert "r8_secreto" not in result.stdout + result.stderr

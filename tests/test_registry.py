@@ -1,4 +1,4 @@
-"""What a registry is asked before a push, of one of ours."""
+"""The checks of a registry before a push, against tests/support/registry.py."""
 
 from collections.abc import Callable, Iterator
 
@@ -14,42 +14,41 @@ MODEL = "usuario/modelo"
 
 
 @pytest.fixture(params=["Bearer", "Basic"])
-def there(request: pytest.FixtureRequest) -> Iterator[Registry]:
-    with Registry() as there:
-        there.scheme = request.param
-        yield there
+def server(request: pytest.FixtureRequest) -> Iterator[Registry]:
+    with Registry() as server:
+        server.scheme = request.param
+        yield server
 
 
-def refused(ask: Callable[[], object]) -> str:
+def refusal(call: Callable[[], object]) -> str:
     with pytest.raises(UserError) as raised:
-        ask()
+        call()
     return str(raised.value)
 
 
-def test_a_push_that_may_be(there: Registry) -> None:
-    registry.check_push(there.host, MODEL, LOGIN)
-    # nothing is left begun
-    assert not there.uploads
+def test_a_permitted_push_passes_and_leaves_no_upload(server: Registry) -> None:
+    registry.check_push(server.host, MODEL, LOGIN)
+    assert not server.uploads
 
 
-def test_a_login_that_does_not_hold(there: Registry) -> None:
-    line = f"{there.host} no reconoce lo que guardó cog login: repita cog login"
+def test_a_wrong_login_is_refused(server: Registry) -> None:
+    line = f"{server.host} no reconoce lo que guardó cog login: repita cog login"
     wrong = Login(USER, "ñ")
-    assert refused(lambda: registry.check_push(there.host, MODEL, wrong)) == line
-    assert refused(lambda: registry.has(there.host, "cog-base", BASE, wrong)) == line
+    assert refusal(lambda: registry.check_push(server.host, MODEL, wrong)) == line
+    assert refusal(lambda: registry.has(server.host, "cog-base", BASE, wrong)) == line
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])
-def test_a_page_that_is_not_there_or_is_anothers(there: Registry, status: int) -> None:
-    there.fails["/uploads/"] = status
-    line = refused(lambda: registry.check_push(there.host, MODEL, LOGIN))
-    assert line.startswith(f"{there.host} no tiene {MODEL}, o la cuenta con que entró no puede publicar en él: créelo")
+def test_a_model_that_is_missing_or_anothers_is_refused(server: Registry, status: int) -> None:
+    server.fails["/uploads/"] = status
+    line = refusal(lambda: registry.check_push(server.host, MODEL, LOGIN))
+    assert line.startswith(f"{server.host} no tiene {MODEL}, o la cuenta con que entró no puede publicar en él: créelo")
 
 
-def test_a_token_that_gives_no_right() -> None:
-    with Registry() as there:
-        there.fails["/token"] = 403
-        assert "no puede publicar en él" in refused(lambda: registry.check_push(there.host, MODEL, LOGIN))
+def test_a_refused_token_is_a_missing_right() -> None:
+    with Registry() as server:
+        server.fails["/token"] = 403
+        assert "no puede publicar en él" in refusal(lambda: registry.check_push(server.host, MODEL, LOGIN))
 
 
 @pytest.mark.parametrize(
@@ -62,34 +61,34 @@ def test_a_token_that_gives_no_right() -> None:
         ("/uploads/", 200, "no contesta como un registro de imágenes (200)"),
     ],
 )
-def test_a_registry_that_fails(there: Registry, part: str, status: int, line: str) -> None:
-    there.fails[part] = status
-    assert line in refused(lambda: registry.check_push(there.host, MODEL, LOGIN))
+def test_an_error_of_the_registry_is_reported(server: Registry, part: str, status: int, line: str) -> None:
+    server.fails[part] = status
+    assert line in refusal(lambda: registry.check_push(server.host, MODEL, LOGIN))
 
 
-def test_a_token_that_is_none() -> None:
-    with Registry() as there:
-        there.fails["/token"] = 200
-        line = f"No es un registro de imágenes quien contesta en {there.host}: compruebe la red y repita"
-        assert refused(lambda: registry.check_push(there.host, MODEL, LOGIN)) == line
+def test_an_answer_without_a_token_is_reported() -> None:
+    with Registry() as server:
+        server.fails["/token"] = 200
+        line = f"No es un registro de imágenes quien contesta en {server.host}: compruebe la red y repita"
+        assert refusal(lambda: registry.check_push(server.host, MODEL, LOGIN)) == line
 
 
-def test_a_registry_that_is_away() -> None:
-    with Registry() as there:
-        host = there.host
+def test_an_unreachable_registry_is_reported() -> None:
+    with Registry() as server:
+        host = server.host
     line = "Sin conexión con 127.0.0.1: compruebe la red y repita"
-    assert refused(lambda: registry.check_push(host, MODEL, LOGIN)) == line
+    assert refusal(lambda: registry.check_push(host, MODEL, LOGIN)) == line
 
 
-def test_a_registry_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_silent_registry_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_SECONDS_TO_ANSWER", 0.1)
-    # it listens, and nobody serves
+    # it listens and never answers
     silent = Registry()
     line = "127.0.0.1 no contesta: mire https://www.replicatestatus.com y repita"
-    assert refused(lambda: registry.check_push(silent.host, MODEL, LOGIN)) == line
+    assert refusal(lambda: registry.check_push(silent.host, MODEL, LOGIN)) == line
     silent.close()
 
 
-def test_a_base_image(there: Registry) -> None:
-    assert registry.has(there.host, "cog-base", BASE, LOGIN)
-    assert not registry.has(there.host, "cog-base", "otra", LOGIN)
+def test_a_base_image_is_found_by_its_tag(server: Registry) -> None:
+    assert registry.has(server.host, "cog-base", BASE, LOGIN)
+    assert not registry.has(server.host, "cog-base", "otra", LOGIN)

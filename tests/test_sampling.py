@@ -65,8 +65,8 @@ def reference(logits: torch.Tensor, history: torch.Tensor, sampling: Sampling) -
     return filtered[0].softmax(-1)
 
 
-def ours(logits: torch.Tensor, history: torch.Tensor, samplings: list[Sampling]) -> torch.Tensor:
-    """Our distribution: (rows, vocabulary) float32, all rows in one step."""
+def distribution(logits: torch.Tensor, history: torch.Tensor, samplings: list[Sampling]) -> torch.Tensor:
+    """Our distribution, all rows in one step: (rows, vocabulary) float32."""
     rows = rows_of(samplings)
     penalized = penalize(logits, history, rows.repetition_penalty)
     ids, probabilities = nucleus(penalized, rows, max(sampling_width(s, logits.shape[1]) for s in samplings))
@@ -76,11 +76,11 @@ def ours(logits: torch.Tensor, history: torch.Tensor, samplings: list[Sampling])
 @pytest.mark.parametrize("seed", range(3))
 def test_the_filtered_distribution_is_that_of_transformers(seed: int) -> None:
     logits, history = logits_and_history(len(SAMPLINGS), seed)
-    found = ours(logits, history, SAMPLINGS)
+    probabilities = distribution(logits, history, SAMPLINGS)
     for row, sampling in enumerate(SAMPLINGS):
         expected = reference(logits[row], history[row], sampling)
-        assert torch.equal(found[row] > 0, expected > 0), sampling
-        torch.testing.assert_close(found[row], expected, rtol=1e-5, atol=1e-7)
+        assert torch.equal(probabilities[row] > 0, expected > 0), sampling
+        torch.testing.assert_close(probabilities[row], expected, rtol=1e-5, atol=1e-7)
 
 
 def test_tokens_that_tie_with_the_last_of_top_k_are_kept() -> None:
@@ -88,9 +88,9 @@ def test_tokens_that_tie_with_the_last_of_top_k_are_kept() -> None:
     logits = torch.full((1, VOCABULARY), -10.0)
     logits[0, :9] = torch.tensor([5.0, 4, 3, 2, 2, 2, 2, 1, 1])
     sampling = Sampling(temperature=1.0, top_k=4)
-    found = ours(logits, torch.tensor([[VOCABULARY - 1]]), [sampling])[0]
-    assert (found > 0).sum() == 7
-    torch.testing.assert_close(found, reference(logits[0], torch.tensor([VOCABULARY - 1]), sampling))
+    probabilities = distribution(logits, torch.tensor([[VOCABULARY - 1]]), [sampling])[0]
+    assert (probabilities > 0).sum() == 7
+    torch.testing.assert_close(probabilities, reference(logits[0], torch.tensor([VOCABULARY - 1]), sampling))
 
 
 @pytest.mark.slow
@@ -105,22 +105,22 @@ def test_tokens_are_drawn_as_often_as_their_probability_says() -> None:
     drawn = sample(
         logits.expand(draws, -1), history.expand(draws, -1), rows, position, sampling_width(sampling, VOCABULARY)
     )
-    found = torch.bincount(drawn, minlength=VOCABULARY)
-    assert (found[expected == 0] == 0).all()
+    counts = torch.bincount(drawn, minlength=VOCABULARY)
+    assert (counts[expected == 0] == 0).all()
     # five standard deviations of each count
     spread = (draws * expected * (1 - expected)).sqrt()
-    assert ((found - draws * expected).abs() <= 5 * spread).all()
+    assert ((counts - draws * expected).abs() <= 5 * spread).all()
 
 
 @pytest.mark.slow
-def test_numbers_of_neighbouring_seeds_positions_and_ids_have_nothing_in_common() -> None:
+def test_the_numbers_of_neighbouring_seeds_positions_and_ids_are_uncorrelated() -> None:
     count = 100_000
     steps = torch.arange(count)
-    one = torch.zeros(1, dtype=torch.long)
+    zero = torch.zeros(1, dtype=torch.long)
     seeds = rows_of([Sampling(seed=seed) for seed in range(count)]).seed
-    by_id = gumbel(seeds[:1], one, steps[None])[0]
-    by_position = gumbel(seeds[:1].expand(count), steps, one.expand(count)[:, None])[:, 0]
-    by_seed = gumbel(seeds, one.expand(count), one.expand(count)[:, None])[:, 0]
+    by_id = gumbel(seeds[:1], zero, steps[None])[0]
+    by_position = gumbel(seeds[:1].expand(count), steps, zero.expand(count)[:, None])[:, 0]
+    by_seed = gumbel(seeds, zero.expand(count), zero.expand(count)[:, None])[:, 0]
     assert torch.isfinite(torch.stack([by_id, by_position, by_seed])).all()
     for numbers in (by_id, by_position, by_seed):
         # of the standard Gumbel distribution, the mean is Euler's constant and the variance pi**2 / 6
@@ -140,26 +140,26 @@ def test_the_numbers_are_those_of_splitmix64(seed: int) -> None:
         bits = ((bits ^ (bits >> 27)) * 0x94D049BB133111EB) % 2**64
         return bits ^ (bits >> 31)
 
-    found = gumbel(rows_of([Sampling(seed=seed)]).seed, torch.tensor([7]), torch.tensor([[50256]]))
+    numbers = gumbel(rows_of([Sampling(seed=seed)]).seed, torch.tensor([7]), torch.tensor([[50256]]))
     bits = mixed((mixed((seed + gamma) % 2**64) + 7 * gamma + 50256) % 2**64)
     uniform = torch.tensor([[((bits >> 41) + 0.5) * 2.0**-23]])
-    torch.testing.assert_close(found, -torch.log(-torch.log(uniform)))
+    torch.testing.assert_close(numbers, -torch.log(-torch.log(uniform)))
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("sampling", [Sampling(temperature=0), SAMPLINGS[1]])
-def test_a_row_without_numbers_is_told_and_the_others_are_chosen(bad: float, sampling: Sampling) -> None:
+def test_a_row_whose_logits_are_no_numbers_is_marked_and_the_others_are_sampled(bad: float, sampling: Sampling) -> None:
     logits, history = logits_and_history(3, seed=9)
     rows, position = rows_of([sampling] * 3), torch.arange(3)
     expected = sample(logits, history, rows, position, sampling_width(sampling, VOCABULARY))
     logits[1, 17] = bad
-    found = sample(logits, history, rows, position, sampling_width(sampling, VOCABULARY))
-    assert found.tolist() == [expected[0], NOT_A_NUMBER, expected[2]]
+    ids = sample(logits, history, rows, position, sampling_width(sampling, VOCABULARY))
+    assert ids.tolist() == [expected[0], NOT_A_NUMBER, expected[2]]
     logits[1] = -torch.inf
     assert sample(logits, history, rows, position, sampling_width(sampling, VOCABULARY))[1] == NOT_A_NUMBER
 
 
-def test_each_row_is_as_it_would_be_alone() -> None:
+def test_each_row_draws_the_token_that_it_draws_alone() -> None:
     samplings = [Sampling(temperature=0), *SAMPLINGS, Sampling(temperature=0, repetition_penalty=1.8)]
     logits, history = logits_and_history(len(samplings), seed=7)
     position = torch.arange(len(samplings)) * 100
@@ -174,7 +174,7 @@ def test_each_row_is_as_it_would_be_alone() -> None:
         assert together[row] == alone[0], sampling
 
 
-def test_temperature_0_is_the_likeliest_after_the_penalty() -> None:
+def test_temperature_0_takes_the_likeliest_token_after_the_penalty() -> None:
     logits = torch.tensor([[1.0, 3.0, 2.9, -1.0]])
     history = torch.tensor([[1]])
     for penalty, likeliest in ((1.0, 1), (1.1, 2)):
@@ -182,14 +182,14 @@ def test_temperature_0_is_the_likeliest_after_the_penalty() -> None:
         assert sample(logits, history, rows, torch.tensor([2]), 0).tolist() == [likeliest]
 
 
-def test_a_greedy_step_sorts_nothing_and_another_only_what_it_needs() -> None:
+def test_a_greedy_step_sorts_nothing_and_another_no_more_than_it_needs() -> None:
     assert sampling_width(Sampling(temperature=0, top_k=0), VOCABULARY) == 0
     for top_k, width in ((1, 2), (2, 4), (3, 8), (50, 128), (64, 128), (65, 256), (1000, 2048)):
         assert sampling_width(Sampling(temperature=1, top_k=top_k), VOCABULARY) == width
     assert sampling_width(Sampling(temperature=1), VOCABULARY) == VOCABULARY
 
 
-def test_which_of_the_tokens_that_tie_is_drawn_does_not_depend_on_company() -> None:
+def test_the_draw_among_tied_tokens_does_not_depend_on_other_rows() -> None:
     # with few levels most tokens tie: where top_p cuts depends on how many of the likeliest are sorted
     few = Sampling(temperature=1.0, top_k=50, top_p=0.5)
     generator = torch.Generator().manual_seed(0)

@@ -11,8 +11,10 @@ from llm.engine.sequence import Request, Sampling, Sequence, Status
 from llm.weights.settings import ROOT
 
 
-def scheduler(rows: int = 4, chunk: int = 64, multiple: int = 1, skips_padding: bool = False) -> Scheduler:
-    return Scheduler(rows, chunk, PassShape(2048, multiple, skips_padding), Prefixes())
+def scheduler(
+    rows: int = 4, chunk: int = 64, multiple: int = 1, skips_padding: bool = False, mixes_starts: bool = False
+) -> Scheduler:
+    return Scheduler(rows, chunk, PassShape(2048, multiple, skips_padding, mixes_starts), Prefixes())
 
 
 def arrive(scheduler: Scheduler, prompt: int | list[int], budget: int = 5) -> Sequence:
@@ -122,6 +124,27 @@ def test_prompts_that_start_at_other_positions_are_read_in_passes_of_their_own()
     assert s.next_pass() == [Chunk(first, 0, 30)]
     read(s)
     assert s.next_pass() == [Chunk(second, 10, 20)]
+
+
+def test_prompts_that_start_at_other_positions_share_a_pass_where_the_layers_allow_that() -> None:
+    s = scheduler(mixes_starts=True, skips_padding=True)
+    first, second, third = arrive(s, 30), arrive(s, 40), arrive(s, 30)
+    admit(s)
+    second.cached = 20
+    assert s.next_pass() == [Chunk(first, 0, 30), Chunk(second, 20, 20)]
+    assert s.shape.end(s.next_pass()) == 50
+    read(s)
+    assert s.next_pass() == [Chunk(third, 0, 30)]
+
+
+def test_a_prompt_at_the_contexts_end_is_read_without_one_that_the_pass_would_then_cut() -> None:
+    s = scheduler(mixes_starts=True, skips_padding=True)
+    last, long, short = arrive(s, 2040), arrive(s, 20), arrive(s, 8)
+    admit(s)
+    last.cached = 2035
+    assert s.next_pass() == [Chunk(last, 2035, 5), Chunk(short, 0, 8)]
+    read(s)
+    assert s.next_pass() == [Chunk(long, 0, 20)]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What `cog build` would make of predict.py, and that Cog's server takes ours for it."""
+"""Our schema of predict.py is the one that `cog build` writes, and Cog's server takes it."""
 
 import json
 import re
@@ -82,7 +82,7 @@ COG_WRITES = r"""
 """
 EXPECTED = json.loads(COG_WRITES.replace("VERSION", version("cog")))
 
-# {} is what stands after its only input's name, in line 11
+# {} is the type and default of its only input, in line 11
 FRAME = """\
 from typing import Optional
 
@@ -104,16 +104,18 @@ def source(tmp_path: Path) -> Path:
     return tmp_path / "predict.py"
 
 
-def test_is_the_document_that_cog_writes(source: Path) -> None:
+def test_the_schema_is_the_one_that_cog_writes(source: Path) -> None:
     source.write_text(TINY, encoding="utf-8")
     interface = schema.read(source)
     assert interface == schema.Interface(EXPECTED, concurrency=3)
     # a comparison of dicts is blind to their order
-    of = [list(document["components"]["schemas"]["Input"]["properties"]) for document in (interface.schema, EXPECTED)]
-    assert of[0] == of[1]
+    orders = [
+        list(document["components"]["schemas"]["Input"]["properties"]) for document in (interface.schema, EXPECTED)
+    ]
+    assert orders[0] == orders[1]
 
 
-def test_the_predictor_of_this_project() -> None:
+def test_the_schema_of_this_project_has_its_inputs() -> None:
     interface = schema.read(ROOT / "predict.py")
     assert interface.concurrency == MOST_ROWS
     components = EXPECTED["components"]["schemas"] | {"Input": interface.schema["components"]["schemas"]["Input"]}
@@ -152,7 +154,7 @@ def test_the_predictor_of_this_project() -> None:
         ("float = Input(default=1, le=2.50)", {"type": "number", "default": 1, "maximum": 2.5}),
     ],
 )
-def test_takes_what_cog_and_python_read_alike(source: Path, parameter: str, prop: dict[str, object]) -> None:
+def test_what_cog_and_python_read_alike_is_accepted(source: Path, parameter: str, prop: dict[str, object]) -> None:
     source.write_text(FRAME.format(parameter))
     interface = schema.read(source)
     inputs = interface.schema["components"]["schemas"]["Input"]
@@ -161,7 +163,7 @@ def test_takes_what_cog_and_python_read_alike(source: Path, parameter: str, prop
     assert interface.concurrency == 1
 
 
-def test_of_two_takes_the_one_that_cog_takes(source: Path) -> None:
+def test_of_two_definitions_the_one_that_cog_takes_counts(source: Path) -> None:
     text = FRAME.format("int").replace("@cog.streaming", "@cog.concurrent(max=3)\n    @cog.concurrent(max=2)")
     _, _, other = FRAME.format("str").partition("(BasePredictor):\n")
     source.write_text(text.replace("predict", "run") + other.replace("entrada", "otra"))
@@ -171,7 +173,7 @@ def test_of_two_takes_the_one_that_cog_takes(source: Path) -> None:
     assert "x-cog-streaming" not in interface.schema["paths"]["/predictions"]["post"]
 
 
-# what Cog would take for something else, drop or refuse, and what Python or the server would: {} -> each of these
+# what Cog, Python or the server would misread, drop or refuse: {} is each of these
 UNLISTED = {
     "str = Input(description={})": ['"a" "b"', r'"a\nb"', r"'don\'t'", 'u"a"', 'f"{N}"', '("a")', "N", "None"],
     "str = Input(default={})": ['r"""a"""', r'"a\tb"', '"a" + "b"', 'f"a"', "5", '"abc", max_length=2'],
@@ -202,7 +204,7 @@ DECORATORS = ["streaming", "cog.concurrent(4)", *(f"cog.concurrent(max={most})" 
         ("int", "int = Input(\n        default=5,\n        le=N,\n    )", 13),
     ],
 )
-def test_what_is_not_listed_is_refused_with_its_line_and_a_way_out(source: Path, old: str, new: str, line: int) -> None:
+def test_anything_else_is_refused_with_its_line_and_a_way_out(source: Path, old: str, new: str, line: int) -> None:
     text = FRAME.format("int")
     assert old in text
     source.write_text(text.replace(old, new, 1), encoding="utf-8")
@@ -212,7 +214,7 @@ def test_what_is_not_listed_is_refused_with_its_line_and_a_way_out(source: Path,
 
 
 @pytest.mark.parametrize(
-    ("content", "says"),
+    ("content", "message"),
     [
         (None, "No se puede leer .+: no existe"),
         (b"\xff", r"predict\.py no está en UTF-8"),
@@ -221,14 +223,14 @@ def test_what_is_not_listed_is_refused_with_its_line_and_a_way_out(source: Path,
         (b"class Modelo:\n    def predict(self): 0", r"A predict\.py le falta la clase Predictor"),
     ],
 )
-def test_refuses_a_file_that_is_no_predictor(source: Path, content: bytes | None, says: str) -> None:
+def test_a_file_without_a_predictor_is_refused(source: Path, content: bytes | None, message: str) -> None:
     if content:
         source.write_bytes(content)
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(UserError, match=message):
         schema.read(source)
 
 
-def test_writes_the_file_whole_or_not_at_all(source: Path, tmp_path: Path) -> None:
+def test_the_schema_is_written_whole_or_not_at_all(source: Path, tmp_path: Path) -> None:
     source.write_text(TINY, encoding="utf-8")
     interface = schema.read(source)
     written = schema.write(interface, tmp_path)
@@ -237,7 +239,7 @@ def test_writes_the_file_whole_or_not_at_all(source: Path, tmp_path: Path) -> No
 
     inode = written.stat().st_ino
     schema.write(interface, tmp_path)
-    assert written.stat().st_ino != inode, "another file took its place at once, instead of growing in it"
+    assert written.stat().st_ino != inode, "the file is replaced at once, not written in place"
     assert list(written.parent.iterdir()) == [written]
 
     written.unlink()
@@ -257,7 +259,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
         yield Client(running)
 
 
-def test_the_server_takes_the_file(client: Client) -> None:
+def test_the_server_publishes_the_schema(client: Client) -> None:
     assert client.get("/openapi.json") == EXPECTED
 
 
@@ -273,13 +275,13 @@ def test_the_server_takes_the_file(client: Client) -> None:
         ({"pregunta": "hola", "seed": "x"}, "seed"),
     ],
 )
-def test_the_server_refuses_by_it(client: Client, wrong: dict[str, object], field: str) -> None:
+def test_the_server_refuses_what_the_schema_forbids(client: Client, wrong: dict[str, object], field: str) -> None:
     response = client.predict(**wrong)
     assert response.status_code == 422
     assert [error["loc"] for error in response.json()["detail"]] == [["body", "input", field]]
 
 
-def test_the_server_streams_by_it(client: Client) -> None:
+def test_the_server_streams_as_the_schema_says(client: Client) -> None:
     with client.stream(pregunta="hola", max_tokens=2) as events:
         chunks = [data["chunk"] for name, data in events if name == "output"]
     assert chunks == ["hola", "hola", ".", "(2, 0.95, None, '.', False)"]

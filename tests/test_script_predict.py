@@ -71,7 +71,7 @@ def test_the_embedded_model_answers(script: Run, demo_folder: Path, processes: M
     assert not processes.alive()
 
 
-def test_json_in_and_a_file_out(script: Run, tmp_path: Path) -> None:
+def test_inputs_come_from_json_and_the_answer_goes_to_a_file(script: Run, tmp_path: Path) -> None:
     inputs = {"pregunta": "Once upon a time", "temperature": 0, "max_tokens": 2.0, "prompt_template": "{pregunta}"}
     result = script("predict", "--json", "-", "-o", "respuesta.txt", stdin=json.dumps(inputs))
     assert result.returncode == 0, result.stderr
@@ -127,7 +127,7 @@ def test_json_in_and_a_file_out(script: Run, tmp_path: Path) -> None:
         ([*QUESTION, "-o", "~nadie-asi/x"], "No se puede escribir en ~nadie-asi/x: no existe\n"),
     ],
 )
-def test_a_mistake_ends_in_its_line_before_anything_starts(
+def test_a_wrong_input_is_one_line_before_anything_starts(
     script: Run, tmp_path: Path, arguments: list[str], line: str
 ) -> None:
     (tmp_path / "marca.json").write_text('{"pregunta": ""}', encoding="utf-8-sig")
@@ -138,14 +138,14 @@ def test_a_mistake_ends_in_its_line_before_anything_starts(
     assert result.stderr.startswith(line)
 
 
-def test_a_closed_input_ends_in_its_line(project: Path, environment: dict[str, str]) -> None:
+def test_a_closed_stdin_is_one_line(project: Path, environment: dict[str, str]) -> None:
     command = f"{shlex.quote(str(project))}/script/predict --json - <&-"
     result = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (1, "No se puede leer -: está cerrado\n")
 
 
 @pytest.mark.parametrize(
-    ("name", "arguments", "says"),
+    ("name", "arguments", "reason"),
     [
         ("predict", ["hola"], "sobra hola"),
         ("predict", ["uno\ndos"], "sobra uno?dos"),
@@ -159,9 +159,9 @@ def test_a_closed_input_ends_in_its_line(project: Path, environment: dict[str, s
         ("push", [], "falta USUARIO/NOMBRE"),
     ],
 )
-def test_an_order_that_is_none_ends_in_its_line(script: Run, name: str, arguments: list[str], says: str) -> None:
+def test_wrong_arguments_are_one_line(script: Run, name: str, arguments: list[str], reason: str) -> None:
     result = script(name, *arguments)
-    line = f"script/{name} no entiende la orden ({says}): vea script/{name} --help\n"
+    line = f"script/{name} no entiende la orden ({reason}): vea script/{name} --help\n"
     assert (result.returncode, result.stdout, result.stderr) == (2, "", line)
 
 
@@ -183,8 +183,8 @@ def test_a_script_finds_its_project(project: Path, environment: dict[str, str], 
 
 
 @pytest.mark.parametrize("name", ["predict", "setup"])
-def test_a_script_passes_by_cdpath(project: Path, environment: dict[str, str], tmp_path: Path, name: str) -> None:
-    # a cd that looks elsewhere first, and prints where it went
+def test_a_script_ignores_cdpath(project: Path, environment: dict[str, str], tmp_path: Path, name: str) -> None:
+    # with CDPATH, cd looks elsewhere first and prints its target
     (tmp_path / "script").mkdir()
     environment["CDPATH"] = f"{tmp_path}:."
     command = [f"script/{name}", "--help"]
@@ -196,13 +196,13 @@ def test_a_script_passes_by_cdpath(project: Path, environment: dict[str, str], t
     ("variables", "line"),
     [
         ({"MODEL_ID": "vacio"}, "vacio no es un modelo"),
-        # only the server sees that
+        # only the server notices
         ({"MODEL_ID": "otro"}, "transformers no puede cargar"),
         # nobody listens on port 1
         ({"MODEL_ID": "org/nombre", "HF_ENDPOINT": "http://127.0.0.1:1"}, "--demo"),
     ],
 )
-def test_a_model_that_cannot_load_ends_in_its_line(
+def test_a_model_that_cannot_load_ends_in_one_line(
     script: Run, tmp_path: Path, variables: dict[str, str], line: str
 ) -> None:
     (tmp_path / "vacio").mkdir()
@@ -215,14 +215,14 @@ def test_a_model_that_cannot_load_ends_in_its_line(
 
 
 def unknown_model(folder: Path) -> None:
-    """A folder with all that a model's has, of a kind that transformers does not know."""
+    """A complete model's folder, of an architecture that transformers does not know."""
     folder.mkdir()
     (folder / "config.json").write_text('{"model_type": "otro"}')
     (folder / "tokenizer.json").write_text("{}")
     (folder / "model.safetensors").touch()
 
 
-def test_a_terminal_shows_the_seconds(project: Path, environment: dict[str, str], tmp_path: Path) -> None:
+def test_a_terminal_shows_the_seconds_of_loading(project: Path, environment: dict[str, str], tmp_path: Path) -> None:
     unknown_model(tmp_path / "otro")
     environment |= {"MODEL_ID": "otro", "WEIGHTS_DIR": str(tmp_path)}
     terminal, end = os.openpty()
@@ -230,17 +230,17 @@ def test_a_terminal_shows_the_seconds(project: Path, environment: dict[str, str]
     shown = ""
     with os.fdopen(terminal, "rb", buffering=0) as screen, subprocess.Popen(command, env=environment, stderr=end):
         os.close(end)
-        # a terminal holds 4,096 bytes, and ends with an error
+        # reading from a closed terminal is an error
         with suppress(OSError):
             while part := screen.read(4096):
                 shown += part.decode()
     assert re.search(r"\rCargando el modelo: \d+ s", shown.replace("\x1b[K", ""))
-    # the line that counts gives way to the error's
+    # the error replaces the line that counts
     last = shown.rstrip().rpartition("\r\x1b[K")[2]
     assert "transformers no puede cargar" in last and "Cargando" not in last
 
 
-def test_a_prediction_that_fails_ends_in_its_line(script: Run) -> None:
+def test_a_prediction_that_fails_ends_in_one_line(script: Run) -> None:
     result = script("predict", *QUESTION, "-i", "prompt_template=sin sitio")
     assert result.returncode == 1
     assert result.stdout.strip() == ""
@@ -263,7 +263,7 @@ def test_dotenv_is_read_and_the_environment_wins(
 
 @contextmanager
 def started(environment: dict[str, str], *command: Path | str) -> Iterator["subprocess.Popen[str]"]:
-    """A command that is still at work; asked to end, if it has not, at the end of the block."""
+    """A running command, terminated at the end of the block."""
     with subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     ) as process:
@@ -288,7 +288,7 @@ ENDS = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (sign
 
 
 @pytest.mark.parametrize(("number", "status"), ENDS)
-def test_a_signal_ends_all(
+def test_a_signal_ends_all_processes(
     answering: "subprocess.Popen[str]", processes: Marked, number: signal.Signals, status: int
 ) -> None:
     answering.send_signal(number)
@@ -303,7 +303,7 @@ def test_a_signal_ends_all(
     [("_run_worker", CRASHED), ("cog.server.http", "El servidor de Cog se cerró")],
     ids=["worker", "server"],
 )
-def test_a_process_that_dies_is_told(
+def test_a_process_that_dies_is_reported(
     answering: "subprocess.Popen[str]", processes: Marked, command: str, line: str
 ) -> None:
     (process,) = processes.alive(command)
@@ -323,7 +323,7 @@ def test_a_process_that_dies_is_told(
         (">&-", False, "La salida está cerrada: quite >&-, o dé un archivo con -o"),
     ],
 )
-def test_an_answer_that_cannot_be_written_is_told(
+def test_an_answer_that_cannot_be_written_is_reported(
     project: Path, environment: dict[str, str], where: str, shown: bool, line: str
 ) -> None:
     command = shlex.join([str(project / "script" / "predict"), *CONTINUED, "-i", "max_tokens=2"])
@@ -333,7 +333,7 @@ def test_an_answer_that_cannot_be_written_is_told(
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux")
-def test_a_server_that_cannot_say_that_it_is_ready_ends(project: Path, environment: dict[str, str]) -> None:
+def test_a_server_that_cannot_write_its_output_ends(project: Path, environment: dict[str, str]) -> None:
     command = f"{project / 'script' / 'serve'} --port 0 >/dev/full"
     result = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True)
     assert result.returncode == 1
@@ -341,7 +341,7 @@ def test_a_server_that_cannot_say_that_it_is_ready_ends(project: Path, environme
     assert "Traceback" not in result.stderr
 
 
-def test_a_reader_that_goes_ends_all(answering: "subprocess.Popen[str]", processes: Marked) -> None:
+def test_a_reader_that_leaves_ends_all_processes(answering: "subprocess.Popen[str]", processes: Marked) -> None:
     assert answering.stdout is not None and answering.stderr is not None
     answering.stdout.close()
     errors = answering.stderr.read()
@@ -351,7 +351,7 @@ def test_a_reader_that_goes_ends_all(answering: "subprocess.Popen[str]", process
 
 
 @pytest.mark.parametrize(("number", "status"), ENDS)
-def test_a_signal_while_loading_ends_all(
+def test_a_signal_while_loading_ends_all_processes(
     project: Path,
     environment: dict[str, str],
     processes: Marked,
@@ -365,7 +365,7 @@ def test_a_signal_while_loading_ends_all(
         assert process.stderr.readline() == "Cargando el modelo\n"
         while not (workers := processes.alive("_run_worker")):
             assert process.poll() is None
-        # as one deep in a load: it does not end of itself when its server does
+        # as if deep in a load: a suspended worker does not end with its server
         workers[0].suspend()
         process.send_signal(number)
         process.communicate(timeout=FINALLY)
@@ -374,16 +374,16 @@ def test_a_signal_while_loading_ends_all(
     assert not psutil.wait_procs(processes.alive(), timeout=FINALLY)[1]
 
 
-# script/setup starts it too, to see whether .venv is whole
+# script/setup runs .venv/bin/python too, to check .venv
 @pytest.mark.parametrize("code", [".venv/bin/python", "llm/__init__.py"])
 def test_ctrl_c_before_the_command_has_begun_is_one_line(tmp_path: Path, processes: Marked, code: str) -> None:
     project = copied(tmp_path / "project")
-    waits = f"#!{sys.executable}\nimport time\nprint(flush=True)\ntime.sleep(600)\n"
-    (project / code).write_text(waits)
+    program = f"#!{sys.executable}\nimport time\nprint(flush=True)\ntime.sleep(600)\n"
+    (project / code).write_text(program)
     with started({**os.environ, **processes.environment}, project / "script" / "predict", *QUESTION) as process:
         assert process.stdout is not None
         assert process.stdout.read(1)
-        # as a terminal does
+        # as a terminal does: to the whole group
         os.killpg(process.pid, signal.SIGINT)
         _, errors = process.communicate(timeout=FINALLY)
     assert (process.returncode, errors.strip()) == (130, "Interrumpido")
@@ -485,13 +485,12 @@ def bare(project: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def python(path: Path, version: str | None, install: str = "true") -> None:
-    """A Python that only says its version, makes a .venv of itself, and does `install` where cli/install.py is run.
+def write_python(path: Path, version: str | None, install: str = "true") -> None:
+    """A Python that only prints its version, makes a .venv of itself, and runs `install` for cli/install.py.
 
-    Without a version, pyenv's of one that is not installed.
+    Without a version, it fails as pyenv's does for a version that is not installed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # after its own first line, so that what it copies into .venv is the same
     path.write_text(
         f"""#!/bin/sh
 case "$*" in
@@ -510,9 +509,9 @@ def setup(folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([folder / "script" / "setup"], env=environment, capture_output=True, text=True)
 
 
-def test_setup_names_the_python_that_does_not_serve(bare: Path) -> None:
-    python(bare / "bin/python3", "3.9.18")
-    python(bare / "bin/python3.13", None)
+def test_setup_names_a_python_that_is_too_old(bare: Path) -> None:
+    write_python(bare / "bin/python3", "3.9.18")
+    write_python(bare / "bin/python3.13", None)
     result = setup(bare)
     assert result.returncode == 1
     assert result.stderr == (
@@ -522,36 +521,36 @@ def test_setup_names_the_python_that_does_not_serve(bare: Path) -> None:
     assert not (bare / ".venv").exists()
 
 
-def test_setup_passes_over_the_pythons_that_do_not_serve(bare: Path) -> None:
-    python(bare / "bin/python3", "3.14.0")
-    python(bare / "bin/python3.13", None)
-    python(bare / "bin/python3.12", "3.12.1")
+def test_setup_skips_unsuitable_pythons(bare: Path) -> None:
+    write_python(bare / "bin/python3", "3.14.0")
+    write_python(bare / "bin/python3.13", None)
+    write_python(bare / "bin/python3.12", "3.12.1")
     result = setup(bare)
     assert result.returncode == 0, result.stderr
     assert result.stderr.startswith("Preparando .venv con Python 3.12.1")
-    # now there is nothing to do
+    # a second time there is nothing to do
     assert setup(bare).stderr == ""
 
 
-def test_setup_takes_the_python_that_it_is_told(bare: Path) -> None:
-    python(bare / "bin/python3", "3.12.1")
-    python(bare / "bin/otro", "3.8.2")
+def test_setup_takes_the_python_of_the_environment(bare: Path) -> None:
+    write_python(bare / "bin/python3", "3.12.1")
+    write_python(bare / "bin/otro", "3.8.2")
     result = setup(bare, PYTHON="otro")
     assert result.returncode == 1
     assert "y otro es 3.8.2" in result.stderr
 
 
-def test_an_installation_that_fails_is_tried_again(bare: Path) -> None:
-    python(bare / "bin/python3", "3.12.1", install="echo no network >&2; exit 1")
+def test_a_failed_installation_is_repeated(bare: Path) -> None:
+    write_python(bare / "bin/python3", "3.12.1", install="echo no network >&2; exit 1")
     for _ in range(2):
         result = setup(bare)
         assert (result.returncode, result.stderr.splitlines()[1:]) == (1, ["no network"])
 
 
-def test_a_venv_that_is_not_whole_is_made_again(bare: Path) -> None:
-    python(bare / "bin/python3", "3.12.1")
-    # as an interruption leaves it before pip is there
-    python(bare / ".venv/bin/python", "3.12.1", install="echo No module named pip; exit 1")
+def test_an_incomplete_venv_is_made_again(bare: Path) -> None:
+    write_python(bare / "bin/python3", "3.12.1")
+    # as an interruption before pip is installed leaves it
+    write_python(bare / ".venv/bin/python", "3.12.1", install="echo No module named pip; exit 1")
     assert setup(bare).returncode == 0
     assert setup(bare).stderr == ""
     (bare / ".venv/lib").rmdir()
@@ -560,7 +559,7 @@ def test_a_venv_that_is_not_whole_is_made_again(bare: Path) -> None:
 
 
 def test_a_venv_is_kept_when_the_requirements_change(bare: Path) -> None:
-    python(bare / "bin/python3", "3.12.1")
+    write_python(bare / "bin/python3", "3.12.1")
     assert setup(bare).returncode == 0
     (bare / ".venv/lib/torch").touch()
     (bare / "requirements-dev.txt").write_text("cog==1\n")
@@ -568,7 +567,7 @@ def test_a_venv_is_kept_when_the_requirements_change(bare: Path) -> None:
     assert (bare / ".venv/lib/torch").exists()
 
 
-def test_a_clone_whose_git_ends_lines_as_windows_does_has_the_same_files(project: Path, tmp_path: Path) -> None:
+def test_a_clone_with_windows_line_ends_has_the_same_files(project: Path, tmp_path: Path) -> None:
     origin, clone = tmp_path / "origin", tmp_path / "clone"
     shutil.copytree(project, origin, ignore=shutil.ignore_patterns(".venv", ".cog"))
     (origin / "imagen.png").write_bytes(b"\x89PNG\r\n\x1a\n")
@@ -584,7 +583,7 @@ def test_a_clone_whose_git_ends_lines_as_windows_does_has_the_same_files(project
 
 @pytest.mark.parametrize("link", [False, True])
 def test_a_venv_that_is_no_folder_is_named(bare: Path, link: bool) -> None:
-    python(bare / "bin/python3", "3.12.1")
+    write_python(bare / "bin/python3", "3.12.1")
     (bare / ".venv").symlink_to("no") if link else (bare / ".venv").touch()
     result = setup(bare)
     assert (result.returncode, result.stderr) == (
@@ -594,17 +593,17 @@ def test_a_venv_that_is_no_folder_is_named(bare: Path, link: bool) -> None:
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
-def test_an_interrupted_setup_is_one_line_and_leaves_nobody(
+def test_an_interrupted_setup_is_one_line_and_leaves_no_process(
     bare: Path, processes: Marked, number: signal.Signals, status: int
 ) -> None:
-    python(bare / "bin/python3", "3.12.1", install="exec sleep 600")
+    write_python(bare / "bin/python3", "3.12.1", install="exec sleep 600")
     (bare / "bin/sleep").symlink_to(shutil.which("sleep") or "")
     environment = {"PATH": str(bare / "bin"), "TMPDIR": str(bare / "bin"), **processes.environment}
     tools = set((bare / "bin").iterdir())
     with started(environment, bare / "script" / "setup") as process:
         while not processes.alive("sleep 600"):
             assert process.poll() is None
-        # as a terminal does, which tells this group and not the one that it started
+        # a terminal signals this group, and not the one that script/setup started
         process.send_signal(number)
         _, errors = process.communicate(timeout=FINALLY)
     assert process.returncode == status

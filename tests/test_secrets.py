@@ -21,11 +21,11 @@ from tests.support.registry import Registry
 
 pytestmark = pytest.mark.slow
 
-# not to be found in this file, which is a part of what is searched
+# random, for this file is searched too
 GOOD, NO_ACCESS, WRONG, REPLICATE = TOKENS = [f"hf_{uuid.uuid4().hex}" for _ in range(4)]
 MODEL = "prueba/falcon-rw-1b"
 
-# What it is given to publish, it keeps.
+# Keeps a copy of what it is to publish.
 COG = """\
 import os, pathlib, shutil, sys
 if sys.argv[1:] == ["--version"]:
@@ -37,7 +37,7 @@ print(*sys.argv)
 
 
 class Home:
-    """A computer's folder, with the project in it. Whatever is run writes below it, its output included."""
+    """A user's folder with the project. All commands write below it, their output included."""
 
     def __init__(self, folder: Path, registry: str, variables: dict[str, str]) -> None:
         self.folder = folder
@@ -63,7 +63,7 @@ class Home:
         (self.project / ".env").write_text(text)
 
     def start(self, *command: str, **variables: str) -> "subprocess.Popen[bytes]":
-        """script/NAME with its arguments; all that it prints goes to a file of its own."""
+        """Start script/NAME with its arguments; its output goes to a file of its own."""
         path = self.outputs / f"{len(list(self.outputs.iterdir()))}"
         with path.open("wb") as output:
             return subprocess.Popen(
@@ -101,25 +101,25 @@ def test_a_token_is_in_nothing_that_is_written(hub: Hub, registry: Registry, tmp
     home = Home(tmp_path, registry.host, {"HF_ENDPOINT": hub.endpoint, **processes.environment})
     repository = hub.repositories[MODEL]
 
-    # what the hub answers to it
+    # all that the hub may answer to a token
     home.dotenv(f"HUGGINGFACE_HUB_TOKEN={WRONG}\nREPLICATE_API_TOKEN={REPLICATE}\n")
     assert home.run("weights") == 1
     assert home.run("weights", HUGGINGFACE_HUB_TOKEN=NO_ACCESS) == 1
     home.dotenv(f"HUGGINGFACE_HUB_TOKEN={GOOD}\nREPLICATE_API_TOKEN={REPLICATE}\n")
     repository.statuses[None] = [429, 500]
     assert [home.run("weights") for _ in range(2)] == [1, 1]
-    repository.says = lambda body: []
+    repository.describe = lambda body: []
     assert home.run("weights", HF_DEBUG="1") == 1
-    repository.says = lambda body: body
+    repository.describe = lambda body: body
     repository.delivered["model.safetensors"] = b"x"
     assert home.run("weights") == 1
     repository.delivered.clear()
-    # a token that is none, and lines that nobody can read
+    # an invalid token, and a line of .env that cannot be parsed
     assert home.run("weights", HUGGINGFACE_HUB_TOKEN=f"{GOOD} {GOOD}") == 1
     home.dotenv(f'HUGGINGFACE_HUB_TOKEN="{GOOD}\n')
     assert home.run("weights") == 1
 
-    # a model that comes with it, after a cut
+    # a download with the token, after a cut
     home.dotenv(f"HUGGINGFACE_HUB_TOKEN={GOOD}\nREPLICATE_API_TOKEN={REPLICATE}\n")
     repository.cut_after["model.safetensors"] = [100_000]
     assert home.run("weights", HF_TOKEN=NO_ACCESS) == 0
@@ -145,7 +145,7 @@ def test_a_token_is_in_nothing_that_is_written(hub: Hub, registry: Registry, tmp
     server.terminate()
     server.wait(FINALLY)
 
-    # what is published
+    # a push
     (home.project / "weights" / "falcon-rw-1b" / "manifest.json").unlink()
     for name in (".env~", "token.json", "llm/.env.bak"):
         (home.project / name).write_text(GOOD)

@@ -1,4 +1,4 @@
-"""The HTTP contract, on the genuine server with the real predictor and a tiny falcon."""
+"""The HTTP contract, on the real server with the real predictor and a tiny falcon."""
 
 import io
 import json
@@ -41,21 +41,21 @@ def test_openapi_is_the_schema_of_predict_py(falcon_server: Client) -> None:
 
 def test_the_answer_streams_and_a_cancel_ends_it(falcon_server: Client) -> None:
     with falcon_server.stream(**LONG) as events:
-        seen = []
+        names = []
         for name, data in events:
-            seen.append(name)
+            names.append(name)
             if name == "start":
                 prediction = data["id"]
-            # Cog sends what an async generator yields only when it has ended: then no output comes before the end.
-            if name == "output" and seen.count("output") == 3:
+            # an async generator: Cog would send nothing before its end
+            if name == "output" and names.count("output") == 3:
                 assert falcon_server.cancel(prediction)
-    assert seen[0] == "start" and seen[-1] == "completed"
+    assert names[0] == "start" and names[-1] == "completed"
     assert data["status"] == "canceled"
-    # Cog says so too of one that nobody stopped
-    assert 3 <= seen.count("output") < 1000
+    # Cog says "canceled" even where nothing stopped the generation
+    assert 3 <= names.count("output") < 1000
 
 
-def test_a_second_question_about_a_text_says_how_much_of_it_was_read(falcon_server: Client) -> None:
+def test_a_second_question_about_a_text_counts_its_cached_tokens(falcon_server: Client) -> None:
     text = " ".join(map(str, range(100, 300)))
     first, second = (
         falcon_server.predict(pregunta=f"{text} {question}", prompt_template="{pregunta}", max_tokens=2).json()
@@ -67,26 +67,25 @@ def test_a_second_question_about_a_text_says_how_much_of_it_was_read(falcon_serv
     assert f"{read} tokens de entrada, {cached} ya leídos, 2 de salida" in second["logs"]
 
 
-def test_a_client_that_goes_makes_room_for_another(falcon_server: Client) -> None:
+def test_a_client_that_leaves_frees_its_place(falcon_server: Client) -> None:
     concurrency = schema.read(ROOT / "predict.py").concurrency
     with falcon_server.stream(**LONG) as first:
-        # of as many tokens as the others: it ends before them, if they are left to end
+        # as long as the others and begun before them: it would end first
         first_id = next(data["id"] for name, data in first if name == "start")
         with ExitStack() as clients:
             others = [clients.enter_context(falcon_server.stream(**LONG)) for _ in range(concurrency - 1)]
             for events in others:
-                # it runs
                 assert any(name == "output" for name, _ in events)
             assert falcon_server.predict_if_free(**SHORT).status_code == httpx.codes.CONFLICT
             assert falcon_server.get("/health-check")["status"] == "BUSY"
         assert falcon_server.predict(**SHORT).json()["status"] == "succeeded"
-        # it was still running
+        # still running: so the others were cancelled
         assert falcon_server.cancel(first_id)
     while falcon_server.get("/health-check")["status"] != "READY":
         continue
 
 
-def test_one_prediction(falcon_server: Client) -> None:
+def test_a_streamed_prediction_is_the_whole_one(falcon_server: Client) -> None:
     with falcon_server.stream(**SHORT) as events:
         streamed = list(events)
     whole = falcon_server.predict(**SHORT).json()
@@ -103,8 +102,8 @@ def test_one_prediction(falcon_server: Client) -> None:
 
 def test_the_same_seed_gives_the_same_text(falcon_server: Client) -> None:
     drawn = {**SHORT, "temperature": 2.0, "top_k": 0, "max_tokens": 16}
-    one, again, other = (falcon_server.predict(**drawn, seed=seed).json()["output"] for seed in (1, 1, 2))
-    assert one == again != other
+    first, second, third = (falcon_server.predict(**drawn, seed=seed).json()["output"] for seed in (1, 1, 2))
+    assert first == second != third
 
 
 def test_a_whole_float_is_an_integer(falcon_server: Client) -> None:
@@ -143,7 +142,7 @@ def test_what_the_schema_forbids_is_422_with_the_field(
     assert [detail["loc"] for detail in answer.json()["detail"]] == [["body", "input", field]]
 
 
-def test_what_is_no_json_is_400(falcon_server: Client) -> None:
+def test_invalid_json_is_400(falcon_server: Client) -> None:
     answer = falcon_server.post("/predictions", '{"input": {"pregunta": "a", "temperature": NaN}}')
     assert answer.status_code == httpx.codes.BAD_REQUEST
 
@@ -195,20 +194,20 @@ def test_the_last_line_of_setup_is_logged_even_when_it_comes_late() -> None:
         {"fields": {"message": "Listo"}, "target": "coglet::user"},
         {"fields": {"message": "Setup complete"}, "target": "coglet::worker_bridge"},
     ]
-    # as the genuine one says it when its two processes are quick, which no test can make them be
-    says = f"print({json.dumps(chr(10).join(map(json.dumps, events)))})"
-    with subprocess.Popen([sys.executable, "-c", says], stdout=subprocess.PIPE, encoding="utf-8") as process:
+    # Cog's order when its two processes are quick, which no test can provoke
+    program = f"print({json.dumps(chr(10).join(map(json.dumps, events)))})"
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, encoding="utf-8") as process:
         running = server.Server(process, log.append)
         with pytest.raises(UserError, match=r"Setup complete$"):
             running.wait()
     assert [(line.text, line.ours) for line in log] == [("Caché", True), ("Loading weights", False), ("Listo", True)]
 
 
-def test_a_proxy_of_the_environment_is_not_asked_for_this_computer(
+def test_this_computer_is_reached_without_the_environments_proxy(
     falcon_server: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("http_proxy", "all_proxy", "HTTP_PROXY", "ALL_PROXY"):
-        # nobody listens there
+        # nobody listens on port 1
         monkeypatch.setenv(name, "http://127.0.0.1:1")
     assert falcon_server.server.health()["status"] in ("READY", "BUSY")
     inputs: dict[str, Any] = SHORT
@@ -220,7 +219,7 @@ def test_a_proxy_of_the_environment_is_not_asked_for_this_computer(
     assert output.getvalue() == running.ask(**inputs).text
 
 
-# What the system may refuse: said before anything loads
+# Limits of the system, reported before anything loads
 
 
 @pytest.fixture
@@ -231,14 +230,14 @@ def descriptors() -> Iterator[Callable[[int, int], None]]:
 
 
 @pytest.mark.slow
-def test_few_open_files_are_made_enough(
+def test_a_low_limit_of_open_files_is_raised(
     descriptors: Callable[[int, int], None], falcon_environment: dict[str, str]
 ) -> None:
     concurrency = schema.read(ROOT / "predict.py").concurrency
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     descriptors(64, hard)
     with server.running(environment=falcon_environment) as running:
-        # the streams are this process's, and so are their descriptors
+        # the streams' descriptors are this process's
         descriptors(1024, hard)
         running.wait_until_ready()
         client = Client(running)
@@ -247,7 +246,7 @@ def test_few_open_files_are_made_enough(
                 assert any(name == "output" for name, _ in events)
 
 
-def test_too_few_open_files_are_told(falcon_environment: dict[str, str]) -> None:
+def test_too_low_a_limit_of_open_files_is_reported(falcon_environment: dict[str, str]) -> None:
     run = subprocess.run(
         ["bash", "-c", 'ulimit -n 64; exec "$0" "$@"', sys.executable, "-m", "cli.predict", "-i", "pregunta=a"],
         cwd=ROOT,
@@ -263,19 +262,19 @@ def test_too_few_open_files_are_told(falcon_environment: dict[str, str]) -> None
 
 
 @pytest.fixture
-def anyones() -> Iterator[Path]:
+def shared_folder() -> Iterator[Path]:
     """A folder that every user may enter, as pytest's are not."""
     with TemporaryDirectory() as folder:
         Path(folder).chmod(0o755)
         yield Path(folder)
 
 
-@pytest.mark.parametrize("owned", ["coglet", "coglet/predictions"])
-def test_a_folder_of_cogs_that_is_another_users_is_told(anyones: Path, owned: str) -> None:
-    (anyones / owned).mkdir(parents=True)
-    (anyones / owned).chmod(0o555)
-    predictions = anyones / "coglet" / "predictions"
-    project = anyones / "project"
+@pytest.mark.parametrize("foreign", ["coglet", "coglet/predictions"])
+def test_cogs_folder_of_another_user_is_reported(shared_folder: Path, foreign: str) -> None:
+    (shared_folder / foreign).mkdir(parents=True)
+    (shared_folder / foreign).chmod(0o555)
+    predictions = shared_folder / "coglet" / "predictions"
+    project = shared_folder / "project"
     project.mkdir()
     project.chmod(0o777)
     shutil.copy(ROOT / "predict.py", project)
@@ -294,23 +293,25 @@ def test_a_folder_of_cogs_that_is_another_users_is_told(anyones: Path, owned: st
     )
 
 
-@pytest.mark.parametrize("own", [None, "7"])
-def test_its_threads_spin_for_a_bounded_time_or_the_users_own(
-    processes: Marked, monkeypatch: pytest.MonkeyPatch, own: str | None
+@pytest.mark.parametrize("chosen", [None, "7"])
+def test_threads_spin_for_a_bounded_time_or_the_one_that_the_user_chose(
+    processes: Marked, monkeypatch: pytest.MonkeyPatch, chosen: str | None
 ) -> None:
     monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
-    if own:
-        monkeypatch.setenv("GOMP_SPINCOUNT", own)
+    if chosen:
+        monkeypatch.setenv("GOMP_SPINCOUNT", chosen)
     with server.running(environment=processes.environment):
         (process,) = processes.alive("cog.server.http")
-        assert process.environ()["GOMP_SPINCOUNT"] == (own or server.LIBRARIES["GOMP_SPINCOUNT"])
+        assert process.environ()["GOMP_SPINCOUNT"] == (chosen or server.LIBRARIES["GOMP_SPINCOUNT"])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "message"), [("_run_worker", "falta de memoria"), ("cog.server.http", "por su cuenta")]
 )
-def test_a_process_that_dies_in_setup_is_told(falcon_environment: dict[str, str], command: str, message: str) -> None:
+def test_a_process_that_dies_in_setup_is_reported(
+    falcon_environment: dict[str, str], command: str, message: str
+) -> None:
     processes = Marked()
 
     def kill(_: server.Line) -> None:

@@ -1,4 +1,4 @@
-"""What the environment and .env say, and which of them wins."""
+"""The settings in the environment and in .env, and which of them wins."""
 
 import os
 import re
@@ -31,20 +31,22 @@ def _unset(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-def test_nothing_set_is_falcon_at_its_pinned_commit(tmp_path: Path) -> None:
+def test_the_default_is_falcon_at_its_pinned_commit(tmp_path: Path) -> None:
     settings = Settings.read(tmp_path)
     assert settings == Settings(FALCON, FALCON_COMMIT, tmp_path / "weights", None, None)
     assert settings.folder == tmp_path / "weights" / "falcon-rw-1b"
 
 
-def test_another_id_is_its_main_in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_model_is_its_main_branch_in_a_folder_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MODEL_ID", "HuggingFaceTB/SmolLM2-135M-Instruct")
     settings = Settings.read(tmp_path)
     assert settings.revision is None
     assert settings.folder.name == "smollm2-135m-instruct"
 
 
-def test_env_file_is_read_and_the_environment_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_env_file_is_read_and_the_environment_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / ".env").write_text(
         "MODEL_ID=org/uno\nMODEL_REVISION='v1'\nWEIGHTS_DIR=otra/carpeta\nHF_TOKEN=hf_a${b}\nDTYPE=float32\n"
     )
@@ -58,7 +60,7 @@ def test_env_file_is_read_and_the_environment_wins(tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize(("value", "read"), [("1", False), ("True", False), ("0", True), ("", True)])
-def test_an_env_file_that_is_switched_off(
+def test_the_env_file_can_be_switched_off(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str, read: bool
 ) -> None:
     (tmp_path / ".env").write_text("MODEL_ID=org/uno\n")
@@ -66,7 +68,7 @@ def test_an_env_file_that_is_switched_off(
     assert Settings.read(tmp_path).model_id == ("org/uno" if read else FALCON)
 
 
-def test_env_file_saved_by_windows(tmp_path: Path) -> None:
+def test_an_env_file_saved_by_windows_is_read_if_in_utf_8(tmp_path: Path) -> None:
     (tmp_path / ".env").write_bytes("MODEL_ID=org/uno\r\n".encode("utf-8-sig"))
     assert Settings.read(tmp_path).model_id == "org/uno"
 
@@ -94,7 +96,7 @@ def test_an_env_that_is_no_file_is_named(tmp_path: Path, make: Callable[[Path], 
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "says"),
+    ("name", "value", "message"),
     [
         ("MODEL_ID", "../../etc", "MODEL_ID=../../etc no es un nombre"),
         ("MODEL_ID", "org/..", "MODEL_ID=org/.. no es un nombre"),
@@ -117,11 +119,11 @@ def test_an_env_that_is_no_file_is_named(tmp_path: Path, make: Callable[[Path], 
         ("HUGGINGFACE_HUB_TOKEN", "hf_ñ", "HUGGINGFACE_HUB_TOKEN lleva espacios"),
     ],
 )
-def test_a_value_that_cannot_be(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str, says: str
+def test_an_invalid_value_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str, message: str
 ) -> None:
     monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match=re.escape(says)) as error:
+    with pytest.raises(UserError, match=re.escape(message)) as error:
         Settings.read(tmp_path)
     assert "\n" not in str(error.value)
     if "TOKEN" in name:
@@ -148,12 +150,12 @@ def test_a_context_is_a_number_of_tokens(tmp_path: Path, monkeypatch: pytest.Mon
     assert Settings.read(tmp_path).max_context == 8192
     monkeypatch.setenv("MAX_CONTEXT", "16")
     assert Settings.read(tmp_path).max_context == 16
-    # as in cog.yaml: empty, it leaves the choice to the machine whatever .env says
+    # as in cog.yaml: an empty value leaves the choice to the machine, whatever .env says
     monkeypatch.setenv("MAX_CONTEXT", "")
     assert Settings.read(tmp_path).max_context is None
 
 
-def test_prefixes_are_shared_unless_somebody_says_no(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prefixes_are_shared_unless_switched_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert Settings.read(tmp_path).share_prefixes
     (tmp_path / ".env").write_text("SHARE_PREFIXES=0\n")
     assert not Settings.read(tmp_path).share_prefixes
@@ -162,7 +164,9 @@ def test_prefixes_are_shared_unless_somebody_says_no(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.parametrize("model_id", ["MiModelo", "alguien/MiModelo"])
-def test_a_folder_is_found_as_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_id: str) -> None:
+def test_a_folder_is_found_with_the_capitals_of_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_id: str
+) -> None:
     monkeypatch.setenv("MODEL_ID", model_id)
     weights = tmp_path / "weights"
     # where script/weights puts the hub's models
@@ -171,12 +175,12 @@ def test_a_folder_is_found_as_it_is_written(tmp_path: Path, monkeypatch: pytest.
     assert Settings.read(tmp_path).folder == weights / "mimodelo"
     (weights / "MIMODELO").mkdir()
     assert Settings.read(tmp_path).folder == weights / "mimodelo"
-    # of both, the one that is written
+    # of both, the one with MODEL_ID's capitals
     (weights / "MiModelo").mkdir()
     assert Settings.read(tmp_path).folder == weights / "MiModelo"
 
 
-def test_without_docstrings_the_reason_is_said() -> None:
+def test_python_without_docstrings_is_refused_with_the_reason() -> None:
     code = "from llm.weights.settings import Settings; Settings.read()"
     run = subprocess.run([sys.executable, "-OO", "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert run.stderr.splitlines()[-1].endswith(

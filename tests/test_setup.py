@@ -1,4 +1,4 @@
-"""script/setup, with package indexes and an nvidia-smi of the tests' own, and the genuine pip and uv."""
+"""script/setup with the real pip and uv, and stand-ins for package indexes and nvidia-smi."""
 
 import os
 import pty
@@ -57,12 +57,12 @@ def torch(folder: Path, release: str, sees: bool = False) -> None:
 
 
 class Served:
-    """A folder on 127.0.0.1, as a package index shows it; a proxy too, for whatever host."""
+    """A folder on 127.0.0.1, as a package index or as a proxy for any host."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.asked: list[str] = []
-        """The address of each request: a whole one where a proxy is asked."""
+        self.requests: list[str] = []
+        """The address of each request: a full URL where the client uses a proxy."""
         served = self
 
         class Handler(SimpleHTTPRequestHandler):
@@ -70,7 +70,7 @@ class Served:
                 super().__init__(*arguments, directory=str(folder))  # type: ignore[arg-type]
 
             def translate_path(self, path: str) -> str:
-                served.asked.append(path)
+                served.requests.append(path)
                 return super().translate_path(urlsplit(path).path)
 
             def log_message(self, *_: object) -> None:
@@ -109,7 +109,7 @@ def project(folder: Path, *pins: str) -> Path:
 
 
 def environment(folder: Path, variables: dict[str, str]) -> dict[str, str]:
-    """Of a user with nothing configured but `variables`, whose PyTorch index does not answer."""
+    """The environment of a user who configured `variables` alone, with a PyTorch index that does not answer."""
     return {
         "PATH": str(folder / "bin"),
         "HOME": str(folder),
@@ -135,7 +135,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     wheel(wheels, "uv", release, {f"uv-{release}.data/scripts/uv": program})
     result = setup(folder, PIP_NO_INDEX="1", PIP_FIND_LINKS=str(wheels))
     assert result.returncode == 0, result.stderr
-    assert said(result) == []
+    assert messages(result) == []
     assert (setup(folder).returncode, setup(folder).stderr) == (0, "")
     return folder
 
@@ -163,8 +163,8 @@ def installed(folder: Path, name: str) -> tuple[str, str]:
     return info.name.removeprefix(f"{name}-").removesuffix(".dist-info"), (info / "INSTALLER").read_text().strip()
 
 
-def said(result: Result) -> list[str]:
-    """What setup tells its user between its first line and its last."""
+def messages(result: Result) -> list[str]:
+    """The lines of setup between its first and its last."""
     assert result.returncode == 0, result.stderr
     first, *lines, last = result.stderr.splitlines()
     assert first.startswith("Preparando .venv") and last == "Listo"
@@ -189,12 +189,12 @@ def test_uv_installs_as_pip_is_configured(
     (served.folder / "simple" / "otra").mkdir()
     config = tmp_path / "pip.conf"
     config.write_text(f"[{section}]\n{text.format(url=served.url, folder=served.folder)}\n")
-    assert said(setup(folder, PIP_CONFIG_FILE=str(config), HOME=str(tmp_path))) == []
+    assert messages(setup(folder, PIP_CONFIG_FILE=str(config), HOME=str(tmp_path))) == []
     assert installed(folder, "prueba") == ("1.0", "uv")
-    assert "proxy" not in text or "http://indice.invalid/simple/prueba/" in served.asked
+    assert "proxy" not in text or "http://indice.invalid/simple/prueba/" in served.requests
 
 
-def test_a_constraint_of_pip_is_one_of_uv(ready: Callable[..., Path], served: Served) -> None:
+def test_uv_obeys_a_constraint_of_pip(ready: Callable[..., Path], served: Served) -> None:
     folder = ready("prueba==1.0")
     wheel(served.folder, "prueba", "1.0")
     (folder / "constraints.txt").write_text("prueba<1\n")
@@ -205,14 +205,14 @@ def test_a_constraint_of_pip_is_one_of_uv(ready: Callable[..., Path], served: Se
     assert result.stderr.splitlines()[-1].startswith("No se pudo instalar lo de requirements-dev.txt")
 
 
-def test_variables_that_would_install_elsewhere_are_passed_over(ready: Callable[..., Path], served: Served) -> None:
+def test_variables_that_would_install_elsewhere_are_ignored(ready: Callable[..., Path], served: Served) -> None:
     folder = ready("prueba==1.0")
     wheel(served.folder, "prueba", "1.0")
     elsewhere = {name: str(folder / "otra") for name in ("PIP_TARGET", "PIP_PREFIX", "PIP_ROOT", "PIP_PYTHON")}
     result = setup(
         folder, PIP_NO_INDEX="1", PIP_FIND_LINKS=str(served.folder), **elsewhere, PIP_USER="1", PIP_DRY_RUN="1"
     )
-    assert said(result) == []
+    assert messages(result) == []
     assert installed(folder, "prueba") == ("1.0", "uv")
     assert setup(folder).stderr == ""
 
@@ -224,7 +224,7 @@ def broken(folder: Path, program: str) -> str:
 
 
 @pytest.mark.parametrize("case", ["fails", "absent", "elsewhere", "not pinned"])
-def test_where_uv_cannot_pip_installs(ready: Callable[..., Path], served: Served, tmp_path: Path, case: str) -> None:
+def test_where_uv_fails_pip_installs(ready: Callable[..., Path], served: Served, tmp_path: Path, case: str) -> None:
     uv = {
         "fails": lambda: broken(served.folder, "echo uv says why; exit 1"),
         "absent": lambda: "uv==0.2 ; python_version < '3'",
@@ -237,7 +237,9 @@ def test_where_uv_cannot_pip_installs(ready: Callable[..., Path], served: Served
         toml = folder / ".config" / "uv" / "uv.toml"
         toml.parent.mkdir(parents=True)
         toml.write_text(f'[pip]\ntarget = "{tmp_path / "otra"}"\n')
-    lines = said(setup(folder, PIP_NO_INDEX="1", PIP_FIND_LINKS=str(served.folder), PIP_TARGET=str(tmp_path / "no")))
+    lines = messages(
+        setup(folder, PIP_NO_INDEX="1", PIP_FIND_LINKS=str(served.folder), PIP_TARGET=str(tmp_path / "no"))
+    )
     assert installed(folder, "prueba") == ("1.0", "pip")
     if case == "not pinned":
         assert lines == []
@@ -247,7 +249,7 @@ def test_where_uv_cannot_pip_installs(ready: Callable[..., Path], served: Served
     assert setup(folder).stderr == ""
 
 
-def test_what_neither_can_install_is_named(ready: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_package_that_neither_can_install_is_named(ready: Callable[..., Path], tmp_path: Path) -> None:
     folder = ready("prueba==1.0")
     result = setup(folder, PIP_NO_INDEX="1", PIP_FIND_LINKS=str(tmp_path))
     assert result.returncode == 1
@@ -268,16 +270,16 @@ def test_a_configuration_that_pip_cannot_read_is_one_line(ready: Callable[..., P
 
 
 def nvidia_smi(folder: Path, text: str, status: int = 0) -> None:
-    """One that prints it; where a capability is asked and it tells none, an error as of old."""
+    """A stand-in that prints `text`; if `text` has no capability, an old one that cannot be asked for it."""
     program = folder / "bin" / "nvidia-smi"
-    old = "," not in text and status == 0
+    is_old = "," not in text and status == 0
     refusal = 'case "$*" in *compute_cap*) echo "Field \\"compute_cap\\" is not a valid field to query."; exit 2;; esac'
-    program.write_text(f"#!/bin/sh\n{refusal if old else ''}\necho '{text}'\nexit {status}\n")
+    program.write_text(f"#!/bin/sh\n{refusal if is_old else ''}\necho '{text}'\nexit {status}\n")
     program.chmod(0o755)
 
 
 def builds(served: Served, *sees: str) -> dict[str, str]:
-    """A registry's torch and PyTorch's two builds, of which these see the GPU; and the variables that lead there."""
+    """Add a registry's torch and PyTorch's two builds, of which `sees` see the GPU; the variables that lead there."""
     torch(served.folder / "simple" / "torch", "2.13.0", "" in sees)
     for build in ("cpu", "cu126"):
         torch(served.folder / "whl" / build / "torch", f"2.13.0+{build}", build in sees)
@@ -297,14 +299,14 @@ OLD = "La GPU no se usará: su controlador es el {} y PyTorch pide el {} o más 
         ([("525.60", 9.0)], "cu126"),
         ([("580.95.05", 6.1)], "cu126"),
         ([("580.95.05", 9.0), ("580.95.05", 7.0)], "cu126"),
-        # no build is for all of these
+        # no build supports all of these
         ([("580.95.05", 12.0), ("580.95.05", 7.0)], ""),
-        # none is for this one with its driver: a newer driver
+        # no build supports this GPU with this driver: the remedy is a newer driver
         ([("575.57.08", 12.0)], ""),
         ([("470.256.02", 8.0)], "cpu"),
     ],
 )
-def test_the_build_for_a_machine(gpus: list[tuple[str, float]], build: str) -> None:
+def test_the_build_suits_the_driver_and_the_gpus(gpus: list[tuple[str, float]], build: str) -> None:
     assert build_for([Gpu(*gpu) for gpu in gpus]) == build
 
 
@@ -318,21 +320,21 @@ def test_the_build_for_a_machine(gpus: list[tuple[str, float]], build: str) -> N
         ("470.256.02", "cpu", OLD.format("470.256.02", "525") + ", borre .venv y repita"),
     ],
 )
-def test_torch_is_built_for_the_machine(
+def test_setup_installs_the_build_for_the_machine(
     ready: Callable[..., Path], served: Served, gpus: str | None, build: str, line: str | None
 ) -> None:
     folder = ready("torch==2.13.0")
     if gpus is not None:
         nvidia_smi(folder, gpus)
     variables = builds(served, *([] if line else [build]))
-    assert said(setup(folder, **variables)) == ([line] if line else [])
+    assert messages(setup(folder, **variables)) == ([line] if line else [])
     assert installed(folder, "torch") == ("2.13.0" + (f"+{build}" if build else ""), "uv")
-    assert bool([path for path in served.asked if path.startswith("/whl")]) == bool(build)
+    assert bool([path for path in served.requests if path.startswith("/whl")]) == bool(build)
 
 
-def test_pip_too_takes_the_build_for_the_machine(ready: Callable[..., Path], served: Served) -> None:
+def test_pip_too_installs_the_build_for_the_machine(ready: Callable[..., Path], served: Served) -> None:
     folder = ready("torch==2.13.0", uv="# no uv")
-    assert said(setup(folder, **builds(served))) == []
+    assert messages(setup(folder, **builds(served))) == []
     assert installed(folder, "torch") == ("2.13.0+cpu", "pip")
 
 
@@ -349,7 +351,7 @@ def test_pip_too_takes_the_build_for_the_machine(ready: Callable[..., Path], ser
         ),
     ],
 )
-def test_without_pytorchs_index_the_registrys_build_is_taken(
+def test_without_pytorchs_index_the_registrys_build_is_installed(
     ready: Callable[..., Path], served: Served, tool: str, gpus: str | None, build: str, line: str, more: list[str]
 ) -> None:
     folder = ready("torch==2.13.0", uv=UV if tool == "uv" else "# no uv")
@@ -359,21 +361,21 @@ def test_without_pytorchs_index_the_registrys_build_is_taken(
     start = (
         f"No se pudo traer PyTorch de http://127.0.0.1:9/whl/{build}: será el del registro de paquetes, en Linux para "
     )
-    assert said(setup(folder, **variables)) == [start + line, *more]
+    assert messages(setup(folder, **variables)) == [start + line, *more]
     assert installed(folder, "torch") == ("2.13.0", tool)
 
 
 @pytest.mark.parametrize("tool", ["uv", "pip"])
-def test_a_build_of_the_users_own_source_is_taken(ready: Callable[..., Path], served: Served, tool: str) -> None:
+def test_a_build_of_the_users_own_source_is_installed(ready: Callable[..., Path], served: Served, tool: str) -> None:
     folder = ready("torch==2.13.0", uv=UV if tool == "uv" else "# no uv")
     own = served.folder / "own"
     torch(own, "2.13.0+cu126")
     variables = {**builds(served), "PYTORCH_INDEX_URL": "http://127.0.0.1:9/whl", "PIP_FIND_LINKS": str(own)}
-    assert said(setup(folder, **variables)) == []
+    assert messages(setup(folder, **variables)) == []
     assert installed(folder, "torch") == ("2.13.0+cu126", tool)
 
 
-def test_a_torch_that_is_there_is_not_replaced(ready: Callable[..., Path], served: Served) -> None:
+def test_an_installed_torch_is_not_replaced(ready: Callable[..., Path], served: Served) -> None:
     folder = ready("torch==2.13.0")
     variables = builds(served)
     nvidia_smi(folder, "580.95.05, 9.0")
@@ -381,7 +383,7 @@ def test_a_torch_that_is_there_is_not_replaced(ready: Callable[..., Path], serve
     (folder / "bin" / "nvidia-smi").unlink()
     with (folder / "requirements-dev.txt").open("a") as pins:
         pins.write("# changed\n")
-    assert said(setup(folder, **variables)) == []
+    assert messages(setup(folder, **variables)) == []
     assert installed(folder, "torch") == ("2.13.0", "uv")
 
 
@@ -395,14 +397,14 @@ def test_a_torch_that_is_there_is_not_replaced(ready: Callable[..., Path], serve
         ),
     ],
 )
-def test_a_gpu_that_torch_does_not_see_is_said(
+def test_a_gpu_that_torch_does_not_see_is_reported(
     ready: Callable[..., Path], served: Served, release: str, line: str
 ) -> None:
     folder = ready("torch==2.13.0")
     nvidia_smi(folder, "580.95.05, 9.0")
     torch(served.folder, release)
     result = setup(folder, PIP_NO_INDEX="1", PIP_FIND_LINKS=str(served.folder))
-    assert said(result) == [f"La GPU no se usará: {line}"]
+    assert messages(result) == [f"La GPU no se usará: {line}"]
 
 
 @pytest.mark.parametrize(
@@ -418,19 +420,23 @@ def test_a_gpu_that_torch_does_not_see_is_said(
         ),
     ],
 )
-def test_an_nvidia_smi_that_fails(ready: Callable[..., Path], served: Served, text: str, lines: list[str]) -> None:
+def test_where_nvidia_smi_fails_the_build_is_for_the_cpu(
+    ready: Callable[..., Path], served: Served, text: str, lines: list[str]
+) -> None:
     folder = ready("torch==2.13.0")
     nvidia_smi(folder, text, 6)
-    assert said(setup(folder, **builds(served))) == lines
+    assert messages(setup(folder, **builds(served))) == lines
     assert installed(folder, "torch") == ("2.13.0+cpu", "uv")
 
 
 @pytest.mark.parametrize("without", ["", "1"])
-def test_where_python_writes_no_bytecode_setup_does(ready: Callable[..., Path], served: Served, without: str) -> None:
+def test_where_python_writes_no_bytecode_setup_writes_it(
+    ready: Callable[..., Path], served: Served, without: str
+) -> None:
     folder = ready("prueba==1.0")
     wheel(served.folder, "prueba", "1.0")
     variables = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(served.folder), "PYTHONDONTWRITEBYTECODE": without}
-    assert said(setup(folder, **variables)) == []
+    assert messages(setup(folder, **variables)) == []
     assert bool(list(site(folder).glob("__pycache__/prueba.*.pyc"))) == bool(without)
 
 
@@ -443,7 +449,7 @@ def test_a_terminal_shows_what_is_installed(ready: Callable[..., Path], served: 
         process = subprocess.Popen([folder / "script" / "setup"], env=variables, stdout=theirs, stderr=theirs)
         os.close(theirs)
         text = b""
-        # a terminal whose last program has gone is an error to its reader
+        # reading from a closed terminal is an error
         while chunk := _read(terminal.fileno()):
             text += chunk
         assert process.wait(FINALLY) == 0, text
@@ -459,14 +465,14 @@ def _read(descriptor: int) -> bytes:
 
 HANGS = "exec /bin/sleep 600"
 HALF = f'cd "${{0%/bin/*}}"/lib/python*/site-packages && /bin/mkdir prueba-1.0.dist-info && {HANGS}'
-"""As uv leaves a package in the middle."""
+"""A package as an interrupted uv leaves it."""
 
 
 @pytest.mark.parametrize(
     ("hangs", "number", "status"),
     [("uv", signal.SIGINT, 130), ("uv", signal.SIGHUP, 129), ("nvidia-smi", signal.SIGTERM, 143)],
 )
-def test_an_interrupted_installation_is_begun_again(
+def test_an_interrupted_installation_is_repeated(
     ready: Callable[..., Path], served: Served, processes: Marked, hangs: str, number: signal.Signals, status: int
 ) -> None:
     folder = ready("prueba==1.0", uv=broken(served.folder, HALF))
@@ -482,7 +488,7 @@ def test_an_interrupted_installation_is_begun_again(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # a Ctrl-C is not ignored, as it would be below a shell's &
+        # below a shell's & a Ctrl-C would be ignored
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     until(lambda: processes.alive("sleep 600") or process.poll() is not None)
@@ -497,6 +503,6 @@ def test_an_interrupted_installation_is_begun_again(
         return
 
     broken(served.folder, "exit 1")
-    assert said(setup(folder, **variables))[-1].startswith("uv no pudo instalarlo")
+    assert messages(setup(folder, **variables))[-1].startswith("uv no pudo instalarlo")
     assert installed(folder, "prueba") == ("1.0", "pip")
     assert (site(folder) / "prueba.py").exists()

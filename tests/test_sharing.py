@@ -22,8 +22,8 @@ from llm.engine.sequence import Request, Sampling, Sequence
 from llm.engine.slots import SMALLEST
 from llm.errors import UserError
 from tests.support import checkpoints
+from tests.support.graphs import plain_call
 from tests.support.processes import until
-from tests.test_engine import plain_call
 
 slow = pytest.mark.slow
 GREEDY = Sampling(temperature=0)
@@ -124,6 +124,21 @@ def test_who_asks_while_a_text_is_being_read_waits_for_it_and_32_read_it_once(mo
     assert sum(read) == 2 + 6 * BLOCK + 32 * 3
     assert [generation.cached_tokens for generation in generations] == [0, *[6 * BLOCK] * 31]
     assert answers[::6] == alone(model, *asked[::6], max_tokens=4)
+
+
+def test_one_pass_reads_prompts_that_were_read_up_to_other_tokens(invariant_model: Model, read: list[int]) -> None:
+    engine, documents = Engine(invariant_model, 8, prefill_chunk=CHUNK), [text(n * BLOCK, seed=n) for n in (3, 1, 5)]
+    engine.start()
+    for document in documents:
+        ended(engine, [*document, 1])
+    read.clear()
+    asked = [[*document, *text(7 + n, seed=9)] for n, document in enumerate([*documents, text(20, seed=8)])]
+    with engine._wake:
+        generations = [engine.generate(Request(prompt, 8, GREEDY)) for prompt in asked]
+    answers = [list(generation) for generation in generations]
+    assert read == [7 + 8 + 9 + 20 + 10]
+    assert [generation.cached_tokens for generation in generations] == [3 * BLOCK, BLOCK, 5 * BLOCK, 0]
+    assert answers == alone(invariant_model, *asked)
 
 
 def test_what_a_cancelled_request_had_read_is_used(model: Model, read: list[int]) -> None:

@@ -34,8 +34,8 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 GOOD = ["entradas", "preguntas", "palabra a palabra", "cancelar", "entrada mala", "semilla", "8 a la vez"]
 ROWS = ["arranque en frío, s", "primer texto, s", "tokens/s, una sola", "tokens/s, 8 a la vez", "tokens de entrada"]
 ROWS += ["tokens de salida", "segundos de predict_time"]
-ASKED = 15
-"""Predictions that it makes."""
+PREDICTIONS = 15
+"""The number of predictions that script/smoke makes."""
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def script(tmp_path: Path, falcon_environment: dict[str, str], processes: Marked
 
 
 def checks(output: str) -> dict[str, str]:
-    """What it says of each check, "bien" or "MAL" first."""
+    """The result of each check, "bien" or "MAL" first."""
     lines = [line for line in output.splitlines() if line.startswith(("bien  ", "MAL   "))]
     return {line[6:].partition(": ")[0]: f"{line[:5].strip()} {line.partition(': ')[2]}" for line in lines}
 
@@ -66,16 +66,16 @@ def measured(output: str) -> dict[str, float]:
     return {name.strip(): float(value.replace(",", ".")) for name, _, value in (row.rpartition(" ") for row in rows)}
 
 
-# As it should be
+# Services without a fault
 
 
-def test_a_server_that_is_as_it_should_be(script: Run, falcon_server: Client) -> None:
+def test_a_server_without_a_fault_passes(script: Run, falcon_server: Client) -> None:
     result = script("--local", falcon_server.server.url)
     assert result.returncode == 0, result.stdout + result.stderr
-    said = checks(result.stdout)
-    assert list(said) == [*GOOD, "lo mismo que aquí"]
-    assert said["8 a la vez"] == "bien 8 respuestas; la de la semilla de antes, la misma"
-    assert said["lo mismo que aquí"] == "bien 4 de 4 textos iguales, de temperatura 0 y de la semilla"
+    results = checks(result.stdout)
+    assert list(results) == [*GOOD, "lo mismo que aquí"]
+    assert results["8 a la vez"] == "bien 8 respuestas; la de la semilla de antes, la misma"
+    assert results["lo mismo que aquí"] == "bien 4 de 4 textos iguales, de temperatura 0 y de la semilla"
     rows = measured(result.stdout)
     assert list(rows) == ROWS and all(value >= 0 for value in rows.values())
     assert rows["arranque en frío, s"] > 0 and rows["tokens/s, 8 a la vez"] > 0
@@ -83,22 +83,22 @@ def test_a_server_that_is_as_it_should_be(script: Run, falcon_server: Client) ->
     assert rows["tokens de salida"] == 4 * 16 + 10 * 32
 
 
-def test_a_version_that_is_as_it_should_be(script: Run, falcon_server: Client) -> None:
+def test_a_version_without_a_fault_passes(script: Run, falcon_server: Client) -> None:
     with Gateway(falcon_server.server.url) as gateway:
         version = gateway.publish()
         newer = gateway.publish(schema={**gateway.versions[version]["openapi_schema"], "info": {"title": "Otra"}})
         variables = {**gateway.environment, "REPLICATE_POLL_INTERVAL": "0.05"}
-        refused = script(MODEL, **variables)
-        assert (refused.returncode, refused.stdout, gateway.predictions) == (1, "", {})
-        cost, way_out = refused.stderr.splitlines()
-        assert cost.startswith(f"Se harán {ASKED} predicciones cortas en {MODEL}:{newer}. Replicate cobra")
+        unconfirmed = script(MODEL, **variables)
+        assert (unconfirmed.returncode, unconfirmed.stdout, gateway.predictions) == (1, "", {})
+        cost, way_out = unconfirmed.stderr.splitlines()
+        assert cost.startswith(f"Se harán {PREDICTIONS} predicciones cortas en {MODEL}:{newer}. Replicate cobra")
         assert way_out.endswith("repita con --yes")
 
         result = script(f"r8.im/{MODEL}:{version}", "--yes", **variables)
         assert result.returncode == 0, result.stdout + result.stderr
         assert list(checks(result.stdout)) == [*GOOD, "lo mismo que aquí"]
         assert {prediction.shown()["version"] for prediction in gateway.predictions.values()} == {version}
-        assert len(gateway.predictions) == ASKED
+        assert len(gateway.predictions) == PREDICTIONS
         billed = sum(prediction.shown()["metrics"]["predict_time"] for prediction in gateway.predictions.values())
     rows = measured(result.stdout)
     assert list(rows) == ROWS
@@ -106,13 +106,13 @@ def test_a_version_that_is_as_it_should_be(script: Run, falcon_server: Client) -
     assert gateway.token not in result.stdout + result.stderr
 
 
-def test_the_embedded_model(script: Run, demo_gateway: Gateway, demo_folder: Path) -> None:
+def test_the_embedded_model_passes(script: Run, demo_gateway: Gateway, demo_folder: Path) -> None:
     variables = {**demo_gateway.environment, "WEIGHTS_DIR": str(demo_folder.parent), "DTYPE": ""}
     result = script(MODEL, "--demo", "--yes", **variables)
     assert result.returncode == 0, result.stdout + result.stderr
-    said = checks(result.stdout)
-    assert said["preguntas"].endswith("contesta «The capital of France is Paris.»")
-    assert said["lo mismo que aquí"].startswith("bien 4 de 4 textos iguales")
+    results = checks(result.stdout)
+    assert results["preguntas"].endswith("contesta «The capital of France is Paris.»")
+    assert results["lo mismo que aquí"].startswith("bien 4 de 4 textos iguales")
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_a_mistake_is_one_line(script: Run, arguments: list[str], line: str) -> 
         (MODEL, f"En {MODEL} no hay nada publicado todavía: publíquelo con script/push {MODEL}"),
     ],
 )
-def test_a_version_that_is_not_there(
+def test_a_missing_version_is_named(
     falcon_server: Client, monkeypatch: pytest.MonkeyPatch, name: str, line: str
 ) -> None:
     with Gateway(falcon_server.server.url) as empty:
@@ -151,7 +151,7 @@ def test_a_version_that_is_not_there(
     assert str(raised.value).startswith(line)
 
 
-def test_what_is_no_server_of_cog(demo_gateway: Gateway) -> None:
+def test_a_server_that_is_not_cogs_is_refused(demo_gateway: Gateway) -> None:
     with pytest.raises(UserError, match=f"{demo_gateway.url} contestó 404: "):
         Cog(demo_gateway.url)
 
@@ -160,14 +160,14 @@ def test_what_is_no_server_of_cog(demo_gateway: Gateway) -> None:
 
 
 class Short(Gateway):
-    """Answers in 8 tokens, so that these tests are fast; what is to be cancelled goes on."""
+    """Answers in 8 tokens, so that these tests are fast; a prediction to be cancelled stays long."""
 
     def predict(self, body: Body) -> Prediction:
         given = body["input"]
         return super().predict({**body, "input": {**given, "max_tokens": self.tokens(given["max_tokens"])}})
 
-    def tokens(self, asked: int) -> int:
-        return asked if asked > 32 else 8
+    def tokens(self, requested: int) -> int:
+        return requested if requested > 32 else 8
 
 
 class LosesPieces(Short):
@@ -193,7 +193,7 @@ class NoStream(Short):
 
 
 class IgnoresCancels(Short):
-    def tokens(self, asked: int) -> int:
+    def tokens(self, requested: int) -> int:
         return 8
 
     def cancel_prediction(self, id: str) -> Body:
@@ -221,15 +221,15 @@ class ForgetsSeeds(Short):
 
 class Throttles(Short):
     def predict(self, body: Body) -> Prediction:
-        # seven are asked for before, one after another; of those that come together two may count the same
+        # the first seven come one after another; of the simultaneous ones two may read the same count
         if len(self.predictions) >= 10:
             raise Problem(HTTPStatus.TOO_MANY_REQUESTS, "Request was throttled.")
         return super().predict(body)
 
 
 class Talkative(Short):
-    def tokens(self, asked: int) -> int:
-        return asked + 1
+    def tokens(self, requested: int) -> int:
+        return requested + 1
 
 
 class Fails(Short):
@@ -249,7 +249,7 @@ class CountsNothing(Short):
 
 @pytest.fixture
 def hosted(falcon_server: Client, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[type[Gateway]], Hosted]]:
-    """The version that was pushed to such a Replicate."""
+    """The version that was pushed to a Replicate of this kind."""
     monkeypatch.setenv("REPLICATE_POLL_INTERVAL", "0.02")
     opened: list[Gateway] = []
 
@@ -266,21 +266,21 @@ def hosted(falcon_server: Client, monkeypatch: pytest.MonkeyPatch) -> Iterator[C
         gateway.__exit__(None, None, None)
 
 
-def nothing_here() -> dict[str, str]:
+def no_weights_here() -> dict[str, str]:
     raise UserError("este ordenador no tiene los pesos")
 
 
-def wrong(service: Service, output: pytest.CaptureFixture[str]) -> dict[str, str]:
-    """What it finds wrong; the command then ends by saying so."""
+def failed_checks(service: Service, output: pytest.CaptureFixture[str]) -> dict[str, str]:
+    """The failed checks, which the command's error names too."""
     with pytest.raises(UserError) as raised:
-        smoke.run(Smoke(service, nothing_here))
-    found = {name: said[4:] for name, said in checks(output.readouterr().out).items() if said.startswith("MAL ")}
-    assert str(raised.value) == f"{service.name} no está como debe: {', '.join(found)}"
-    return found
+        smoke.run(Smoke(service, no_weights_here))
+    faults = {name: text[4:] for name, text in checks(output.readouterr().out).items() if text.startswith("MAL ")}
+    assert str(raised.value) == f"{service.name} no está como debe: {', '.join(faults)}"
+    return faults
 
 
 @pytest.mark.parametrize(
-    ("kind", "check", "says"),
+    ("kind", "check", "message"),
     [
         (LosesPieces, "palabra a palabra", "llegó «"),
         (AllAtOnce, "palabra a palabra", "llegó de una vez, y no palabra a palabra"),
@@ -295,49 +295,49 @@ def wrong(service: Service, output: pytest.CaptureFixture[str]) -> dict[str, str
         (CountsNothing, "preguntas", "la respuesta a «What is the capital of France?» no trae la métrica input_token"),
     ],
 )
-def test_a_broken_service(
+def test_each_fault_of_a_service_fails_its_check(
     hosted: Callable[[type[Gateway]], Hosted],
     capsys: pytest.CaptureFixture[str],
     kind: type[Gateway],
     check: str,
-    says: str,
+    message: str,
 ) -> None:
-    found = wrong(hosted(kind), capsys)
-    assert list(found) == [check]
-    assert found[check].startswith(says)
+    faults = failed_checks(hosted(kind), capsys)
+    assert list(faults) == [check]
+    assert faults[check].startswith(message)
 
 
-def test_without_a_stream_what_needs_one_is_wrong(
+def test_without_a_stream_the_checks_that_need_one_fail(
     hosted: Callable[[type[Gateway]], Hosted], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = wrong(hosted(NoStream), capsys)
-    assert list(found) == ["palabra a palabra", "cancelar"]
-    assert all("no emite la respuesta palabra a palabra" in said for said in found.values())
+    faults = failed_checks(hosted(NoStream), capsys)
+    assert list(faults) == ["palabra a palabra", "cancelar"]
+    assert all("no emite la respuesta palabra a palabra" in text for text in faults.values())
 
 
-def test_another_version_of_the_inputs(
+def test_other_inputs_fail_their_check(
     hosted: Callable[[type[Gateway]], Hosted], capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = hosted(Short)
     other.inputs = (other.inputs - {"seed"}) | {"semilla"}
-    found = wrong(other, capsys)
-    assert found == {"entradas": "no son las de predict.py, no coinciden seed, semilla: contesta otra versión"}
+    faults = failed_checks(other, capsys)
+    assert faults == {"entradas": "no son las de predict.py, no coinciden seed, semilla: contesta otra versión"}
 
 
-def test_one_that_never_ends_is_given_up_and_cancelled(
+def test_a_prediction_that_does_not_end_is_cancelled(
     hosted: Callable[[type[Gateway]], Hosted], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gateways: list[Gateway] = []
 
-    class Kept(Short):
+    class Recorded(Short):
         def predict(self, body: Body) -> Prediction:
             gateways.append(self)
             return super().predict(body)
 
-    patient = hosted(Kept)
+    endless = hosted(Recorded)
     monkeypatch.setattr(service, "_SECONDS_TO_END", 0)
     with pytest.raises(UserError, match="Tras 0 minutos una predicción sigue en "):
-        patient.ask(**smoke.ENDLESS)
+        endless.ask(**smoke.ENDLESS)
     (prediction,) = gateways[0].predictions.values()
     assert prediction.shown()["status"] == "canceled"
 
@@ -351,33 +351,33 @@ def few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(inputs, "max_tokens", 8)
 
 
-class InCompany(Cog):
-    """Answers something else to a seed that it has answered twice."""
+class ChangesText(Cog):
+    """Answers the third request with the same seed with another text."""
 
-    asked = 0
+    requested = 0
 
     def ask(self, **inputs: Any) -> Answer:
         if inputs.get("seed") == smoke.DRAWN["seed"]:
-            self.asked += 1
-            inputs["seed"] += self.asked > 2
+            self.requested += 1
+            inputs["seed"] += self.requested > 2
         return super().ask(**inputs)
 
 
 @pytest.mark.usefixtures("few_tokens")
-def test_another_text_in_company(falcon_server: Client) -> None:
-    broken = InCompany(falcon_server.server.url)
-    asked = Smoke(broken, nothing_here)
-    assert smoke.seed(asked) == "dos veces el mismo texto"
+def test_another_text_beside_other_requests_is_a_fault(falcon_server: Client) -> None:
+    broken = ChangesText(falcon_server.server.url)
+    run = Smoke(broken, no_weights_here)
+    assert smoke.seed(run) == "dos veces el mismo texto"
     with pytest.raises(Fault, match="con la semilla de antes dio otro texto"):
-        smoke.company(asked)
-    # where that can happen without a fault of anybody's
+        smoke.company(run)
+    # outside float32 on a CPU that is no fault
     for precision in ("bfloat16 en cpu", "float32 en cuda:0", None):
         broken.precision = precision
-        assert "otra: fuera de float32 en cpu puede pasar, y no es un fallo" in smoke.company(asked)
+        assert "otra: fuera de float32 en cpu puede pasar, y no es un fallo" in smoke.company(run)
 
 
 class Altered(Cog):
-    """Answers with something before or after each text."""
+    """Adds something before or after each text."""
 
     before, after = "", ""
 
@@ -387,29 +387,29 @@ class Altered(Cog):
 
 
 @pytest.mark.usefixtures("few_tokens")
-def test_what_is_compared_with_this_computer(falcon_server: Client, demo_server: Client) -> None:
-    there, here = Cog(falcon_server.server.url), Altered(falcon_server.server.url)
-    asked = Smoke(there, nothing_here)
-    smoke.questions(asked)
-    smoke.seed(asked)
-    assert smoke.compared(asked, here) == "4 de 4 textos iguales, de temperatura 0 y de la semilla"
-    here.after = " más"
+def test_the_texts_are_compared_with_this_computers(falcon_server: Client, demo_server: Client) -> None:
+    remote, local = Cog(falcon_server.server.url), Altered(falcon_server.server.url)
+    run = Smoke(remote, no_weights_here)
+    smoke.questions(run)
+    smoke.seed(run)
+    assert smoke.compared(run, local) == "4 de 4 textos iguales, de temperatura 0 y de la semilla"
+    local.after = " más"
     with pytest.raises(Fault, match=r"0 de 4 textos iguales, .*, y los dos calculan en float32 en cpu"):
-        smoke.compared(asked, here)
+        smoke.compared(run, local)
     for precision in ("bfloat16 en cuda:0", None):
-        there.precision = precision
+        remote.precision = precision
         note = f"otro modo (allí, {precision or 'no se sabe'}; aquí, float32 en cpu)"
-        assert note in smoke.compared(asked, here)
-    here.before = "Otra cosa: "
+        assert note in smoke.compared(run, local)
+    local.before = "Otra cosa: "
     with pytest.raises(Fault, match="y ninguno empieza igual: no son los mismos pesos"):
-        smoke.compared(asked, here)
+        smoke.compared(run, local)
     with pytest.raises(Fault, match=r"son \d+ tokens allí y \d+ aquí: es otro modelo o plantilla"):
-        smoke.compared(asked, Cog(demo_server.server.url))
+        smoke.compared(run, Cog(demo_server.server.url))
 
 
-def test_without_weights_here_nothing_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_local_weights_nothing_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("MODEL_ID", "MODEL_REVISION"):
-        # they are set to what cog.yaml says, and are then as they were
+        # smoke sets them to cog.yaml's; monkeypatch then restores them
         monkeypatch.setenv(name, "")
     monkeypatch.setenv("WEIGHTS_DIR", str(tmp_path))
     for local in (True, False):
@@ -417,7 +417,7 @@ def test_without_weights_here_nothing_is_compared(tmp_path: Path, monkeypatch: p
             smoke._here(False, local)
 
 
-def test_a_server_that_closes_its_streams(falcon_server: Client) -> None:
+def test_a_stream_that_is_cut_is_reported(falcon_server: Client) -> None:
     known = {path: falcon_server.get(path) for path in ("/health-check", "/openapi.json")}
 
     class Handler(BaseHTTPRequestHandler):
@@ -447,8 +447,8 @@ def test_a_server_that_closes_its_streams(falcon_server: Client) -> None:
             thread.join()
 
 
-def test_a_server_without_a_free_place_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cog says so at times with places free, when two come in the same instant."""
+def test_a_server_without_a_free_place_is_retried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cog may answer 409 with places free, to one of two simultaneous requests."""
     statuses = iter([409, 409, 200])
     monkeypatch.setattr(httpx.HTTPTransport, "handle_request", lambda *_: httpx.Response(next(statuses)))
     with httpx.Client(transport=service._Queue()) as http:

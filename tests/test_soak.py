@@ -1,4 +1,4 @@
-"""For some minutes more clients than there are places ask, read, cancel and go. All of it ends, and nothing stays.
+"""For some minutes more clients than places ask, read, cancel and leave: all predictions end, and nothing leaks.
 
 `script/test --soak` runs it, and nothing else, for ten minutes; `--soak=2` for two.
 """
@@ -27,15 +27,15 @@ CLIENTS = 40
 QUESTIONS = 40
 """Each is asked alone at first; from then on the others may not change its text."""
 WARM = 200
-"""Predictions after which memory has to stay as it is, ..."""
+"""Predictions before memory is measured first."""
 GROWTH = 1.05
-"""... but for this."""
+"""The most that memory may grow from there."""
 SECONDS = 300
 """A prediction that takes longer hangs. Beside busy programs one of 40 may take a minute."""
 MALLOC = {"MALLOC_TRIM_THRESHOLD_": str(1 << 17), "MALLOC_MMAP_THRESHOLD_": str(1 << 25)}
-"""Else glibc keeps up to 64 MB free at the end of a thread's memory, more at one time than at another."""
+"""Otherwise glibc keeps up to 64 MB free at the end of a thread's memory, now more and now less."""
 THREADS_KEPT = min(32, (os.cpu_count() or 1) + 4)
-"""By asyncio.to_thread, once they have been used."""
+"""Threads that asyncio.to_thread keeps once they have been used."""
 
 WORDS = ["the", "of", "and", "casa", "niño", "漢字", "😀", "question", "once", "upon", "time\n"]
 
@@ -61,7 +61,7 @@ def some_inputs(draw: random.Random) -> Inputs:
 
 
 class Clients:
-    """They make one prediction after another, each in one of several manners, and note how it ended."""
+    """Make one prediction after another, each in one of several manners, and note how it ended."""
 
     def __init__(self, url: str) -> None:
         self._url = url
@@ -75,7 +75,7 @@ class Clients:
         return self.ends.total() - self.ends["refused"]
 
     async def ask_alone(self) -> None:
-        """Each question for the first time, one after another."""
+        """Ask each question for the first time, one after another."""
         draw = random.Random(0)
         async with self._connections() as http:
             for _ in range(QUESTIONS):
@@ -88,7 +88,7 @@ class Clients:
         async with self._connections() as http:
             draws = [random.Random(f"{number} {self.predictions}") for number in range(CLIENTS)]
             await asyncio.gather(*(self._ask(http, draw, until) for draw in draws))
-            # the cache is as long as the longest that runs needs: as short as it gets
+            # the cache is as long as the longest running sequence needs: this one shrinks it
             await http.post("/predictions", json={"input": {"pregunta": "a", "max_tokens": 1}})
 
     def _connections(self) -> httpx.AsyncClient:
@@ -98,7 +98,7 @@ class Clients:
 
     async def _ask(self, http: httpx.AsyncClient, draw: random.Random, until: Callable[[], bool]) -> None:
         while not until():
-            inputs, alone = draw.choice(self._alone)
+            inputs, expected = draw.choice(self._alone)
             manner = draw.choice(["whole", "stream", "stream", "dropped stream", "cancelled whole", "cancelled stream"])
             try:
                 async with asyncio.timeout(SECONDS):
@@ -109,11 +109,11 @@ class Clients:
             except (httpx.HTTPError, TimeoutError) as error:
                 end, text = repr(error), ""
             self.ends[end] += 1
-            # Cog's own, once in thousands: the cancel meets it while it still reads the input, before any of our code
+            # once in thousands the cancel reaches Cog while Cog reads the input, before any of our code
             ended = end == "canceled" or "Invalid JSON input: CancelationException" in end
-            cancelled = manner.startswith("cancelled") and ended and alone.startswith(text)
-            if not (cancelled or end in ("refused", "dropped") or (end == "succeeded" and text == alone)):
-                self.wrong.append(f"{manner}, {end}: {text!r} instead of {alone!r} for {inputs}")
+            cancelled = manner.startswith("cancelled") and ended and expected.startswith(text)
+            if not (cancelled or end in ("refused", "dropped") or (end == "succeeded" and text == expected)):
+                self.wrong.append(f"{manner}, {end}: {text!r} instead of {expected!r} for {inputs}")
             if end == "refused":
                 await asyncio.sleep(draw.uniform(0, 0.5))
 
@@ -135,9 +135,9 @@ class Clients:
     async def _stream(
         self, http: httpx.AsyncClient, inputs: Inputs, draw: random.Random, manner: str
     ) -> tuple[str, str]:
-        """The same; it is dropped, or cancelled, at any of its first events."""
+        """The same for a stream, which may be dropped or cancelled at one of its first events."""
         url = f"/predictions/{uuid.UUID(int=draw.getrandbits(128))}"
-        fate = draw.choice([0, 1, draw.randrange(50)])
+        last_event = draw.choice([0, 1, draw.randrange(50)])
         text = ""
         events, reader = 0, Reader()
         async with http.stream("PUT", url, json={"input": inputs}, headers={"Accept": "text/event-stream"}) as answer:
@@ -149,9 +149,9 @@ class Clients:
                         return data.get("error") or data["status"], text
                     if name == "output":
                         text += data["chunk"]
-                    if events == fate and manner.startswith("dropped"):
+                    if events == last_event and manner.startswith("dropped"):
                         return "dropped", text
-                    if events == fate and manner.startswith("cancelled"):
+                    if events == last_event and manner.startswith("cancelled"):
                         await self._cancel(http, url)
                     events += 1
         return "a stream without an end", text
@@ -162,14 +162,14 @@ class Clients:
 
 
 class Observer:
-    """Looks at server and worker from outside, and into the worker through tests/support/probe."""
+    """Measures server and worker from outside, and the worker from inside through tests/support/probe."""
 
     def __init__(self, processes: list[psutil.Process], worker: socket.socket) -> None:
         self._processes = processes
         self._worker = worker.makefile("rw")
 
-    def look(self) -> tuple[dict[str, int], int, float]:
-        """What there is of each kind, threads, and megabytes in use."""
+    def measure(self) -> tuple[dict[str, int], int, float]:
+        """The number of objects of each kind, threads, and megabytes in use."""
         print(file=self._worker, flush=True)
         kinds: dict[str, int] = json.loads(self._worker.readline())
         kinds["descriptors"] = sum(process.num_fds() for process in self._processes)
@@ -178,7 +178,7 @@ class Observer:
         return kinds, threads, sum(process.memory_info().rss for process in self._processes) / 1e6
 
 
-def test_the_soak(
+def test_every_prediction_ends_and_nothing_leaks(
     falcon_environment: dict[str, str],
     processes: Marked,
     pytestconfig: pytest.Config,
@@ -193,18 +193,18 @@ def test_the_soak(
             observer = Observer(processes.alive(), worker)
             clients = Clients(running.url)
             asyncio.run(clients.ask_alone())
-            kinds_before, threads_before, _ = observer.look()
+            kinds_before, threads_before, _ = observer.measure()
             over = time.monotonic() + minutes * 60
             asyncio.run(clients.ask_at_once(lambda: clients.predictions >= WARM))
-            _, _, memory_before = observer.look()
+            _, _, memory_before = observer.measure()
             asyncio.run(clients.ask_at_once(lambda: time.monotonic() > over and clients.predictions > 2 * WARM))
 
-            # the server lets go of its connections, and of the threads that carried the answers, after some seconds
+            # the server closes its connections and ends the threads of the answers after some seconds
             end = time.monotonic() + FINALLY
-            kinds, threads, memory = observer.look()
+            kinds, threads, memory = observer.measure()
             while (kinds != kinds_before or threads > threads_before + THREADS_KEPT) and time.monotonic() < end:
                 time.sleep(1)
-                kinds, threads, memory = observer.look()
+                kinds, threads, memory = observer.measure()
     with capsys.disabled():
         print(
             f"\n{minutes:g} minutes, {clients.predictions} predictions, {clients.cancels} cancels: "

@@ -1,4 +1,4 @@
-"""Every text is compared with the obvious way: decode all tokens at once, less half a character, strip, cut."""
+"""Every text is compared with the obvious way: decode all tokens at once, drop half a character, strip, cut."""
 
 import random
 from collections.abc import Sequence
@@ -51,7 +51,7 @@ def all_at_once(tokenizer: PreTrainedTokenizerFast, tokens: Sequence[int], stops
     shown = [id for id in tokens if id < len(tokenizer) and id not in special]
     text = str(tokenizer.decode(shown))
     if shown and tokenizer.convert_ids_to_tokens(shown[-1]) in BYTES:
-        # half a character spoils all the bytes that stand together
+        # half a character spoils the whole run of bytes
         ends = (str(tokenizer.decode(shown[: len(shown) - cut])) for cut in range(4))
         text = next((end for end in ends if not end.endswith("\ufffd")), text)
     text = text.removesuffix("\ufffd").lstrip()
@@ -61,16 +61,16 @@ def all_at_once(tokenizer: PreTrainedTokenizerFast, tokens: Sequence[int], stops
 def as_it_grows(
     tokenizer: PreTrainedTokenizerFast, tokens: Sequence[int], stops: Sequence[str] = (), most: int = 1
 ) -> list[str]:
-    """The chunks of `Text`, for up to `most` tokens a call."""
+    """The chunks of `Text` for calls with up to `most` tokens each."""
     return chunks_of(Text(tokenizer, stops), tokens, most)
 
 
 def chunks_of(text: Text, tokens: Sequence[int], most: int = 1) -> list[str]:
-    deal = random.Random(0)
+    rng = random.Random(0)
     chunks = []
     at = 0
     while at < len(tokens):
-        step = deal.randint(1, most)
+        step = rng.randint(1, most)
         chunks.append(text.add(tokens[at : at + step]))
         at += step
     return [*chunks, text.end()]
@@ -86,36 +86,36 @@ def named(tokenizer: PreTrainedTokenizerFast, *names: str) -> list[int]:
 
 @lru_cache
 def parts_of_characters(tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """The tokens that alone are no text: some of the bytes of a character."""
+    """The tokens that hold only some of the bytes of a character."""
     bytes_of_sentencepiece = named(tokenizer, *BYTES[0x80:])
     return [id for id in range(len(tokenizer)) if id in bytes_of_sentencepiece or "\ufffd" in tokenizer.decode([id])]
 
 
-def some_tokens(tokenizer: PreTrainedTokenizerFast, draw: random.Random) -> list[int]:
+def some_tokens(tokenizer: PreTrainedTokenizerFast, rng: random.Random) -> list[int]:
     """Any tokens; or few different ones, over and over; or mostly bytes of characters, in the wrong order."""
     anything = range(len(tokenizer))
     parts = parts_of_characters(tokenizer)
-    few = [*draw.choices(anything, k=draw.randint(0, 2)), *draw.choices(parts, k=draw.randint(1, 4))]
-    return draw.choices(draw.choice([anything, few, [*parts, *few * 20]]), k=draw.randint(1, 150))
+    few = [*rng.choices(anything, k=rng.randint(0, 2)), *rng.choices(parts, k=rng.randint(1, 4))]
+    return rng.choices(rng.choice([anything, few, [*parts, *few * 20]]), k=rng.randint(1, 150))
 
 
 @pytest.mark.slow
-def test_any_tokens_come_out_as_one_decode_gives_them(tokenizer: PreTrainedTokenizerFast) -> None:
-    draw = random.Random(1)
+def test_the_chunks_of_any_tokens_join_to_one_decode(tokenizer: PreTrainedTokenizerFast) -> None:
+    rng = random.Random(1)
     for _ in range(1000):
-        tokens = some_tokens(tokenizer, draw)
-        assert "".join(as_it_grows(tokenizer, tokens, most=draw.choice([1, 1, 4]))) == all_at_once(tokenizer, tokens)
+        tokens = some_tokens(tokenizer, rng)
+        assert "".join(as_it_grows(tokenizer, tokens, most=rng.choice([1, 1, 4]))) == all_at_once(tokenizer, tokens)
 
 
-def test_what_continues_a_prompt_is_what_the_decode_of_both_adds_to_it(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_continuation_is_what_a_decode_of_both_adds_to_the_prompt(tokenizer: PreTrainedTokenizerFast) -> None:
     prompt = plain(tokenizer, "Hola")
     before = str(tokenizer.decode(prompt))
     assert before == "Hola"
-    draw = random.Random(3)
+    rng = random.Random(3)
     for _ in range(300):
-        tokens = some_tokens(tokenizer, draw)
+        tokens = some_tokens(tokenizer, rng)
         expected = all_at_once(tokenizer, [*prompt, *tokens]).removeprefix(before)
-        assert "".join(chunks_of(Text(tokenizer, prompt=prompt), tokens, draw.choice([1, 4]))) == expected
+        assert "".join(chunks_of(Text(tokenizer, prompt=prompt), tokens, rng.choice([1, 4]))) == expected
 
 
 @pytest.mark.parametrize("prompt", ["Once upon a time there", "España", "😀", " "])
@@ -127,19 +127,19 @@ def test_a_text_that_continues_a_prompt_keeps_its_first_blank(tokenizer: PreTrai
     assert text.add([answer]) + text.end() in ("casa", "a")
 
 
-def test_stop_sequences_cut_any_tokens_where_they_cut_the_one_decode(tokenizer: PreTrainedTokenizerFast) -> None:
-    draw = random.Random(2)
+def test_stop_sequences_cut_the_chunks_where_they_cut_one_decode(tokenizer: PreTrainedTokenizerFast) -> None:
+    rng = random.Random(2)
     stopped = 0
     for _ in range(1000):
-        tokens = some_tokens(tokenizer, draw)
+        tokens = some_tokens(tokenizer, rng)
         whole = all_at_once(tokenizer, tokens)
         stops = []
-        for _ in range(draw.randint(1, 3)):
-            at = draw.randrange(len(whole) + 1)
-            stops.append(whole[at : at + draw.randint(1, 6)] + draw.choice(["", "", "x"]) or "x")
+        for _ in range(rng.randint(1, 3)):
+            at = rng.randrange(len(whole) + 1)
+            stops.append(whole[at : at + rng.randint(1, 6)] + rng.choice(["", "", "x"]) or "x")
         expected = all_at_once(tokenizer, tokens, stops)
         stopped += expected != whole
-        assert "".join(as_it_grows(tokenizer, tokens, stops, most=draw.choice([1, 1, 4]))) == expected
+        assert "".join(as_it_grows(tokenizer, tokens, stops, most=rng.choice([1, 1, 4]))) == expected
     assert 100 < stopped < 1000
 
 
@@ -159,7 +159,7 @@ def test_half_a_character_at_the_end_is_dropped(falcon: PreTrainedTokenizerFast)
     assert "".join(as_it_grows(falcon, half)).rstrip() == "Hola"
 
 
-def test_wrong_bytes_hold_nothing_back(falcon: PreTrainedTokenizerFast) -> None:
+def test_invalid_bytes_delay_no_text(falcon: PreTrainedTokenizerFast) -> None:
     (first_byte,) = named(falcon, "Ã")  # 0xC3, as ByteLevel writes it
     assert as_it_grows(falcon, [first_byte] * 4) == ["", "\ufffd", "\ufffd", "\ufffd", ""]
     text = Text(falcon)
@@ -167,7 +167,7 @@ def test_wrong_bytes_hold_nothing_back(falcon: PreTrainedTokenizerFast) -> None:
     assert text.add(plain(falcon, "Hola")) == "\ufffdHola"
 
 
-def test_bytes_of_sentencepiece_are_shown_when_their_run_is_over() -> None:
+def test_bytes_of_sentencepiece_are_shown_when_their_run_ends() -> None:
     blanks = decoders.Replace("▁", " ")
     tokenizer = sentencepiece(decoders.Sequence([blanks, decoders.ByteFallback(), decoders.Fuse()]))
     hola, *smile = named(tokenizer, "▁Hola", *(f"<0x{byte:02X}>" for byte in "😀".encode()))
@@ -177,7 +177,7 @@ def test_bytes_of_sentencepiece_are_shown_when_their_run_is_over() -> None:
 
 
 @pytest.mark.parametrize("answer", [" Madrid", "\n\n Madrid", "   \t\n", ""])
-def test_no_blank_leads(falcon: PreTrainedTokenizerFast, answer: str) -> None:
+def test_leading_blanks_are_dropped(falcon: PreTrainedTokenizerFast, answer: str) -> None:
     chunks = as_it_grows(falcon, plain(falcon, answer))
     assert "".join(chunks) == answer.lstrip()
     assert "".join(as_it_grows(falcon, plain(falcon, answer + "a \n"))) == (answer + "a \n").lstrip()
@@ -194,13 +194,13 @@ def test_special_tokens_are_not_shown(falcon: PreTrainedTokenizerFast) -> None:
         ("uno dos tres", ["dos"], "uno "),
         ("uno dos tres", ["tres", "dos"], "uno "),  # the first in the text, not in the list
         ("uno dos tres", ["os", "dos tres"], "uno "),  # the one that began first, though another is complete before
-        ("uno dos otra", ["os", "dos tres"], "uno d"),  # ... and if it does not complete, the other
+        ("uno dos otra", ["os", "dos tres"], "uno d"),  # ... and if that one is never complete, the other
         ("uno dos", ["os", "dos tres"], "uno d"),  # ... nor at the end
         ("uno dos tres", ["dos", "dos tres"], "uno "),
         ("uno dos tres", ["cuatro"], "uno dos tres"),
         ("uno dos tres", ["tres cuatro"], "uno dos tres"),
         ("aaab", ["aab"], "a"),
-        ("\n\nuno\ndos", ["\n"], "uno"),  # what leads is no part of the text
+        ("\n\nuno\ndos", ["\n"], "uno"),  # leading blanks are no part of the text
         ("uno 😀 dos", ["😀"], "uno "),
         ("uno", ["uno"], ""),
         ("París.\n\nPregunta: ¿Y", ["\n\nPregunta:", "\nPregunta:", "Pregunta:"], "París."),
@@ -235,7 +235,7 @@ def test_a_stop_sequence_may_name_special_tokens(falcon: PreTrainedTokenizerFast
         assert "".join(as_it_grows(falcon, tokens, stops, most)) == shown
 
 
-def test_a_special_token_that_stops_comes_behind_all_that_was_before_it() -> None:
+def test_the_text_before_a_special_token_that_stops_is_shown() -> None:
     blanks = decoders.Replace("▁", " ")
     tokenizer = sentencepiece(decoders.Sequence([blanks, decoders.ByteFallback(), decoders.Fuse()]))
     hola, *smile = named(tokenizer, "▁Hola", *(f"<0x{byte:02X}>" for byte in "😀".encode()))
@@ -245,7 +245,7 @@ def test_a_special_token_that_stops_comes_behind_all_that_was_before_it() -> Non
         assert "".join(as_it_grows(tokenizer, [end, hola, *smile[:2], end], ["</s>x"], most)) == "Hola"
 
 
-def test_the_beginning_of_a_stop_sequence_waits_until_it_is_another_text(falcon: PreTrainedTokenizerFast) -> None:
+def test_the_beginning_of_a_stop_sequence_waits_until_the_text_differs(falcon: PreTrainedTokenizerFast) -> None:
     text = Text(falcon, ["\n\nFin"])
     assert text.add(plain(falcon, "Uno.\n")) == "Uno."
     assert text.add(plain(falcon, "\n")) == ""
@@ -262,7 +262,7 @@ def test_nothing_comes_after_a_stop_sequence(falcon: PreTrainedTokenizerFast) ->
     assert text.end() == ""
 
 
-def test_a_stop_sequence_that_only_the_end_decides_counts(falcon: PreTrainedTokenizerFast) -> None:
+def test_a_stop_sequence_that_only_the_end_decides_stops_the_text(falcon: PreTrainedTokenizerFast) -> None:
     text = Text(falcon, ["os", "dos tres"])
     assert text.add(plain(falcon, "uno dos")) == "uno "
     assert not text.stopped
@@ -271,7 +271,7 @@ def test_a_stop_sequence_that_only_the_end_decides_counts(falcon: PreTrainedToke
 
 
 @pytest.mark.parametrize("answer", ["La casa del niño. ", "😀", "漢", "\ufffd", "    "])
-def test_what_is_decoded_again_for_a_token_does_not_grow(falcon: PreTrainedTokenizerFast, answer: str) -> None:
+def test_the_tokens_decoded_again_for_each_new_one_do_not_grow(falcon: PreTrainedTokenizerFast, answer: str) -> None:
     text = Text(falcon)
     for token in plain(falcon, answer * 300):
         text.add([token])
@@ -313,7 +313,7 @@ def test_stop_sequences_are_split_at_commas(value: str | None, sequences: tuple[
     assert split_stop_sequences(value) == sequences
 
 
-def test_more_stop_sequences_than_are_taken_are_refused() -> None:
+def test_too_many_stop_sequences_are_refused() -> None:
     assert len(split_stop_sequences("a,," * MOST_STOP_SEQUENCES)) == MOST_STOP_SEQUENCES
     with pytest.raises(UserError, match=r"^stop_sequences lleva 33 textos y se admiten 32: quite algunos$"):
         split_stop_sequences("a," * (MOST_STOP_SEQUENCES + 1))

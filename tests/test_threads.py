@@ -14,14 +14,14 @@ import torch
 
 from llm.devices import cgroups, threads
 from llm.devices.threads import Threads, use_physical_cores
-from tests.support.cgroups import genuine, python, written
+from tests.support.cgroups import real_group, run_python, write_groups
 from tests.support.processes import until
 
 CORES = 4
 
 
 class Processors:
-    """Those that this process may run on, and what is read of them: `others` of them are busy with other programs."""
+    """A clock, and the processor time that other programs have taken, in seconds."""
 
     def __init__(self) -> None:
         self.time = 100.0
@@ -47,68 +47,68 @@ def processors(thread_count: None, monkeypatch: pytest.MonkeyPatch) -> Processor
     return processors
 
 
-def test_there_are_as_many_as_others_leave_processors_for(processors: Processors) -> None:
-    fitted = Threads()
-    fitted.ask(lambda most: True)
+def test_there_are_as_many_threads_as_others_leave_processors(processors: Processors) -> None:
+    pool = Threads()
+    pool.ask(lambda most: True)
     for others, number in [(0, 4), (0.4, 4), (0.6, 3), (1, 3), (2.4, 2), (3.9, 1), (9, 1), (0.1, 4)]:
         processors.work(seconds=1, others=others)
-        fitted.fit()
-        assert (fitted.number, torch.get_num_threads()) == (number, number)
+        pool.fit()
+        assert (pool.number, torch.get_num_threads()) == (number, number)
 
 
-def test_a_moment_says_nothing(processors: Processors) -> None:
-    fitted = Threads()
-    fitted.ask(lambda most: True)
+def test_a_moment_changes_nothing(processors: Processors) -> None:
+    pool = Threads()
+    pool.ask(lambda most: True)
     processors.work(seconds=0.1, others=4)
-    fitted.fit()
-    assert fitted.number == CORES
+    pool.fit()
+    assert pool.number == CORES
     processors.work(seconds=0.9, others=0)
-    fitted.fit()
-    assert fitted.number == CORES
+    pool.fit()
+    assert pool.number == CORES
 
 
-def test_a_number_that_changes_bits_is_asked_at_start_and_never_taken(processors: Processors) -> None:
-    asked = []
+def test_a_number_of_threads_that_changes_bits_is_never_used(processors: Processors) -> None:
+    tried = []
 
     def agrees(most: int) -> bool:
-        asked.append((torch.get_num_threads(), most))
+        tried.append((torch.get_num_threads(), most))
         return torch.get_num_threads() != 3
 
-    fitted = Threads()
-    fitted.ask(agrees)
-    assert asked == [(1, CORES), (2, CORES), (3, CORES)]
+    pool = Threads()
+    pool.ask(agrees)
+    assert tried == [(1, CORES), (2, CORES), (3, CORES)]
     for others, number in [(1, 2), (2, 2), (3, 1), (0, 4)]:
         processors.work(seconds=1, others=others)
-        fitted.fit()
-        assert (fitted.number, torch.get_num_threads()) == (number, number)
-    assert len(asked) == CORES - 1
+        pool.fit()
+        assert (pool.number, torch.get_num_threads()) == (number, number)
+    assert len(tried) == CORES - 1
 
 
-def test_where_every_smaller_number_changes_bits_all_are_taken(processors: Processors) -> None:
-    fitted = Threads()
-    fitted.ask(lambda most: False)
+def test_where_every_smaller_number_changes_bits_all_threads_are_used(processors: Processors) -> None:
+    pool = Threads()
+    pool.ask(lambda most: False)
     processors.work(seconds=1, others=3)
-    fitted.fit()
-    assert (fitted.number, torch.get_num_threads()) == (CORES, CORES)
+    pool.fit()
+    assert (pool.number, torch.get_num_threads()) == (CORES, CORES)
 
 
-def test_only_some_numbers_are_asked_of_many_processors(
+def test_of_many_processors_only_some_numbers_are_tried(
     processors: Processors, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(threads, "_allowed", lambda: set(range(16)))
     monkeypatch.setattr("psutil.cpu_count", lambda logical=True: 16)
-    asked = []
+    tried = []
 
     def agrees(most: int) -> bool:
-        asked.append(torch.get_num_threads())
+        tried.append(torch.get_num_threads())
         return True
 
-    fitted = Threads()
-    fitted.ask(agrees)
-    assert asked == [1, 2, 4, 8, 15]
+    pool = Threads()
+    pool.ask(agrees)
+    assert tried == [1, 2, 4, 8, 15]
     processors.work(seconds=1, others=5)
-    fitted.fit()
-    assert fitted.number == 8
+    pool.fit()
+    assert pool.number == 8
 
 
 # What the process may use
@@ -135,7 +135,7 @@ def test_only_some_numbers_are_asked_of_many_processors(
         *((4, math.inf, nonsense, 4) for nonsense in ("", "0", "-1", "x", "2x", "2.5", ",2", "2,", "2,x", "1 2")),
     ],
 )
-def test_there_are_no_more_than_the_process_may_use(
+def test_there_are_no_more_threads_than_the_process_may_use(
     processors: Processors,
     monkeypatch: pytest.MonkeyPatch,
     cores: int | None,
@@ -148,12 +148,12 @@ def test_there_are_no_more_than_the_process_may_use(
     if setting is not None:
         monkeypatch.setenv("OMP_NUM_THREADS", setting)
     assert (use_physical_cores(), torch.get_num_threads()) == (number, number)
-    fitted = Threads()
-    fitted.ask(lambda most: True)
+    pool = Threads()
+    pool.ask(lambda most: True)
     for others, left in [(0, number), (CORES - 1, 1), (0, number)]:
         processors.work(seconds=1, others=others)
-        fitted.fit()
-        assert (fitted.number, torch.get_num_threads()) == (left, left)
+        pool.fit()
+        assert (pool.number, torch.get_num_threads()) == (left, left)
 
 
 V1 = "/ /sys/fs/cgroup/cpu,cpuacct cgroup cpu,cpuacct"
@@ -194,12 +194,12 @@ def v1(folder: str, quota: int, period: int = 100_000) -> dict[str, str]:
 def test_the_tightest_quota_counts(
     tmp_path: Path, groups: str, mounts: str, files: dict[str, str], processors: float
 ) -> None:
-    assert cgroups.processors(written(tmp_path, groups, mounts, files)) == processors
+    assert cgroups.processors(write_groups(tmp_path, groups, mounts, files)) == processors
 
 
-def test_a_genuine_quota_counts() -> None:
-    with genuine("cpu", {"cpu.max": "150000 100000", "cpu.cfs_quota_us": "150000"}) as group:
-        assert python(group, "from llm.devices import cgroups; print(cgroups.processors())") == "1.5"
+def test_a_real_quota_counts() -> None:
+    with real_group("cpu", {"cpu.max": "150000 100000", "cpu.cfs_quota_us": "150000"}) as group:
+        assert run_python(group, "from llm.devices import cgroups; print(cgroups.processors())") == "1.5"
 
 
 # The measure of other programs
@@ -228,7 +228,7 @@ def test_only_the_processors_allowed_count(core: int) -> None:
     assert threads._allowed() == {core}
 
 
-def test_what_others_compute_is_measured(core: int) -> None:
+def test_the_processor_time_of_others_is_measured(core: int) -> None:
     """A nice process that is busy on this processor, beside whatever else runs there."""
     with subprocess.Popen(["nice", "-n", "5", sys.executable, "-c", BUSY]) as process:
         try:
@@ -241,10 +241,10 @@ def test_what_others_compute_is_measured(core: int) -> None:
             (_, others), before = threads._others(), computed()
             # this process computes too, which does not count
             until(lambda: sum(range(300_000)) and min(busy.cpu_times()[:2]) > 0.2)
-            known = computed() - before
+            expected = computed() - before
             measured = threads._others()[1] - others
             left = (time.monotonic() - start) - (time.process_time() - own)
         finally:
             process.kill()
-    # the system counts in samples, of a hundredth of a second
-    assert 0.8 * known <= measured <= left + 0.05
+    # the system counts in samples of a hundredth of a second
+    assert 0.8 * expected <= measured <= left + 0.05

@@ -1,15 +1,11 @@
-"""Before it serves, a model is tried: where the engine would compute another text than `generate`, a line says so."""
+"""A model is tried at start: where its texts would not be `generate`'s, the context ends or the model is refused."""
 
-import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
 from transformers import (
-    AutoModelForCausalLM,
     BartConfig,
     BartForCausalLM,
     CpmAntConfig,
@@ -23,27 +19,20 @@ from transformers import (
     Phi3Config,
     Phi3ForCausalLM,
     PreTrainedModel,
-    PreTrainedTokenizerFast,
 )
 
+from llm.devices.linear import Float16Linear
 from llm.devices.model import Model
+from llm.engine import trial
 from llm.engine.engine import Engine
-from llm.engine.sequence import Request, Sampling
 from llm.errors import UserError
+from llm.words import unsaid
 from tests.support import checkpoints
+from tests.support.tiny import CONTEXT, SIZE, WORDS, assert_texts_are_generates, save
 
-BOUNDARY, CONTEXT, WORDS = 64, 256, 300
+packed = pytest.mark.skipif(not Float16Linear.is_fast(), reason="this processor has no AVX2 and F16C, or no FBGEMM")
+BOUNDARY = 64
 
-SIZE: dict[str, Any] = {
-    "vocab_size": WORDS,
-    "initializer_range": 0.3,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": CONTEXT,
-    "pad_token_id": None,
-}
 LONGROPE: dict[str, Any] = {
     "rope_type": "longrope",
     "rope_theta": 1e4,
@@ -93,37 +82,9 @@ def bart() -> PreTrainedModel:
     )
 
 
-def saved(folder: Path, network: PreTrainedModel) -> Path:
-    network.save_pretrained(folder)
-    words = Tokenizer(WordLevel({str(number): number for number in range(WORDS)}, unk_token="0"))
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="0", eos_token="1").save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
-
-
-def assert_company_keeps_texts(folder: Path, engine: Engine, *lengths: int) -> None:
-    """Prompts of these lengths, asked at once, get the texts that `generate` gives each of them."""
-    network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    rng = random.Random(0)
-    prompts = [[rng.randrange(WORDS) for _ in range(length)] for length in lengths]
-    generations = [engine.generate(Request(prompt, 12, Sampling(temperature=0))) for prompt in prompts]
-    engine.start()
-    for prompt, generation in zip(prompts, generations, strict=True):
-        ids = torch.tensor([prompt])
-        expected = network.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=False,
-            max_new_tokens=12,
-            eos_token_id=list(engine._model.stop_ids),
-            pad_token_id=0,
-        )[0, len(prompt) :]
-        tokens = list(generation)
-        assert tokens == expected[: len(tokens)].tolist()
 
 
 DTYPES = pytest.mark.parametrize(
@@ -133,23 +94,23 @@ DTYPES = pytest.mark.parametrize(
 
 @DTYPES
 @pytest.mark.parametrize("network", [gpt_neo, phi3, lambda: llama(**LONGROPE)], ids=["gpt-neo", "phi3", "llama"])
-def test_the_context_ends_where_company_would_change_a_text(
+def test_the_context_ends_where_other_rows_would_change_a_text(
     network: Any, dtype: torch.dtype, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """GPT-Neo's local attention counts from the cache's length; of a longrope the longest row decides the rotation."""
-    folder = saved(tmp_path / "model", network())
+    """GPT-Neo's local attention counts from the cache's length; in a longrope the longest row decides the rotation."""
+    folder = save(tmp_path / "model", network())
     engine = Engine(Model.read(folder, dtype), 4, say=print)
     assert engine.context == BOUNDARY
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "contexto" in line]
     assert line.startswith(f"El contexto acaba en {BOUNDARY} tokens y no en {CONTEXT}: más allá, ")
     assert line.endswith(" calcula otro texto cuando atiende varias preguntas a la vez")
     if dtype == torch.float32:
-        assert_company_keeps_texts(folder, engine, 5, BOUNDARY - 12)
+        assert_texts_are_generates(folder, engine, 5, BOUNDARY - 12)
 
 
 @DTYPES
 def test_a_model_whose_forward_takes_no_positions_is_refused(dtype: torch.dtype, tmp_path: Path) -> None:
-    model = Model.read(saved(tmp_path / "model", bart()), dtype)
+    model = Model.read(save(tmp_path / "model", bart()), dtype)
     with pytest.raises(UserError, match=r"^BartForCausalLM calcula otro texto .* a la vez: use otro modelo \(Falcon"):
         Engine(model, 4, say=print)
 
@@ -164,16 +125,49 @@ def test_a_model_whose_pass_fails_is_refused(tmp_path: Path) -> None:
         dim_head=16,
         dim_ff=32,
     )
-    model = Model.read(saved(tmp_path / "model", CpmAntForCausalLM(config)), torch.float32)
+    model = Model.read(save(tmp_path / "model", CpmAntForCausalLM(config)), torch.float32)
     with pytest.raises(
         UserError, match=r"^CpmAntForCausalLM no sabe atender varias .* \(The expanded size.*\): use otro"
     ):
         Engine(model, 4, say=print)
 
 
+@packed
+def test_attention_that_depends_on_how_far_a_key_lies_reads_prompts_of_one_start_in_a_pass(tmp_path: Path) -> None:
+    model = Model.read(save(tmp_path / "model", llama().bfloat16()), torch.float32, layout=Float16Linear)
+    assert trial.agreeing(model, unsaid).mixes_starts
+
+    def distant(module: Any, args: Any, kwargs: Any) -> Any:
+        sees = kwargs["attention_mask"]
+        if sees is None:
+            size = kwargs["hidden_states"].shape[1]
+            sees = torch.ones(1, 1, size, size, dtype=torch.bool).tril()
+        position = sees.sum(-1, keepdim=True) - 1
+        distance = position - torch.arange(sees.shape[-1])
+        bias = distance.abs().sqrt().neg().masked_fill(~sees, -torch.inf)
+        return args, {**kwargs, "attention_mask": bias}
+
+    for layer in model.network.model.layers:
+        layer.self_attn.register_forward_pre_hook(distant, with_kwargs=True)
+    assert not trial.agreeing(model, unsaid).mixes_starts
+
+
+@packed
+def test_a_model_that_changes_the_inputs_of_joined_layers_is_refused(tmp_path: Path) -> None:
+    model = Model.read(save(tmp_path / "model", llama().bfloat16()), torch.float32, layout=Float16Linear)
+
+    def doubled(module: Any, inputs: tuple[torch.Tensor]) -> None:
+        inputs[0].mul_(2)
+
+    for layer in model.network.model.layers:
+        layer.self_attn.k_proj.register_forward_pre_hook(doubled)
+    with pytest.raises(UserError, match=r"^LlamaForCausalLM calcula otro texto"):
+        Engine(model, 4)
+
+
 def test_a_boundary_too_far_to_be_tried_ends_the_context(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     network = llama(context=1 << 20, boundary=1 << 16, rope_type="llama3", low_freq_factor=1.0, high_freq_factor=4.0)
-    engine = Engine(Model.read(saved(tmp_path / "model", network), torch.float32), 4, say=print)
+    engine = Engine(Model.read(save(tmp_path / "model", network), torch.float32), 4, say=print)
     assert engine.context == 1 << 16
     line = (
         "El contexto acaba en 65536 tokens y no en 1048576: más allá, LlamaForCausalLM no se puede comprobar al cargar"
@@ -186,14 +180,14 @@ def test_a_boundary_too_far_to_be_tried_ends_the_context(tmp_path: Path, capsys:
 def test_a_model_that_agrees_keeps_its_context(
     kind: str, dtype: torch.dtype, falcon: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its frequencies scaled past a boundary, Llama 3 computes the same for each row."""
+    """Llama 3's scaled frequencies are the same for each row."""
     if kind == "falcon":
         folder = falcon
     elif kind == "llama":
         folder = checkpoints.llama(tmp_path / "model", layers=6)
     else:
         rope: dict[str, Any] = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-        folder = saved(tmp_path / "model", llama(**rope))
+        folder = save(tmp_path / "model", llama(**rope))
     model = Model.read(folder, dtype)
     modules, context = [*model.network.modules()], model.context
     engine = Engine(model, 4, say=print)
@@ -201,13 +195,13 @@ def test_a_model_that_agrees_keeps_its_context(
     assert [*model.network.modules()] == modules
     assert "contexto" not in capsys.readouterr().out
     if kind == "llama3" and dtype == torch.float32:
-        assert_company_keeps_texts(folder, engine, 5, BOUNDARY + 40)
+        assert_texts_are_generates(folder, engine, 5, BOUNDARY + 40)
 
 
 def test_a_sliding_window_ends_the_context_and_a_line_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = saved(
+    folder = save(
         tmp_path / "model", MistralForCausalLM(MistralConfig(**SIZE, num_key_value_heads=2, sliding_window=BOUNDARY))
     )
     engine = Engine(Model.read(folder, torch.float32, say=print), 4, say=print)
@@ -218,4 +212,4 @@ def test_a_sliding_window_ends_the_context_and_a_line_says_so(
         .count(f"La atención del modelo ve una ventana de {BOUNDARY} tokens: el contexto acaba ahí y no en {CONTEXT}")
         == 1
     )
-    assert_company_keeps_texts(folder, engine, 5, BOUNDARY - 12)
+    assert_texts_are_generates(folder, engine, 5, BOUNDARY - 12)

@@ -1,4 +1,4 @@
-"""Models come into weights/NAME/ as a user brings them: script/weights, the real client, a hub on this machine."""
+"""script/weights fetches models into weights/NAME/: the real client, a hub on this machine."""
 
 import json
 import math
@@ -64,7 +64,7 @@ def bin(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 
 def environment(hub: Hub | str, directory: Path, **variables: str) -> dict[str, str]:
-    """The user's, less what a developer's own settings would change."""
+    """The user's environment without a developer's own settings."""
     return {
         **os.environ,
         **dict.fromkeys(("MODEL_REVISION", "DTYPE", "HUGGINGFACE_HUB_TOKEN", "HF_TOKEN", "HF_HUB_OFFLINE"), ""),
@@ -101,7 +101,7 @@ def start(hub: Hub | str, directory: Path, impatient: bool = False, **variables:
 
 
 def fetch(hub: Hub | str, directory: Path, impatient: bool = False, **variables: str) -> str:
-    """script/weights; its output when it succeeds."""
+    """Run script/weights, which succeeds; its output."""
     run = start(hub, directory, impatient, **variables)
     output, error = run.communicate()
     assert_no_token(output + error)
@@ -109,8 +109,8 @@ def fetch(hub: Hub | str, directory: Path, impatient: bool = False, **variables:
     return output
 
 
-def refused(hub: Hub | str, directory: Path, impatient: bool = False, **variables: str) -> str:
-    """script/weights; the one line of its error when it fails."""
+def refusal(hub: Hub | str, directory: Path, impatient: bool = False, **variables: str) -> str:
+    """Run script/weights, which fails; its error, one line."""
     run = start(hub, directory, impatient, **variables)
     output, error = run.communicate()
     assert_no_token(output + error)
@@ -135,7 +135,7 @@ def settings(directory: Path, model_id: str = MODEL, revision: str | None = None
     return Settings(model_id, revision, directory, None, None)
 
 
-# What comes, and how it lies in the folder
+# What is fetched, and what the folder then holds
 
 
 def test_a_bin_becomes_safetensors(hub: Hub, bin: dict[str, bytes], tmp_path: Path) -> None:
@@ -170,10 +170,10 @@ def test_a_bin_becomes_safetensors(hub: Hub, bin: dict[str, bytes], tmp_path: Pa
     assert torch.equal(loaded["lm_head.weight"], ours["transformer.word_embeddings.weight"].float())
 
 
-def test_shards_old_and_new_with_tensors_that_are_no_floats(hub: Hub, bin: dict[str, bytes], tmp_path: Path) -> None:
+def test_bin_shards_of_both_formats_become_safetensors(hub: Hub, bin: dict[str, bytes], tmp_path: Path) -> None:
     (tmp_path / "source.bin").write_bytes(bin["pytorch_model.bin"])
     state = torch.load(tmp_path / "source.bin", weights_only=True)
-    # Equal to the embeddings, in a storage of its own: tied all the same.
+    # Equal to the embeddings in a storage of its own: tied nevertheless.
     state["lm_head.weight"] = state["lm_head.weight"].clone()
     state["mask"] = torch.ones(3, dtype=torch.bool)
     names = list(state)
@@ -192,7 +192,7 @@ def test_shards_old_and_new_with_tensors_that_are_no_floats(hub: Hub, bin: dict[
     assert ours["mask"].dtype == torch.bool
 
 
-def test_safetensors_come_as_they_are(
+def test_safetensors_are_fetched_as_they_are(
     hub: Hub, safetensors: dict[str, bytes], bin: dict[str, bytes], tmp_path: Path
 ) -> None:
     hub.add(MODEL, {**bin, **JUNK, **safetensors})
@@ -201,7 +201,7 @@ def test_safetensors_come_as_they_are(
     assert (tmp_path / NAME / "model.safetensors").read_bytes() == safetensors["model.safetensors"]
 
 
-def test_sharded_safetensors_come_with_their_index(hub: Hub, tmp_path: Path) -> None:
+def test_sharded_safetensors_are_fetched_with_their_index(hub: Hub, tmp_path: Path) -> None:
     files = {
         "config.json": b"{}",
         "chat_template.jinja": b"t",
@@ -246,7 +246,7 @@ def test_the_bar_shows_the_rate(hub: Hub, safetensors: dict[str, bytes], tmp_pat
     assert re.search(rf"{NAME}: 100%.* [\d.]+[kM]B/s\]", terminal.decode())
 
 
-# Run again
+# Repeated runs
 
 
 def test_the_second_run_verifies_and_has_nothing_to_do(hub: Hub, safetensors: dict[str, bytes], tmp_path: Path) -> None:
@@ -291,7 +291,7 @@ def test_an_interrupted_run_is_continued(hub: Hub, tmp_path: Path, stop: signal.
     assert (tmp_path / NAME / "model.safetensors").read_bytes() == files["model.safetensors"]
 
 
-def test_what_an_older_revision_left_is_not_continued(hub: Hub, tmp_path: Path) -> None:
+def test_a_partial_download_of_an_older_revision_is_not_continued(hub: Hub, tmp_path: Path) -> None:
     size = 100_000
     repository = hub.add(
         MODEL, {"config.json": b"{}", "tokenizer.json": b"{}", "merges.txt": b"", "model.safetensors": os.urandom(size)}
@@ -303,7 +303,7 @@ def test_what_an_older_revision_left_is_not_continued(hub: Hub, tmp_path: Path) 
     assert files_of(tmp_path / NAME).items() >= repository.files.items()
 
 
-def test_each_cut_is_taken_up_where_it_was(hub: Hub, tmp_path: Path) -> None:
+def test_a_download_resumes_after_each_cut(hub: Hub, tmp_path: Path) -> None:
     files = {"config.json": b"{}", "tokenizer.json": b"{}", "model.safetensors": os.urandom(100_003)}
     tenth = 10_000
     hub.add(MODEL, files).cut_after["model.safetensors"] = [tenth] * 10
@@ -322,13 +322,13 @@ def test_a_hub_that_stalls_is_asked_again(hub: Hub, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("file", [None, "model.safetensors"])
-def test_a_hub_that_only_stalls(hub: Hub, small: Repository, tmp_path: Path, file: str | None) -> None:
+def test_a_hub_that_always_stalls_is_reported(hub: Hub, small: Repository, tmp_path: Path, file: str | None) -> None:
     small.stall_after[file] = [0] * 9
-    line = refused(hub, tmp_path, impatient=True, HF_HUB_DOWNLOAD_TIMEOUT="1")
+    line = refusal(hub, tmp_path, impatient=True, HF_HUB_DOWNLOAD_TIMEOUT="1")
     assert line.startswith("Sin conexión con 127.0.0.1: compruebe la red y repita")
 
 
-def test_a_hub_that_knows_no_parts(hub: Hub, tmp_path: Path) -> None:
+def test_after_a_cut_a_hub_without_ranges_still_gives_the_whole_file(hub: Hub, tmp_path: Path) -> None:
     files = {"config.json": b"{}", "tokenizer.json": b"{}", "model.safetensors": os.urandom(100_000)}
     repository = hub.add(MODEL, files)
     repository.ranges = False
@@ -347,43 +347,45 @@ def test_a_hub_that_is_busy_is_asked_again(hub: Hub, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("status", [429, 500])
 @pytest.mark.parametrize("file", [None, "model.safetensors"])
-def test_a_hub_that_does_not_want(hub: Hub, small: Repository, tmp_path: Path, file: str | None, status: int) -> None:
+def test_a_hub_that_always_fails_is_reported(
+    hub: Hub, small: Repository, tmp_path: Path, file: str | None, status: int
+) -> None:
     small.statuses[file] = [status] * 9
-    line = refused(hub, tmp_path, impatient=True)
+    line = refusal(hub, tmp_path, impatient=True)
     assert line.startswith(f"127.0.0.1 responde con el error {status}: pruebe más tarde")
     assert not (tmp_path / NAME).exists()
 
 
-def test_more_than_the_hub_said_is_not_kept(hub: Hub, tmp_path: Path) -> None:
+def test_a_file_larger_than_announced_is_not_kept(hub: Hub, tmp_path: Path) -> None:
     repository = hub.add(MODEL, {"config.json": b"{}", "tokenizer.json": b"{}", "model.safetensors": b"123"})
-    # the rest never comes: who wants it waits
+    # the rest never comes: a client that wants it would wait
     repository.delivered["model.safetensors"] = b"123" + bytes(1_000_000)
     repository.stall_after["model.safetensors"] = [65_000]
-    assert refused(hub, tmp_path).startswith("model.safetensors llegó cambiado de 127.0.0.1")
+    assert refusal(hub, tmp_path).startswith("model.safetensors llegó cambiado de 127.0.0.1")
     work = f".{NAME}.partial"
     assert contents(tmp_path) == {work, f"{work}/config.json", f"{work}/tokenizer.json"}
     assert hub.fetched.count("model.safetensors") == 1
 
 
-def test_what_arrives_altered_is_not_kept(hub: Hub, safetensors: dict[str, bytes], tmp_path: Path) -> None:
+def test_a_file_that_arrives_altered_is_not_kept(hub: Hub, safetensors: dict[str, bytes], tmp_path: Path) -> None:
     repository = hub.add(MODEL, safetensors)
-    true = safetensors["model.safetensors"]
-    repository.delivered["model.safetensors"] = true[:-1] + bytes([true[-1] ^ 1])
-    assert "model.safetensors llegó cambiado" in refused(hub, tmp_path)
+    content = safetensors["model.safetensors"]
+    repository.delivered["model.safetensors"] = content[:-1] + bytes([content[-1] ^ 1])
+    assert "model.safetensors llegó cambiado" in refusal(hub, tmp_path)
     assert not (tmp_path / NAME).exists()
 
     repository.delivered.clear()
     fetch(hub, tmp_path)
-    assert (tmp_path / NAME / "model.safetensors").read_bytes() == true
+    assert (tmp_path / NAME / "model.safetensors").read_bytes() == content
 
 
-def test_two_runs_do_not_mix(hub: Hub, safetensors: dict[str, bytes], tmp_path: Path) -> None:
+def test_a_second_run_at_once_is_refused(hub: Hub, safetensors: dict[str, bytes], tmp_path: Path) -> None:
     hub.add(MODEL, safetensors)
     with checkpoint.workspace(tmp_path / NAME):
-        assert "Otro proceso está descargando" in refused(hub, tmp_path)
+        assert "Otro proceso está descargando" in refusal(hub, tmp_path)
 
 
-# A folder that is there
+# A folder that exists
 
 
 @pytest.fixture
@@ -396,7 +398,7 @@ def fetched(hub: Hub, tmp_path: Path) -> Path:
 
 def test_a_cut_file_is_named(hub: Hub, fetched: Path) -> None:
     os.truncate(fetched / "model.safetensors", 1234)
-    line = refused(hub, fetched.parent)
+    line = refusal(hub, fetched.parent)
     assert f"{fetched}/model.safetensors" in line
     assert "1.234 bytes en vez de 10.000" in line and f"borre {fetched}" in line
     with pytest.raises(UserError, match=r"1\.234 bytes"):
@@ -409,23 +411,23 @@ def test_an_altered_file_is_named(hub: Hub, fetched: Path) -> None:
     path = fetched / "model.safetensors"
     with path.open("r+b") as stream:
         stream.write(b"x")
-    assert f"{path} está alterado" in refused(hub, fetched.parent)
+    assert f"{path} está alterado" in refusal(hub, fetched.parent)
     with pytest.raises(UserError, match="está alterado"):
         ensure(settings(fetched.parent), print)
 
-    # With the time of the manifest it passes for untouched at a boot; script/weights hashes it.
+    # With the manifest's time the file passes for untouched at a start; script/weights hashes it.
     manifest = (fetched / "manifest.json").stat()
     os.utime(path, ns=(manifest.st_mtime_ns, manifest.st_mtime_ns))
     assert ensure(settings(fetched.parent), print).verified
-    assert f"{path} está alterado" in refused(hub, fetched.parent)
+    assert f"{path} está alterado" in refusal(hub, fetched.parent)
 
 
 def test_a_missing_file_is_named(hub: Hub, fetched: Path) -> None:
     (fetched / "config.json").unlink()
-    assert f"Falta {fetched}/config.json" in refused(hub, fetched.parent)
+    assert f"Falta {fetched}/config.json" in refusal(hub, fetched.parent)
 
 
-def test_a_copy_that_kept_no_times_is_whole(fetched: Path, tmp_path: Path) -> None:
+def test_a_copy_with_new_times_is_verified(fetched: Path, tmp_path: Path) -> None:
     shutil.copytree(fetched, tmp_path / "copia" / NAME, copy_function=shutil.copyfile)
     assert ensure(settings(tmp_path / "copia"), print).verified
 
@@ -486,7 +488,7 @@ def test_a_file_that_the_manifest_does_not_name_is_refused(hub: Hub, fetched: Pa
     (fetched / name).parent.mkdir(exist_ok=True)
     (fetched / name).write_text("{}")
     line = f"{fetched}/{name} sobra, manifest.json no lo nombra: bórrelo (si es suyo, borre solo {fetched}/manifest"
-    assert refused(hub, fetched.parent).startswith(line)
+    assert refusal(hub, fetched.parent).startswith(line)
     with pytest.raises(UserError, match="sobra"):
         ensure(settings(fetched.parent), print)
     (fetched / name).unlink()
@@ -497,10 +499,10 @@ def test_a_link_out_of_the_folder_is_refused(hub: Hub, fetched: Path) -> None:
     path, elsewhere = fetched / "model.safetensors", fetched.parent / "elsewhere"
     path.rename(elsewhere)
     path.symlink_to(elsewhere)
-    assert f"{path} es un enlace" in refused(hub, fetched.parent)
+    assert f"{path} es un enlace" in refusal(hub, fetched.parent)
     path.unlink()
     os.mkfifo(path)
-    assert f"{path} es un enlace u otra cosa" in refused(hub, fetched.parent)
+    assert f"{path} es un enlace u otra cosa" in refusal(hub, fetched.parent)
 
 
 def test_a_link_to_the_folder_is_followed(fetched: Path, tmp_path: Path) -> None:
@@ -522,20 +524,20 @@ def file(place: Path) -> Path:
 
 
 @pytest.mark.parametrize("link", [weights_dir, folder, file])
-def test_a_link_that_leads_nowhere_is_told_before_anything_is_asked(
+def test_a_broken_link_is_reported_before_any_request(
     hub: Hub, small: Repository, tmp_path: Path, link: Callable[[Path], Path]
 ) -> None:
-    """As in an image that `cog build` made of a folder with links to the weights."""
+    """As in an image that `cog build` makes of a folder with links to the weights."""
     path = link(tmp_path)
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix:
         (path.parent / "config.json").write_text("{}")
     path.symlink_to("/datos/otro")
     line = f"{path} es un enlace a /datos/otro, que aquí no existe: ponga en su lugar lo que enlaza (script/push sigue"
-    assert refused(hub, tmp_path / "weights").startswith(line)
+    assert refusal(hub, tmp_path / "weights").startswith(line)
 
 
-def test_a_name_that_the_disk_cannot_hold_is_missing(fetched: Path) -> None:
+def test_a_name_that_the_disk_cannot_hold_is_a_missing_file(fetched: Path) -> None:
     manifest = json.loads((fetched / "manifest.json").read_text())
     manifest["files"]["n" * 300] = {"size": 2, "sha256": HASH}
     (fetched / "manifest.json").write_text(json.dumps(manifest))
@@ -543,26 +545,26 @@ def test_a_name_that_the_disk_cannot_hold_is_missing(fetched: Path) -> None:
         ensure(settings(fetched.parent), print)
 
 
-def test_another_model_or_revision_of_the_same_name_is_not_taken(hub: Hub, fetched: Path) -> None:
-    line = refused(hub, fetched.parent, MODEL_ID="otro/falcon-mini")
+def test_another_model_or_revision_of_the_same_name_is_refused(hub: Hub, fetched: Path) -> None:
+    line = refusal(hub, fetched.parent, MODEL_ID="otro/falcon-mini")
     assert MODEL in line and "otro/falcon-mini" in line
-    assert "es la revisión main" in refused(hub, fetched.parent, MODEL_REVISION="v9")
+    assert "es la revisión main" in refusal(hub, fetched.parent, MODEL_REVISION="v9")
     assert ensure(settings(fetched.parent, revision=COMMIT), print).commit == COMMIT
 
 
 @pytest.mark.parametrize("names", [(), ("config.json",), ("model.safetensors",), ("config.json", "notas.txt")])
-def test_a_folder_that_is_no_model(hub: Hub, tmp_path: Path, names: tuple[str, ...]) -> None:
+def test_a_folder_that_is_no_model_is_refused(hub: Hub, tmp_path: Path, names: tuple[str, ...]) -> None:
     folder = tmp_path / NAME
     folder.mkdir()
     for name in names:
         (folder / name).write_text("{}")
-    line = refused(hub, tmp_path)
+    line = refusal(hub, tmp_path)
     assert line.startswith(f"{folder} no es un modelo, le falta config.json o los pesos")
     assert contents(folder) == set(names)
     assert hub.requests == []
 
 
-def test_a_folder_of_the_users_own_is_taken_unverified(hub: Hub, tmp_path: Path) -> None:
+def test_a_folder_of_the_users_own_is_used_unverified(hub: Hub, tmp_path: Path) -> None:
     folder = checkpoints.falcon(tmp_path / NAME)
     model = ensure(settings(tmp_path), print)
     assert (model.folder, model.commit, model.verified) == (folder, None, False)
@@ -574,16 +576,16 @@ def test_a_folder_of_the_users_own_is_taken_unverified(hub: Hub, tmp_path: Path)
 # What the hub refuses
 
 
-def test_no_network(tmp_path: Path) -> None:
+def test_a_missing_network_is_reported(tmp_path: Path) -> None:
     with Hub() as gone:
         endpoint = gone.endpoint
-    line = refused(endpoint, tmp_path)
+    line = refusal(endpoint, tmp_path)
     assert line.startswith("Sin conexión con 127.0.0.1") and "script/predict --demo" in line
     assert contents(tmp_path) == set()
 
 
-def test_offline_by_choice(hub: Hub, tmp_path: Path) -> None:
-    line = refused(hub, tmp_path, HF_HUB_OFFLINE="1")
+def test_offline_by_choice_is_reported(hub: Hub, tmp_path: Path) -> None:
+    line = refusal(hub, tmp_path, HF_HUB_OFFLINE="1")
     assert line.startswith("Sin conexión") and "HF_HUB_OFFLINE" in line and "script/predict --demo" in line
     assert hub.requests == []
 
@@ -592,12 +594,12 @@ Description = dict[str, Any]
 
 
 def first(body: Description, **changes: object) -> Description:
-    """A description with changes in what it says of its first file."""
+    """The description with changes in the fields of its first file."""
     return {**body, "siblings": [{**body["siblings"][0], **changes}, *body["siblings"][1:]]}
 
 
 @pytest.mark.parametrize(
-    "says",
+    "describe",
     [
         lambda body: [],
         lambda body: {},
@@ -616,21 +618,21 @@ def first(body: Description, **changes: object) -> Description:
     ],
     ids=range(14),
 )
-def test_a_hub_that_makes_no_sense(
-    hub: Hub, small: Repository, tmp_path: Path, says: Callable[[Description], object]
+def test_an_invalid_description_is_reported(
+    hub: Hub, small: Repository, tmp_path: Path, describe: Callable[[Description], object]
 ) -> None:
-    small.says = says
-    line = refused(hub, tmp_path)
+    small.describe = describe
+    line = refusal(hub, tmp_path)
     assert line.startswith("127.0.0.1 no responde como Hugging Face: compruebe HF_ENDPOINT")
     assert contents(tmp_path) == set() and not hub.fetched
 
 
-def test_a_page_instead_of_the_hub(hub: Hub, small: Repository, tmp_path: Path) -> None:
-    small.says = lambda body: b"<html>"
-    assert refused(hub, tmp_path).startswith("Sin conexión con 127.0.0.1")
+def test_a_web_page_instead_of_the_hub_is_reported(hub: Hub, small: Repository, tmp_path: Path) -> None:
+    small.describe = lambda body: b"<html>"
+    assert refusal(hub, tmp_path).startswith("Sin conexión con 127.0.0.1")
 
 
-def test_a_name_of_the_hubs_that_no_disk_holds_is_passed_over(hub: Hub, small: Repository, tmp_path: Path) -> None:
+def test_a_file_whose_name_no_disk_can_hold_is_skipped(hub: Hub, small: Repository, tmp_path: Path) -> None:
     for name in ("n" * 300 + ".model", f"model-{'1' * 300}-of-00001.safetensors", "../../x.model"):
         small.files[name] = b"x"
     fetch(hub, tmp_path)
@@ -643,14 +645,14 @@ def small(hub: Hub) -> Repository:
 
 
 @pytest.mark.parametrize("token", ["", GOOD])
-def test_unknown_model(hub: Hub, tmp_path: Path, token: str) -> None:
-    line = refused(hub, tmp_path, MODEL_ID="nadie/nada", HF_TOKEN=token)
+def test_an_unknown_model_is_refused(hub: Hub, tmp_path: Path, token: str) -> None:
+    line = refusal(hub, tmp_path, MODEL_ID="nadie/nada", HF_TOKEN=token)
     assert "no tiene ningún modelo nadie/nada" in line and "MODEL_ID" in line
     assert contents(tmp_path) == set()
 
 
-def test_unknown_revision(hub: Hub, small: Repository, tmp_path: Path) -> None:
-    assert f"{MODEL} no tiene la revisión v9" in refused(hub, tmp_path, MODEL_REVISION="v9")
+def test_an_unknown_revision_is_refused(hub: Hub, small: Repository, tmp_path: Path) -> None:
+    assert f"{MODEL} no tiene la revisión v9" in refusal(hub, tmp_path, MODEL_REVISION="v9")
 
 
 def test_a_revision_is_resolved_to_its_commit(hub: Hub, small: Repository, tmp_path: Path) -> None:
@@ -660,20 +662,20 @@ def test_a_revision_is_resolved_to_its_commit(hub: Hub, small: Repository, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("token", "says"),
+    ("token", "message"),
     [
         ("", f"{MODEL} pide permiso: acéptelo en https://127.0.0.1/{MODEL}, cree un token"),
         (NO_ACCESS, f"Su token no da acceso a {MODEL}"),
         (WRONG, "127.0.0.1 no reconoce su token"),
     ],
 )
-def test_a_gated_model_is_refused(hub: Hub, small: Repository, tmp_path: Path, token: str, says: str) -> None:
+def test_a_gated_model_is_refused(hub: Hub, small: Repository, tmp_path: Path, token: str, message: str) -> None:
     small.gated = True
-    assert says in refused(hub, tmp_path, HUGGINGFACE_HUB_TOKEN=token)
+    assert message in refusal(hub, tmp_path, HUGGINGFACE_HUB_TOKEN=token)
     assert not (tmp_path / NAME).exists()
 
 
-def test_a_gated_model_comes_with_a_token(hub: Hub, small: Repository, tmp_path: Path) -> None:
+def test_a_gated_model_is_fetched_with_a_token(hub: Hub, small: Repository, tmp_path: Path) -> None:
     small.gated = True
     fetch(hub, tmp_path, HUGGINGFACE_HUB_TOKEN=GOOD)
     assert {request.token for request in hub.requests if request.file} == {GOOD}
@@ -685,7 +687,7 @@ WEIGHTS = {"model.safetensors": b"123"}
 
 
 @pytest.mark.parametrize(
-    ("files", "says"),
+    ("files", "message"),
     [
         ({**TEXTS, **JUNK}, "no tiene pesos que se puedan usar, solo GGUF, los de llama.cpp: elija el modelo original"),
         ({"README.md": b"---", "modelo-Q4_K_M.gguf": b"g"}, "no tiene pesos que se puedan usar, solo GGUF"),
@@ -704,23 +706,23 @@ WEIGHTS = {"model.safetensors": b"123"}
         ({**TEXTS, **WEIGHTS, "quantize_config.json": b"{}"}, "está cuantizado (gptq)"),
     ],
 )
-def test_what_cannot_be_served_is_seen_in_the_list_of_files(
-    hub: Hub, tmp_path: Path, files: dict[str, bytes], says: str
+def test_an_unusable_model_is_refused_by_its_list_of_files(
+    hub: Hub, tmp_path: Path, files: dict[str, bytes], message: str
 ) -> None:
     hub.add(MODEL, files)
-    assert f"{MODEL} {says}" in refused(hub, tmp_path)
+    assert f"{MODEL} {message}" in refusal(hub, tmp_path)
     assert hub.fetched == []
 
 
 @pytest.mark.parametrize("names", [["vocab.json", "merges.txt"], ["vocab.txt"], ["tekken.json"]])
-def test_what_a_tokenizer_can_be_made_of_comes(hub: Hub, tmp_path: Path, names: list[str]) -> None:
+def test_the_files_of_a_tokenizer_are_fetched(hub: Hub, tmp_path: Path, names: list[str]) -> None:
     hub.add(MODEL, {"config.json": b"{}", **WEIGHTS, **dict.fromkeys(names, b"x")})
     fetch(hub, tmp_path)
     assert sorted(hub.fetched) == sorted(["config.json", *WEIGHTS, *names])
 
 
 @pytest.mark.parametrize(
-    ("config", "says"),
+    ("config", "message"),
     [
         (
             {"quantization_config": {"quant_method": "gptq", "bits": 4}},
@@ -732,12 +734,12 @@ def test_what_a_tokenizer_can_be_made_of_comes(hub: Hub, tmp_path: Path, names: 
         ({"model_type": "desconocido"}, "no es un modelo causal que transformers conozca"),
     ],
 )
-def test_what_cannot_be_served_is_seen_in_the_config(
-    hub: Hub, tmp_path: Path, config: dict[str, object], says: str
+def test_an_unusable_model_is_refused_by_its_config(
+    hub: Hub, tmp_path: Path, config: dict[str, object], message: str
 ) -> None:
     hub.add(MODEL, {**TEXTS, **WEIGHTS, "config.json": json.dumps(config).encode()})
-    assert f"{MODEL} {says}" in refused(hub, tmp_path)
-    # nothing else was brought, and nothing stays
+    assert f"{MODEL} {message}" in refusal(hub, tmp_path)
+    # nothing else was fetched, and nothing stays
     assert hub.fetched == ["config.json"]
     assert contents(tmp_path) == set()
 
@@ -763,11 +765,11 @@ def test_a_bin_that_carries_code_is_not_opened(hub: Hub, bin: dict[str, bytes], 
     mark, path = tmp_path / "mark", tmp_path / "trap.bin"
     torch.save({"a": torch.zeros(2), "b": Trap(mark)}, path, _use_new_zipfile_serialization=zipped)
     hub.add(MODEL, {"config.json": bin["config.json"], "tokenizer.json": b"{}", "pytorch_model.bin": path.read_bytes()})
-    assert f"pytorch_model.bin de {MODEL} no lleva solo pesos" in refused(hub, tmp_path)
+    assert f"pytorch_model.bin de {MODEL} no lleva solo pesos" in refusal(hub, tmp_path)
     assert contents(tmp_path) == {"trap.bin"}
 
 
-def test_a_bin_that_holds_no_tensors(hub: Hub, bin: dict[str, bytes], tmp_path: Path) -> None:
+def test_a_bin_without_tensors_is_refused(hub: Hub, bin: dict[str, bytes], tmp_path: Path) -> None:
     torch.save({"a": 1}, tmp_path / "one.bin")
     hub.add(
         MODEL,
@@ -777,17 +779,17 @@ def test_a_bin_that_holds_no_tensors(hub: Hub, bin: dict[str, bytes], tmp_path: 
             "pytorch_model.bin": (tmp_path / "one.bin").read_bytes(),
         },
     )
-    assert f"pytorch_model.bin de {MODEL} no lleva solo pesos" in refused(hub, tmp_path)
+    assert f"pytorch_model.bin de {MODEL} no lleva solo pesos" in refusal(hub, tmp_path)
 
 
 @pytest.mark.parametrize("changes", [{"model_type": "desconocido"}, {"num_attention_heads": 0}, {"hidden_size": "a"}])
-def test_an_architecture_that_nobody_knows(
+def test_an_unknown_architecture_is_refused(
     hub: Hub, bin: dict[str, bytes], tmp_path: Path, changes: dict[str, object]
 ) -> None:
     config = {**json.loads(bin["config.json"]), **changes}
     hub.add(MODEL, {**bin, "config.json": json.dumps(config).encode(), "configuration_falcon.py": b"raise SystemExit"})
-    assert f"{MODEL} no es un modelo causal que transformers conozca" in refused(hub, tmp_path)
-    # nothing else was brought, and nothing stays
+    assert f"{MODEL} no es un modelo causal que transformers conozca" in refusal(hub, tmp_path)
+    # nothing else was fetched, and nothing stays
     assert hub.fetched == ["config.json"]
     assert contents(tmp_path) == set()
 
@@ -795,21 +797,23 @@ def test_an_architecture_that_nobody_knows(
 # What the disk refuses
 
 
-def test_a_model_that_does_not_fit(hub: Hub, small: Repository, tmp_path: Path) -> None:
+def test_a_model_that_does_not_fit_on_the_disk_is_refused(hub: Hub, small: Repository, tmp_path: Path) -> None:
     small.announced["model.safetensors"] = 10**18
-    line = refused(hub, tmp_path)
+    line = refusal(hub, tmp_path)
     assert line.startswith(f"No hay sitio en {tmp_path}: hacen falta 1000000000,0 GB y quedan ")
     assert hub.fetched == []
 
 
-def test_the_disk_fills_up_on_the_way(hub: Hub, safetensors: dict[str, bytes], tmp_path: Path) -> None:
+def test_a_disk_that_fills_up_while_fetching_is_reported(
+    hub: Hub, safetensors: dict[str, bytes], tmp_path: Path
+) -> None:
     hub.add(MODEL, safetensors)
     interrupted(hub, tmp_path, signal.SIGKILL, 1000).communicate()
     # A device on which every write fails as on a full disk.
     (part,) = tmp_path.rglob("model.safetensors.*")
     part.unlink()
     part.symlink_to("/dev/full")
-    line = refused(hub, tmp_path)
+    line = refusal(hub, tmp_path)
     assert line.startswith(f"No hay sitio en {tmp_path}: hacen falta 13,7 MB y quedan ")
     assert not (tmp_path / NAME).exists()
 
@@ -818,7 +822,7 @@ def test_the_disk_fills_up_on_the_way(hub: Hub, safetensors: dict[str, bytes], t
     subprocess.run(["unshare", "--user", "--map-root-user", "--mount", "true"], capture_output=True).returncode != 0,
     reason="needs a mount of its own",
 )
-def test_the_disk_fills_up_while_converting(tmp_path: Path) -> None:
+def test_a_disk_that_fills_up_while_converting_is_reported(tmp_path: Path) -> None:
     code = f"""
 import torch
 from pathlib import Path
@@ -837,9 +841,9 @@ with checkpoint.workspace(Path("{tmp_path}/disk/{NAME}")) as work, checkpoint.ro
     assert f"UserError: No hay sitio en {tmp_path}/disk: hacen falta 5 bytes y quedan 1,0 MB libres" in run.stderr
 
 
-def test_a_place_that_cannot_be_written(hub: Hub, small: Repository, tmp_path: Path) -> None:
+def test_a_weights_dir_that_cannot_be_written_is_refused(hub: Hub, small: Repository, tmp_path: Path) -> None:
     (tmp_path / "archivo").write_text("")
-    assert refused(hub, tmp_path / "archivo") == (
+    assert refusal(hub, tmp_path / "archivo") == (
         f"No se puede escribir en {tmp_path}/archivo, parte de la ruta no es una carpeta: cambie WEIGHTS_DIR"
     )
 
@@ -852,7 +856,9 @@ def test_a_place_that_cannot_be_written(hub: Hub, small: Repository, tmp_path: P
         ("n" * 300, "el nombre es demasiado largo"),
     ],
 )
-def test_a_place_that_cannot_be(hub: Hub, small: Repository, tmp_path: Path, place: str, reason: str) -> None:
+def test_an_impossible_weights_dir_is_refused(
+    hub: Hub, small: Repository, tmp_path: Path, place: str, reason: str
+) -> None:
     (tmp_path / "vuelta").symlink_to(tmp_path / "vuelta")
     path = tmp_path / place
-    assert refused(hub, path) == f"No se puede escribir en {path}, {reason}: cambie WEIGHTS_DIR"
+    assert refusal(hub, path) == f"No se puede escribir en {path}, {reason}: cambie WEIGHTS_DIR"

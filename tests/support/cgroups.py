@@ -1,4 +1,4 @@
-"""Control groups: written as files below a folder that stands for /, and genuine ones where this system lets us."""
+"""Control groups: files below a folder that stands for /, and real groups where this system allows them."""
 
 import os
 import shlex
@@ -15,16 +15,16 @@ from llm.devices import cgroups
 from llm.weights.settings import ROOT
 
 
-def written(root: Path, groups: str, mounts: str, files: dict[str, str]) -> Path:
-    """groups: lines of /proc/self/cgroup; mounts: of /proc/self/mountinfo, shortened to `top point kind options`."""
+def write_groups(root: Path, groups: str, mounts: str, files: dict[str, str]) -> Path:
+    """groups: as in /proc/self/cgroup; mounts: as in /proc/self/mountinfo, shortened to `top point kind options`."""
     proc = root / "proc" / "self"
     proc.mkdir(parents=True)
     (proc / "cgroup").write_text(groups and f"{groups}\n")
-    full = []
+    lines = []
     for mount in mounts.splitlines():
         top, point, kind, options = mount.split()
-        full.append(f"31 23 0:28 {top} {point} rw,relatime shared:9 - {kind} {kind} rw,{options}\n")
-    (proc / "mountinfo").write_text("24 1 8:1 / / rw - ext4 /dev/sda1 rw\n" + "".join(full))
+        lines.append(f"31 23 0:28 {top} {point} rw,relatime shared:9 - {kind} {kind} rw,{options}\n")
+    (proc / "mountinfo").write_text("24 1 8:1 / / rw - ext4 /dev/sda1 rw\n" + "".join(lines))
     for name, content in files.items():
         path = root / name.lstrip("/")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -33,10 +33,10 @@ def written(root: Path, groups: str, mounts: str, files: dict[str, str]) -> Path
 
 
 @contextmanager
-def genuine(controller: str, limits: dict[str, str]) -> Iterator[Path]:
-    """A new group below this process's own, with the first of the limits that this system's version has.
+def real_group(controller: str, limits: dict[str, str]) -> Iterator[Path]:
+    """A new group below this process's own, with the first of `limits` that this system has a file for.
 
-    Skips the test where no group may be made.
+    Skips the test where no group can be made.
     """
     own = next((group for group in cgroups._groups(controller, Path("/")) if group.is_dir()), None)
     if own is None:
@@ -57,8 +57,8 @@ def genuine(controller: str, limits: dict[str, str]) -> Iterator[Path]:
             group.rmdir()
 
 
-def python(group: Path, program: str) -> str:
-    """What a program prints that runs in the group."""
+def run_python(group: Path, program: str) -> str:
+    """What `program` prints when it runs in the group."""
     command = f'echo $$ > {shlex.quote(str(group / "cgroup.procs"))} && exec {shlex.quote(sys.executable)} -c "$0"'
     run = subprocess.run(["sh", "-c", command, program], cwd=ROOT, env=os.environ, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

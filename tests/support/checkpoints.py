@@ -25,12 +25,12 @@ Format = Literal["safetensors", "bin"]
 VOCABULARY = 50304
 """Rows of falcon-rw-1b's embedding."""
 TOKENS = 50257
-"""Tokens of its tokenizer; the ids above decode to nothing."""
+"""Tokens of its tokenizer; higher ids decode to nothing."""
 
 # Wide enough that a greedy text wanders instead of repeating one token.
 _INITIALIZER_RANGE = 0.3
 
-# The code that falcon-rw-1b's config.json points at. It is not in our folders: a loader that obeys fails.
+# falcon-rw-1b's config.json names this code. Our folders lack it: a loader that runs a model's own code fails.
 _AUTO_MAP = {
     "AutoConfig": "configuration_falcon.FalconConfig",
     "AutoModel": "modeling_falcon.FalconModel",
@@ -59,9 +59,9 @@ def falcon(
     heads: int = 4,
     seed: int = 0,
 ) -> Path:
-    """A small falcon-rw-1b: ALiBi, biases, bos 1 and eos 2 in its configs, the auto_map that must not be obeyed.
+    """A small falcon-rw-1b: ALiBi, biases, bos 1 and eos 2 in its configs, an auto_map that must be ignored.
 
-    As "bin" it is what the hub has: pytorch_model.bin, without the tied lm_head unless `tied_twice`.
+    The format "bin" is the hub's: pytorch_model.bin, without the tied lm_head unless `tied_twice`.
     """
     torch.manual_seed(seed)
     config = FalconConfig(

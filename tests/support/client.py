@@ -1,4 +1,4 @@
-"""A client of the running server, over HTTP as anybody's."""
+"""An HTTP client of the running server."""
 
 import json
 from collections.abc import Iterator
@@ -13,8 +13,8 @@ from cli.server import Server
 
 
 class Client:
-    """Asks again where Cog has no place: it gives one back a moment after the answer, and may refuse one of two that
-    come in the same instant."""
+    """Repeats a request that Cog refuses with 409: Cog frees a place a moment after the answer, and may refuse one of
+    two simultaneous requests."""
 
     def __init__(self, server: Server) -> None:
         self.server = server
@@ -33,12 +33,12 @@ class Client:
         return response
 
     def predict_if_free(self, **inputs: Any) -> httpx.Response:
-        """The same, asked once."""
+        """The prediction, or Cog's 409 where no place is free."""
         return self.post("/predictions", json.dumps({"input": inputs}))
 
     def cancel(self, prediction: str) -> bool:
-        """Whether it ran."""
-        # without a body: the server answers before it reads one, and may then close the connection under the next call
+        """Whether the prediction was running."""
+        # without a body: the server answers before it reads one, and may then close the connection before the next call
         return self._http.post(f"/predictions/{prediction}/cancel").status_code == httpx.codes.OK
 
     @contextmanager

@@ -1,4 +1,4 @@
-"""The embedded model, where script/predict --demo has it: it is made once for all tests."""
+"""The embedded model, in the folder of script/predict --demo, which is made once for all tests."""
 
 import fcntl
 from pathlib import Path
@@ -8,7 +8,7 @@ from llm.weights.settings import Settings
 
 
 def folder() -> Path:
-    with Path(__file__).open() as this:
-        # two processes test at once: the second one waits
-        fcntl.flock(this, fcntl.LOCK_EX)
+    with Path(__file__).open() as lock:
+        # tests run in two processes: the second waits for the first
+        fcntl.flock(lock, fcntl.LOCK_EX)
         return demo.ensure(Settings.read()).folder

@@ -1,21 +1,22 @@
-"""A small Replicate on 127.0.0.1: that part of its published HTTP API which clients use, before a genuine Cog server.
+"""A small Replicate on 127.0.0.1: the part of its published HTTP API that clients use, in front of a real Cog server.
 
 with Gateway(server.url) as gateway:
     gateway.publish("v1")
     # REPLICATE_BASE_URL=gateway.url, REPLICATE_API_TOKEN=gateway.token
 
 Routes, fields and codes are those of the published OpenAPI document of April 2026 and of replicate.com/docs; the bodies
-of its errors, those that clients' own tests and users have recorded. It has one account, one model and its versions;
-each version is the one Cog server behind it, whatever schema it was published with. A prediction waits, in order of
-arrival, while that server has no place, as Replicate's queue does.
+of errors are those that clients' own tests and users have recorded. The gateway has one account, one model and its
+versions; every version is the one Cog server behind the gateway, whatever schema it was published with. Predictions
+wait in order of arrival while that server has no free place, as in Replicate's queue.
 
-What it leaves out, so that no test here says anything of it: cold starts, instances that come and go, the hardware's
+Left out, and so not tested here: cold starts, instances that come and go, the hardware's
 speed; billing and spending limits; rate limits (429) and a service that fails (5xx); HTTPS, and with it that a
 webhook's address has to be https; files, trainings, collections, search, readmes, examples, creating and deleting
 models and versions; the deadline in `Cancel-After`, hence the status `aborted`; outputs removed after an hour, and
 streams that expire; lists of models, versions, predictions and deployments; official models; a second delivery of a
-webhook. It does not hold the model's page to be public or private, nor a token to one account. Where the API says what
-it refuses but not how (a deployment's name that is taken, one that is deleted while it runs), status and text are ours.
+webhook. The model's page is neither public nor private, and a token belongs to no account. Where the API documents a
+refusal but not its answer (a deployment's name that is taken, one that is deleted while it runs), status and text are
+ours.
 """
 
 import hashlib
@@ -66,13 +67,13 @@ HARDWARE = {
 }
 
 SECONDS_OFFLINE = 15 * 60
-"""How long a deployment has to be without instances and unused before it can be deleted."""
+"""How long a deployment must be unused and without instances before it can be deleted."""
 
 _MOST_SECONDS_TO_WAIT = 60
 
 
 class Gateway:
-    """Answers until the `with` block ends; what still runs is then cancelled."""
+    """Answers until the `with` block ends, which cancels the running predictions."""
 
     def __init__(self, server: str, *, model: str = MODEL) -> None:
         """`server` is the address of a Cog server that is ready."""
@@ -80,13 +81,13 @@ class Gateway:
         self.model = model
         self.owner, self.name = model.split("/")
         self.versions: dict[str, Body] = {}
-        """Newest first. Without any, the model's page is there and nothing was pushed to it yet."""
+        """Newest first. Empty: the model has a page, and nothing was pushed to it."""
         self.predictions: dict[str, Prediction] = {}
         self.deployments: dict[str, _Deployment] = {}
         self.webhook_secret = f"whsec_{b64encode(secrets.token_bytes(24)).decode()}"
         self._cog = httpx.Client(base_url=server, timeout=300, trust_env=False)
-        self._line: list[Prediction] = []
-        self._moved = threading.Condition()
+        self._queue: list[Prediction] = []
+        self._queue_changed = threading.Condition()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"gateway": self}))
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05})
 
@@ -96,11 +97,11 @@ class Gateway:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What makes the Python client come here."""
+        """The variables that direct Replicate's Python client to this gateway."""
         return {"REPLICATE_BASE_URL": self.url, "REPLICATE_API_TOKEN": self.token}
 
     def publish(self, id: str = "", schema: Body | None = None) -> str:
-        """A version, from now on the newest; its id. Without a schema, with that of the Cog server."""
+        """Add a version, the newest, and return its id. `schema` defaults to the Cog server's."""
         schema = schema or self._cog.get("/openapi.json").json()
         id = id or hashlib.sha256(json.dumps([schema, len(self.versions)]).encode()).hexdigest()
         created = {"id": id, "created_at": now(), "cog_version": installed("cog"), "openapi_schema": schema}
@@ -115,14 +116,14 @@ class Gateway:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         for prediction in list(self.predictions.values()):
-            self._end(prediction)
+            self._cancel(prediction)
             prediction.join()
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
         self._cog.close()
 
-    # The routes. What they return is the answer's body.
+    # The routes: each returns the answer's body.
 
     def account(self) -> Body:
         return {"type": "user", "username": self.owner, "name": self.owner}
@@ -149,14 +150,14 @@ class Gateway:
 
     def get_version(self, name: str, id: str) -> Body:
         self._check_model(name)
-        return _found(self.versions, id)
+        return _lookup(self.versions, id)
 
     def get_prediction(self, id: str) -> Body:
-        return _found(self.predictions, id).shown()
+        return _lookup(self.predictions, id).shown()
 
     def cancel_prediction(self, id: str) -> Body:
-        prediction = _found(self.predictions, id)
-        self._end(prediction)
+        prediction = _lookup(self.predictions, id)
+        self._cancel(prediction)
         return prediction.shown()
 
     def predict(self, body: Body) -> Prediction:
@@ -172,12 +173,12 @@ class Gateway:
         return self._start(body, VERSION_PREDICTION, id)
 
     def predict_deployed(self, name: str, body: Body) -> Prediction:
-        deployment = _found(self.deployments, name)
+        deployment = _lookup(self.deployments, name)
         deployment.used = time.monotonic()
         return self._start(body, PREDICTION, deployment.release["version"])
 
     def get_deployment(self, name: str) -> Body:
-        return _found(self.deployments, name).shown()
+        return _lookup(self.deployments, name).shown()
 
     def create_deployment(self, body: Body) -> Body:
         self._check_deployment(body, DEPLOYMENT)
@@ -188,13 +189,13 @@ class Gateway:
         return self.deployments[name].shown()
 
     def update_deployment(self, name: str, body: Body) -> Body:
-        deployment = _found(self.deployments, name)
+        deployment = _lookup(self.deployments, name)
         self._check_deployment(body, CHANGES)
         deployment.change(body)
         return deployment.shown()
 
     def delete_deployment(self, name: str) -> None:
-        if not _found(self.deployments, name).offline():
+        if not _lookup(self.deployments, name).offline():
             raise Problem(
                 HTTPStatus.BAD_REQUEST,
                 "You can only delete deployments that have been offline and unused for at least 15 minutes.",
@@ -203,7 +204,7 @@ class Gateway:
 
     def stream(self, key: str) -> Iterator[str]:
         """The events of the prediction that has this key in its address, from the first to the last, as they come."""
-        prediction = _found({prediction.key: prediction for prediction in list(self.predictions.values())}, key)
+        prediction = _lookup({prediction.key: prediction for prediction in list(self.predictions.values())}, key)
         return prediction.stream()
 
     def _check_model(self, name: str) -> None:
@@ -226,40 +227,40 @@ class Gateway:
         if errors:
             raise invalid(errors)
 
-    # A prediction's way
+    # How a prediction runs
 
     def _start(self, body: Body, schema: Body, version: str) -> Prediction:
         inputs = self.versions[version]["openapi_schema"]["components"]["schemas"]["Input"]
         check(body, {**schema, "properties": {**schema["properties"], "input": inputs}})
         prediction = Prediction(self.url, self.model, version, body, self.webhook_secret)
         self.predictions[prediction.id] = prediction
-        with self._moved:
-            self._line.append(prediction)
+        with self._queue_changed:
+            self._queue.append(prediction)
         prediction.begin(self._run)
         return prediction
 
     def _run(self, prediction: Prediction) -> None:
         try:
-            with self._moved:
-                self._moved.wait_for(lambda: self._line[0] is prediction or prediction.cancelled.is_set())
-            while not prediction.cancelled.is_set() and not self._admitted(prediction):
-                # whoever holds the server's places may be no prediction of ours
+            with self._queue_changed:
+                self._queue_changed.wait_for(lambda: self._queue[0] is prediction or prediction.cancelled.is_set())
+            while not prediction.cancelled.is_set() and not self._run_if_free(prediction):
+                # other clients may hold the server's places: asking again is the only way to know
                 prediction.cancelled.wait(0.05)
         except httpx.HTTPError as error:
             prediction.complete("failed", error=f"Prediction interrupted; please retry ({error})")
         else:
             prediction.complete("canceled")
         finally:
-            self._leave_line(prediction)
+            self._leave_queue(prediction)
 
-    def _admitted(self, prediction: Prediction) -> bool:
-        """Whether the server had a place; then the prediction is over, and its events told."""
+    def _run_if_free(self, prediction: Prediction) -> bool:
+        """Whether the server had a free place; if so, the prediction has run to its end."""
         headers = {"Accept": "text/event-stream"}
         body = {"input": prediction.shown()["input"]}
         with self._cog.stream("PUT", f"/predictions/{prediction.id}", json=body, headers=headers) as response:
             if response.status_code == HTTPStatus.CONFLICT:
                 return False
-            self._leave_line(prediction)
+            self._leave_queue(prediction)
             if response.status_code != HTTPStatus.OK:
                 prediction.complete("failed", error=response.read().decode())
                 return True
@@ -269,19 +270,19 @@ class Gateway:
             raise httpx.RemoteProtocolError("the model's server closed its stream")
         return True
 
-    def _leave_line(self, prediction: Prediction) -> None:
-        with self._moved:
-            if prediction in self._line:
-                self._line.remove(prediction)
-            self._moved.notify_all()
+    def _leave_queue(self, prediction: Prediction) -> None:
+        with self._queue_changed:
+            if prediction in self._queue:
+                self._queue.remove(prediction)
+            self._queue_changed.notify_all()
 
-    def _end(self, prediction: Prediction) -> None:
-        """Cancel it wherever it is, and return when it is over."""
+    def _cancel(self, prediction: Prediction) -> None:
+        """Cancel the prediction, queued or running, and return when it is over."""
         prediction.cancelled.set()
-        with self._moved:
-            self._moved.notify_all()
+        with self._queue_changed:
+            self._queue_changed.notify_all()
         while not prediction.wait(0.05):
-            # 404 until the server knows it, and again once it is over there; a server that has gone fails it
+            # 404 before the server knows the prediction and after its end; where the server has gone, _run fails it
             with suppress(httpx.TransportError):
                 self._cog.post(f"/predictions/{prediction.id}/cancel")
 
@@ -319,7 +320,7 @@ class _Deployment:
         return {"owner": self.owner, "name": self.name, "current_release": self.release}
 
 
-def _found(things: dict[str, Kind], name: str) -> Kind:
+def _lookup(things: dict[str, Kind], name: str) -> Kind:
     if name not in things:
         raise not_found()
     return things[name]
@@ -348,23 +349,23 @@ _WITH_BODY = {Gateway.predict, Gateway.predict_deployed, Gateway.create_deployme
 class _Handler(BaseHTTPRequestHandler):
     gateway: Gateway
     protocol_version = "HTTP/1.1"
-    # otherwise each small piece of a stream waits for the last one to be acknowledged
+    # otherwise each small piece of a stream waits until the one before is acknowledged
     disable_nagle_algorithm = True
 
     def log_message(self, format: str, *args: object) -> None:
         pass
 
     def _answer(self) -> None:
-        # read whatever comes of it: what is left in the connection would be taken for the next request
+        # read even before an error: unread bytes would be taken for the next request
         content = self.rfile.read(int(self.headers["Content-Length"] or 0))
         try:
-            route, found = self._route()
+            route, match = self._route()
             if route is not Gateway.stream:
                 self._check_token()
-            arguments = found.groupdict()
+            arguments = match.groupdict()
             if route in _WITH_BODY:
                 arguments["body"] = read(content)
-            # by its name: what a test does to one of these methods, in a class of its own, counts
+            # by name: tests override these methods in subclasses
             answer = getattr(self.gateway, route.__name__)(**arguments)
         except Problem as problem:
             self._send(problem.status, problem.body, "application/problem+json")
@@ -383,8 +384,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _route(self) -> tuple[Callable[..., Any], re.Match[str]]:
         path = urlsplit(self.path).path
         for method, pattern, route in _ROUTES:
-            if method == self.command and (found := re.fullmatch(f"/v1{pattern}", path)):
-                return route, found
+            if method == self.command and (match := re.fullmatch(f"/v1{pattern}", path)):
+                return route, match
         raise not_found()
 
     def _check_token(self) -> None:
@@ -398,9 +399,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _send_created(self, prediction: Prediction) -> None:
         status, shown = HTTPStatus.CREATED, prediction.created
         headers = {"Location": shown["urls"]["get"]}
-        if asked := re.fullmatch(r"wait(?:=(\d+))?", self.headers.get("Prefer", "")):
-            headers["Preference-Applied"] = asked[0]
-            seconds = min(int(asked[1] or _MOST_SECONDS_TO_WAIT), _MOST_SECONDS_TO_WAIT)
+        if preference := re.fullmatch(r"wait(?:=(\d+))?", self.headers.get("Prefer", "")):
+            headers["Preference-Applied"] = preference[0]
+            seconds = min(int(preference[1] or _MOST_SECONDS_TO_WAIT), _MOST_SECONDS_TO_WAIT)
             if not prediction.wait(seconds):
                 status = HTTPStatus.ACCEPTED
             shown = prediction.shown()
@@ -423,5 +424,5 @@ class _Handler(BaseHTTPRequestHandler):
             for piece in pieces:
                 self.wfile.write(piece.encode())
         except ConnectionError:
-            # the client has gone; the prediction goes on without it
+            # the client has left; the prediction goes on
             self.close_connection = True

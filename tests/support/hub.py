@@ -2,7 +2,7 @@
 
 with Hub() as hub:
     hub.add("org/name", {"config.json": b"{}", "model.safetensors": b"..."})
-    # HF_ENDPOINT=hub.endpoint, then hub.requests says what the client asked for
+    # HF_ENDPOINT=hub.endpoint; hub.requests lists the client's requests
 """
 
 import hashlib
@@ -29,7 +29,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 @dataclass(frozen=True)
 class Request:
-    """What a client asked for."""
+    """A client's request."""
 
     method: str
     path: str
@@ -38,7 +38,7 @@ class Request:
 
     @property
     def file(self) -> str | None:
-        """The file of a repository, None for the repository's description."""
+        """The name of the file, None for the repository's description."""
         return self.path.partition("/resolve/")[2].partition("/")[2] or None
 
 
@@ -47,9 +47,9 @@ class Repository:
     files: dict[str, bytes]
     commit: str = COMMIT
     branch: str = "rama/una"
-    """Of that commit, as main is."""
+    """A branch at that commit, as main."""
     gated: bool = False
-    """Described to anyone, its files only to a token with access."""
+    """The description is public; the files need a token with access."""
     announced: dict[str, int] = field(default_factory=dict)
     """Sizes that the hub gives instead of the true ones."""
     delivered: dict[str, bytes] = field(default_factory=dict)
@@ -57,13 +57,13 @@ class Repository:
     cut_after: dict[str, list[int]] = field(default_factory=dict)
     """The connection closes after so many bytes of the file, once for each number."""
     statuses: dict[str | None, list[int]] = field(default_factory=dict)
-    """Errors that are answered first when the file is asked for; under None, when the repository is described."""
-    says: Callable[[dict[str, Any]], object] = lambda body: body
-    """What the hub answers for the repository's true description; bytes as they are."""
+    """Error statuses of the first requests for a file; under None, for the description."""
+    describe: Callable[[dict[str, Any]], object] = lambda body: body
+    """The hub's answer, from the true description; bytes are sent as they are."""
     stall_after: dict[str | None, list[int]] = field(default_factory=dict)
     """The answer stops after so many bytes of the file, or of the description under None, once for each number."""
     ranges: bool = True
-    """A part of a file can be asked for."""
+    """Whether a part of a file can be requested."""
 
 
 class Hub:
@@ -85,7 +85,7 @@ class Hub:
 
     @property
     def fetched(self) -> list[str]:
-        """The files asked for, in order."""
+        """The requested files, in order."""
         return [request.file for request in self.requests if request.file]
 
     def add(self, model_id: str, files: dict[str, bytes], *, gated: bool = False) -> Repository:
@@ -133,7 +133,7 @@ class _Handler(BaseHTTPRequestHandler):
 
         repository = self.hub.repositories.get(model_id)
         if repository is None:
-            # To a stranger the hub does not say whether a private repository exists.
+            # Without a token the hub does not say whether a private repository exists.
             return self._refuse(404 if token else 401, "RepoNotFound", "Repository not found")
         if revision not in ("", "main", repository.branch, repository.commit):
             return self._refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
@@ -157,8 +157,8 @@ class _Handler(BaseHTTPRequestHandler):
             siblings.append(sibling)
         gated = "manual" if repository.gated else False
         body = {"id": model_id, "sha": repository.commit, "private": False, "gated": gated, "siblings": siblings}
-        said = repository.says(body)
-        content = said if isinstance(said, bytes) else json.dumps(said).encode()
+        answer = repository.describe(body)
+        content = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
         self._stop_or_send(repository, None, 200, content, {"Content-Type": "application/json"})
 
     def _resolve(self, model_id: str, repository: Repository, file: str) -> None:

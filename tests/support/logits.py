@@ -1,4 +1,4 @@
-"""How far our bfloat16 logits are from transformers' float32 ones, against how far transformers' own bfloat16 ones are.
+"""The error of our bfloat16 logits against transformers' float32 ones, over that of transformers' bfloat16 ones.
 
 Needs the image's packages alone: `python tests/support/logits.py FOLDER` runs in the image's environment.
 """
@@ -20,7 +20,7 @@ from llm.engine.sequence import Request, Sampling, Sequence
 CASES = tuple(product([150, 1200], [1, 8], [False, True]))
 """Tokens of the text, rows, whether the model is packed."""
 MOST = 2
-"""Not 1: a step rounds elsewhere than one pass over the whole text, and its scores too. A wrong ALiBi: 5."""
+"""Not 1: decode steps round elsewhere than one pass over the text. A wrong ALiBi gives 5."""
 
 STEPS = 40
 GREEDY = Sampling(temperature=0)
@@ -35,13 +35,13 @@ def reference(folder: Path, text: torch.Tensor, vocabulary: int, dtype: torch.dt
 
 
 def walked(model: Model, text: torch.Tensor, rows: int) -> torch.Tensor:
-    """Our logits at the same places, decoding along the text in so many rows: (rows, STEPS + 1, vocabulary) float32.
+    """Our logits at the same positions, decoding along the text in each row: (rows, STEPS + 1, vocabulary) float32.
 
-    Row r has a prompt r tokens shorter, and stays r steps behind. What it has not reached is left out as NaN.
+    Row r has a prompt r tokens shorter and stays r steps behind; the positions that it does not reach are NaN.
     """
     runner = Runner(model, rows)
     prompt = len(text) - STEPS
-    found = torch.full((rows, STEPS + 1, model.vocabulary), torch.nan)
+    logits = torch.full((rows, STEPS + 1, model.vocabulary), torch.nan)
     with torch.inference_mode():
         sequences = [Sequence(Request(text[: prompt - row].tolist(), STEPS, GREEDY), STEPS) for row in range(rows)]
         for sequence in sequences:
@@ -53,23 +53,23 @@ def walked(model: Model, text: torch.Tensor, rows: int) -> torch.Tensor:
                 runner.history[row, at] = text[at]
             runner.decode()
             for row in range(min(rows, step + 2)):
-                found[row, step + 1 - row] = runner.logits[row]
-    return found
+                logits[row, step + 1 - row] = runner.logits[row]
+    return logits
 
 
 def distance(folder: Path, length: int, rows: int, packed: bool) -> float:
-    """That of the row that is farthest, in units of the rounding of bfloat16: root of the mean square of each."""
+    """The largest error of a row, in units of transformers' bfloat16 error: root mean squares."""
     model = Model.read(folder, torch.bfloat16, layout=linear.BFloat16Linear if packed else None)
     text = torch.randint(0, model.vocabulary, (length,), generator=torch.Generator().manual_seed(1))
     exact = reference(folder, text, model.vocabulary, torch.float32)
     rounding = reference(folder, text, model.vocabulary, torch.bfloat16) - exact
-    found = walked(model, text, rows) - exact
-    reached = ~found[:, :, 0].isnan()
+    errors = walked(model, text, rows) - exact
+    reached = ~errors[:, :, 0].isnan()
     assert reached.sum(1).min() >= STEPS - rows
-    return max(_size(row[at]) for row, at in zip(found, reached, strict=True)) / _size(rounding)
+    return max(_rms(row[at]) for row, at in zip(errors, reached, strict=True)) / _rms(rounding)
 
 
-def _size(difference: torch.Tensor) -> float:
+def _rms(difference: torch.Tensor) -> float:
     return difference.square().mean().sqrt().item()
 
 

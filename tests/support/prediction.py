@@ -1,4 +1,4 @@
-"""A prediction of gateway.py: what the API shows of it, and the events of its stream and its webhook."""
+"""A prediction of gateway.py: its fields in the API, and the events of its stream and its webhook."""
 
 import hmac
 import json
@@ -19,13 +19,13 @@ import httpx
 Body = dict[str, Any]
 
 SECONDS_BETWEEN_WEBHOOKS = 0.5
-"""For output and logs, at least."""
+"""The least, for output and logs."""
 
 _TERMINAL = ("succeeded", "failed", "canceled")
 
 
 class Prediction:
-    """What the API shows of it, and what has happened so far."""
+    """The fields that the API shows, and the events so far."""
 
     def __init__(self, address: str, model: str, version: str, body: Body, secret: str) -> None:
         """`address` is the gateway's, `secret` signs the webhooks that the request's `body` asks for."""
@@ -49,14 +49,14 @@ class Prediction:
             "urls": {
                 "get": url,
                 "cancel": f"{url}/cancel",
-                # no token goes with it: who knows the address may read
+                # read without a token: the address is the secret
                 "stream": f"{address}/v1/streams/{self.key}",
                 "web": f"https://replicate.com/p/{self.id}",
             },
         }
         self.created = self._shown.copy()
-        """As the API shows it to whoever asks for it and does not wait."""
-        self._happened: list[tuple[str, str]] = []
+        """The fields in the answer to a request that does not wait."""
+        self._events: list[tuple[str, str]] = []
         self._changed = threading.Condition()
         self._threads: list[threading.Thread] = []
         self._webhook = None
@@ -65,7 +65,7 @@ class Prediction:
             self._webhook = _Webhook(body["webhook"], secret, wanted)
 
     def shown(self) -> Body:
-        """As the API shows it now."""
+        """The fields as the API shows them now."""
         with self._changed:
             copied: Body = json.loads(json.dumps(self._shown))
             return copied
@@ -74,7 +74,7 @@ class Prediction:
         return self._shown["status"] in _TERMINAL
 
     def wait(self, seconds: float) -> bool:
-        """Whether it is over within these seconds."""
+        """Whether the prediction ends within these seconds."""
         with self._changed:
             self._changed.wait_for(self.over, seconds)
             return self.over()
@@ -91,7 +91,7 @@ class Prediction:
             thread.join()
 
     def follow(self, name: str, data: Body) -> None:
-        """Take an event of Cog's stream."""
+        """Record an event of Cog's stream."""
         if name == "start":
             self._record("start", status="processing", started_at=now())
         elif name == "output":
@@ -104,37 +104,37 @@ class Prediction:
             self.complete(data["status"], metrics=metrics, **known)
 
     def complete(self, status: str, **shown: Any) -> None:
-        """It ends in this way, unless it has ended."""
+        """End the prediction with this status, unless it has ended."""
         if not self.over():
             self._record("completed", status=status, completed_at=now(), **shown)
 
     def _record(self, event: str, text: str = "", **shown: Any) -> None:
         with self._changed:
             self._shown |= shown
-            self._happened.append((event, text))
+            self._events.append((event, text))
             if self._webhook:
                 self._webhook.offer(event, self._shown)
             self._changed.notify_all()
 
     def stream(self) -> Iterator[str]:
-        """What has happened and will, as server-sent events."""
+        """All events, past and future, as server-sent events."""
         for at in count():
             with self._changed:
-                self._changed.wait_for(lambda at=at: len(self._happened) > at)  # type: ignore[misc]
-                event, text = self._happened[at]
+                self._changed.wait_for(lambda at=at: len(self._events) > at)  # type: ignore[misc]
+                event, text = self._events[at]
             id = f"{int(self._began)}:{at}"
             if event == "output":
-                yield _sent("output", id, text)
+                yield _server_sent_event("output", id, text)
             elif event == "completed":
                 if self._shown["status"] == "failed":
-                    yield _sent("error", id, json.dumps({"detail": self._shown["error"]}))
+                    yield _server_sent_event("error", id, json.dumps({"detail": self._shown["error"]}))
                 reason = {"failed": {"reason": "error"}, "canceled": {"reason": "canceled"}}
-                yield _sent("done", id, json.dumps(reason.get(self._shown["status"], {})))
+                yield _server_sent_event("done", id, json.dumps(reason.get(self._shown["status"], {})))
                 return
 
 
 class _Webhook:
-    """Tells an address what happens to a prediction, signed as Standard Webhooks are."""
+    """Posts a prediction's events to an address, signed as Standard Webhooks are."""
 
     def __init__(self, url: str, secret: str, wanted: list[str]) -> None:
         self._url, self._secret, self._wanted = url, secret, wanted
@@ -142,7 +142,7 @@ class _Webhook:
         self._last = 0.0
 
     def offer(self, event: str, shown: Body) -> None:
-        """Take the prediction as it is now; of output and logs, what comes too soon is passed over."""
+        """Queue the prediction's fields; output and logs that follow too soon are dropped."""
         if event in ("output", "logs"):
             if time.monotonic() - self._last < SECONDS_BETWEEN_WEBHOOKS:
                 return
@@ -150,7 +150,7 @@ class _Webhook:
         self._bodies.put((event, json.dumps(shown)))
 
     def deliver(self) -> None:
-        """Send what was offered, and return after the last."""
+        """Send what is queued, and return after the last event."""
         event = ""
         while event != "completed":
             event, body = self._bodies.get()
@@ -179,6 +179,6 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def _sent(event: str, id: str, data: str) -> str:
+def _server_sent_event(event: str, id: str, data: str) -> str:
     lines = "".join(f"data: {line}\n" for line in re.split("\r\n|\r|\n", data))
     return f"event: {event}\nid: {id}\n{lines}\n"

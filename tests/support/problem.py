@@ -1,4 +1,4 @@
-"""The errors of gateway.py: what a request's body may hold, and how the API says what is wrong in it."""
+"""The errors of gateway.py: the schemas of request bodies, and the API's answers to invalid ones."""
 
 import json
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ import jsonschema_rs
 
 Body = dict[str, Any]
 
-# What a request's body may hold, as published.
+# Request bodies, as published.
 PREDICTION: Body = {
     "type": "object",
     "required": ["input"],
@@ -43,7 +43,7 @@ DEPLOYMENT: Body = {
 
 
 class Problem(Exception):
-    """An answer that is an error."""
+    """An error that the API answers with."""
 
     def __init__(self, status: HTTPStatus, detail: str, **more: Any) -> None:
         self.status = status
@@ -55,7 +55,7 @@ def not_found() -> Problem:
 
 
 def invalid(errors: dict[str, str]) -> Problem:
-    """Those of the routes that describe things: each error by its JSON pointer."""
+    """The validation error of the deployments' routes: each fault by its JSON pointer."""
     lines = "".join(f"\n- {pointer.strip('/')}: {detail}" for pointer, detail in errors.items())
     listed = [{"pointer": pointer, "detail": detail} for pointer, detail in errors.items()]
     detail = f"The following errors occurred:{lines}"
@@ -63,7 +63,7 @@ def invalid(errors: dict[str, str]) -> Problem:
 
 
 def check(body: Any, schema: Body) -> None:
-    """Raises Problem, with each field that the schema refuses, as the routes that predict do."""
+    """Raise Problem with each invalid field, as the predictions' routes do."""
     errors = jsonschema_rs.Draft7Validator(schema).iter_errors(body)
     if fields := [field for error in errors for field in _invalid_fields(error)]:
         detail = "".join(
@@ -74,7 +74,7 @@ def check(body: Any, schema: Body) -> None:
 
 
 def _invalid_fields(error: jsonschema_rs.ValidationError) -> Iterator[Body]:
-    """In the words of gojsonschema, which Replicate's answers are in."""
+    """Each fault in the words of gojsonschema, which Replicate uses."""
     path, value = [str(part) for part in error.instance_path], error.kind.value
     type, descriptions = {
         "required": lambda: ("required", [f"{value} is required"]),

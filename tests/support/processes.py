@@ -9,29 +9,29 @@ from typing import Any
 import psutil
 
 FINALLY = 60
-"""Seconds after which what a test waits for will not come."""
+"""The most seconds that a test waits for anything."""
 
 
 class Marked:
-    """Put `environment` into what is started; then these are its processes, children and orphans included."""
+    """The processes that were started with `environment`, their children and orphans included."""
 
     def __init__(self) -> None:
         self._mark = uuid.uuid4().hex
         self.environment = {"TEST_MARK": self._mark}
 
     def alive(self, command: str = "") -> list[psutil.Process]:
-        """Those whose command line holds `command`. One that has ended, and waits for its parent to see it, is none."""
-        found = []
+        """Those whose command line contains `command`, without zombies."""
+        alive = []
         for process in psutil.process_iter():
             with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
                 if process.environ().get("TEST_MARK") == self._mark and command in " ".join(process.cmdline()):
-                    found.append(process)
-        return found
+                    alive.append(process)
+        return alive
 
 
-def until(true: Callable[[], Any]) -> None:
-    """Wait for it."""
+def until(condition: Callable[[], Any]) -> None:
+    """Wait until the condition holds."""
     end = time.monotonic() + FINALLY
-    while not true():
+    while not condition():
         assert time.monotonic() < end
         time.sleep(0.02)

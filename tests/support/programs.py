@@ -1,4 +1,4 @@
-"""The programs cog and docker as a push meets them, ours, with what they keep."""
+"""Stand-ins for the programs cog and docker that a push runs, with their files."""
 
 import json
 import os
@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-# What it was given: its arguments, where it ran, and of each file the size and where its bytes are on the disk. Of the
-# weights it builds an image if they are not as its notes say, as Cog does, and fails where the image is not there.
+# Notes its arguments, its folder, and each file's size and inode. As Cog does, builds an image of the weights only if
+# they differ from its cache; then notes whether that image exists, and fails.
 COG = """\
 import json, os, pathlib, sys, uuid, zlib
 if sys.argv[1:] == ["--version"]:
@@ -41,7 +41,7 @@ esac
 
 
 class Programs:
-    """In a folder of their own; with `environment` they are found first. Someone is logged in to a registry."""
+    """Both programs in a folder that `environment` puts first in PATH, with a login to `registry`."""
 
     def __init__(self, folder: Path, registry: str = "r8.im") -> None:
         self._registry = registry
@@ -52,7 +52,7 @@ class Programs:
             path.mkdir(parents=True)
         self.write("cog", f"#!{sys.executable}\n{COG}")
         self.write("docker", DOCKER)
-        # those that Docker would find by itself
+        # the stores that Docker uses by default
         for store in ("osxkeychain", "pass", "secretservice"):
             self.write(f"docker-credential-{store}", "#!/bin/sh\necho 'credentials not found'; exit 1\n")
         self.login({"auths": {registry: {"auth": "dXN1YXJpbzpzZWNyZXRv"}}})
@@ -75,7 +75,7 @@ class Programs:
         path.chmod(0o755)
 
     def login(self, config: Any) -> None:
-        """What Docker's configuration says; None where there is none."""
+        """Write Docker's configuration; None removes it."""
         self._config.unlink(missing_ok=True)
         if config is not None:
             self._config.write_text(json.dumps(config))

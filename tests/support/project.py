@@ -10,7 +10,7 @@ from llm.weights.settings import ROOT
 
 
 def copied(folder: Path) -> Path:
-    """Make the copy, its .venv this Python's: what is tested writes there, and reads no developer's .env."""
+    """Copy the project, without the developer's .env and with a .venv that runs this Python."""
     for name in ("llm", "cli", "script", "tests"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for path in ROOT.iterdir():

@@ -1,4 +1,4 @@
-"""An address on 127.0.0.1 that takes webhooks."""
+"""A server on 127.0.0.1 that receives webhooks."""
 
 import threading
 from collections.abc import Callable
@@ -9,12 +9,12 @@ Headers = dict[str, str]
 
 
 class Receiver:
-    """Takes what is posted to `url` until the `with` block ends, and answers it with the code that `answer` gives."""
+    """Receives what is posted to `url` until the `with` block ends; `answer` chooses the status."""
 
     def __init__(self, answer: Callable[[Headers, str], int] = lambda headers, body: 200) -> None:
         self.answer = answer
         self.got: list[tuple[Headers, str]] = []
-        """Of each, headers and body."""
+        """Headers and body of each webhook."""
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"receiver": self}))
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05})
 

@@ -1,7 +1,7 @@
-"""A small image registry on 127.0.0.1: of Docker's protocol what is asked before a push, and nothing of the push.
+"""A small image registry on 127.0.0.1: the part of Docker's protocol that precedes a push.
 
 Written from the specifications of the distribution project: the challenge of /v2/, tokens with a scope, the beginning
-of an upload, manifests. What Replicate's own registry does beyond them is not known here.
+of an upload, manifests. What Replicate's registry does beyond them is unknown.
 """
 
 import json
@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 Answer = tuple[int, Any, dict[str, str]]
-"""A status, what becomes JSON, and headers."""
+"""A status, a body that becomes JSON, and headers."""
 
 USER, SECRET = "usuario", "secreto"
 BASE = "cuda12.8-python3.13-torch2.11.0"
@@ -29,11 +29,11 @@ class Registry:
         self.bases = {BASE}
         self.password = SECRET
         self.scheme = "Bearer"
-        """Or Basic."""
+        """Bearer or Basic."""
         self.fails: dict[str, int] = {}
-        """The status of what would be answered well, by a part of its path."""
+        """The status that replaces a good answer, by a part of the path."""
         self.uploads: set[str] = set()
-        """Those that are not cancelled."""
+        """Uploads that were begun and not cancelled."""
         self._tokens: dict[str, str] = {}
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self.host = f"127.0.0.1:{self._http.server_port}"
@@ -89,8 +89,8 @@ class Registry:
                 if upload := re.fullmatch(r"/v2/(.+)/blobs/uploads/", path):
                     return self.upload(upload[1])
                 if manifest := re.fullmatch(r"/v2/cog-base/manifests/(.+)", path):
-                    there = self.allowed("repository:cog-base:pull") and manifest[1] in registry.bases
-                    return 200 if there else 404, {}, {}
+                    exists = self.allowed("repository:cog-base:pull") and manifest[1] in registry.bases
+                    return 200 if exists else 404, {}, {}
                 assert path == "/v2/"
                 if registry.scheme == "Basic" and self.allowed(""):
                     return 200, {}, {}
@@ -98,7 +98,7 @@ class Registry:
                 return 401, {}, {"WWW-Authenticate": challenge}
 
             def token(self) -> Answer:
-                if not self.knows():
+                if not self.authenticated():
                     return 401, {"details": "incorrect username or password"}, {}
                 token = secrets.token_hex()
                 query = parse_qs(urlsplit(self.path).query)
@@ -115,13 +115,13 @@ class Registry:
                 registry.uploads.add(location)
                 return 202, None, {"Location": location}
 
-            def knows(self) -> bool:
+            def authenticated(self) -> bool:
                 expected = b64encode(f"{USER}:{registry.password}".encode()).decode()
                 return self.headers.get("Authorization") == f"Basic {expected}"
 
             def allowed(self, scope: str) -> bool:
                 if registry.scheme == "Basic":
-                    return self.knows()
+                    return self.authenticated()
                 token = self.headers.get("Authorization", "").removeprefix("Bearer ")
                 return registry._tokens.get(token) == scope
 
