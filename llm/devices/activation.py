@@ -35,7 +35,7 @@ class BatchInvariantActivation(nn.Module):
         missing = self._missing[key]
         result: Tensor
         if not missing:
-            result = self.function(x)
+            result = self.function(x.contiguous())
             return result
         result = self.function(F.pad(x.reshape(-1), (0, missing)))
         return result[:-missing].view(x.shape)

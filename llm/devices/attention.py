@@ -41,7 +41,7 @@ def intercept() -> torch.library.Library:
             return _torchs_attention(query, key, value, attn_mask, *args, **kwargs)
         if attn_mask is not None and attn_mask.dtype == torch.bool:
             attn_mask = _additive(attn_mask, query.dtype, pass_)
-        kwargs["tile"] = pass_.tile if pass_.tokens else None
+        kwargs["prefill"] = pass_ if pass_.tokens else None
         return attend(query, key, value, attn_mask, *args, **kwargs)
 
     # transformers would copy the keys and values of grouped queries for each query: `attend` reads them as they are
@@ -75,57 +75,56 @@ def attend(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
-    tile: int | None = None,
+    prefill: forward.Pass | None = None,
 ) -> Tensor:
     """scaled_dot_product_attention for the CPU.
 
     The bits of torch's kernel depend on where a pass begins and ends, for it takes queries and keys in blocks; and for
     few queries it takes 5 to 8 times as long as two batched products over contiguous keys and values.
     query (rows, heads, queries, head size); key, value (rows, heads, length, head size); attn_mask additive;
-    tile: of a prefill pass, whose last key is the last query's own: what its tiles are padded to a multiple of.
+    prefill: the pass, if it reads prompts.
     """
     queries, length = query.shape[-2], key.shape[-2]
     if is_causal:
         attn_mask = query.new_full((queries, length), -torch.inf).triu_(1)
     scale = scale or query.shape[-1] ** -0.5
-    if tile is not None:
+    if prefill:
         assert attn_mask is not None
-        return _in_tiles(query, key, value, attn_mask, scale, tile)
-    heads = query.shape[1]
-    if enable_gqa:
-        assert queries == 1
-        # the heads that read the same keys become queries of one head
-        query = query.reshape(len(query), key.shape[1], -1, query.shape[-1])
-        if attn_mask is not None and attn_mask.dim() == 4 and attn_mask.shape[1] > 1:
-            attn_mask = attn_mask.reshape(len(attn_mask), key.shape[1], -1, length)
-    result = _weighted(query, key, value, attn_mask, scale, block=length)
-    return result.reshape(len(query), heads, queries, -1)
+        return _in_tiles(query, key, value, attn_mask, scale, prefill)
+    return _weighted(query, key, value, attn_mask, scale, block=length)
 
 
-def _in_tiles(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, tile: int) -> Tensor:
+def _in_tiles(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, pass_: forward.Pass) -> Tensor:
     """The rows one after another: what one of them reads stays in the processor's cache."""
     (rows, heads, queries, _), (_, groups, length, _) = query.shape, key.shape
-    result = query.new_empty(rows, heads, queries, value.shape[-1])
+    result = query.new_zeros(rows, heads, queries, value.shape[-1])
     # Scores in float32, as torch's kernel has them: so many queries pay for it. Where rows lie elsewhere in memory, MKL
     # sums in other orders: what is multiplied is contiguous, and ends at a whole step.
     padded = in_steps(length)
-    keys = key.new_empty(heads, padded, key.shape[-1], dtype=torch.float32)
-    values = value.new_empty(heads, padded, value.shape[-1])
-    for ours in (keys, values):
-        ours[:, length:] = 0
+    keys = key.new_empty(groups, padded, key.shape[-1], dtype=torch.float32)
+    values = value.new_empty(groups, padded, value.shape[-1])
     mask = F.pad(mask, (0, padded - length), value=-torch.inf)
     mask = mask.expand(rows, *(mask.shape[1:] if mask.dim() == 4 else (1, queries, padded)))
     # a sum of bfloat16 in parts would be rounded at each
     block = BLOCK if value.dtype == torch.float32 else padded
-    for row in range(rows):
+    assert pass_.tile
+    for row, (start, count) in enumerate(zip(pass_.starts, pass_.counts, strict=True)):
+        end, held = start + count, pass_.shared if row else 0
         for ours, its in ((keys, key[row]), (values, value[row])):
-            ours.unflatten(0, (groups, -1))[:, :, :length] = its[:, None]
-        for first in range(0, queries, TILE):
-            part = query[row, :, first : first + TILE].float().contiguous()
+            ours[:, held:end] = its[:, held:end]
+            ours[:, end : in_steps(end)] = 0
+        for first in range(0, count, TILE):
+            part = query[row, :, first : min(count, first + TILE)].float().contiguous()
             size = part.shape[1]
-            seen = in_steps(length - queries + first + size)
-            sees = mask[row, :, first : first + size, :seen]
-            if missing := -size % tile:
+            seen = in_steps(start + first + size)
+            if start == pass_.start:
+                sees = mask[row, :, first : first + size, :seen]
+            else:
+                # The model made its mask for the row that starts last. What it adds for a key is the same for all
+                # queries that see the key, or the trial says that the model cannot mix starts.
+                hidden = mask.new_full((size, seen), -torch.inf).triu_(1 + start + first)
+                sees = mask[row, :, -1:, :seen] + hidden
+            if missing := -size % pass_.tile:
                 part, sees = F.pad(part, (0, 0, 0, missing)), F.pad(sees, (0, 0, 0, missing))
             part = _weighted(part, keys[:, :seen], values[:, :seen], sees, scale, block)
             result[row, :, first : first + size] = part[:, :size]
@@ -134,13 +133,19 @@ def _in_tiles(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: fl
 
 def _weighted(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, block: int) -> Tensor:
     """block: how many values are summed at once."""
-    scores = (query @ key.transpose(-1, -2)).float()
+
+    def grouped(x: Tensor) -> Tensor:
+        """The heads that read the same keys as one head with more queries."""
+        return x.reshape(*x.shape[:-3], key.shape[-3], -1, x.shape[-1])
+
+    scores = (grouped(query) @ key.transpose(-1, -2)).float().view(*query.shape[:-1], -1)
     scores = scores * scale if mask is None else torch.add(mask, scores, alpha=scale, out=scores)
-    weights = F.softmax(scores, -1).to(value.dtype)
+    weights = grouped(F.softmax(scores, -1).to(value.dtype))
     result = weights[..., :block] @ value[..., :block, :]
     for first in range(block, value.shape[-2], block):
-        result += weights[..., first : first + block] @ value[..., first : first + block, :]
-    return result
+        part = weights[..., first : first + block], value[..., first : first + block, :]
+        torch.baddbmm(result, *part, out=result)
+    return result.view(*query.shape[:-1], -1)
 
 
 @dataclass(frozen=True)
@@ -149,7 +154,7 @@ class Heads:
 
     number: int
     group: int
-    """How many read the same keys: in a decode pass transformers makes them queries of one head."""
+    """How many read the same keys."""
     size: int
     dtype: torch.dtype
 
@@ -168,28 +173,36 @@ def agrees(tile: int, heads: Heads, threads: int) -> bool:
     most = 576
     shape = (3, 1, heads.number, most, heads.size)
     query, key, value = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(heads.dtype)
+    key, value = key[:, :: heads.group], value[:, :: heads.group]
     sees = torch.full((most, most), -torch.inf, dtype=heads.dtype).triu_(1)
 
-    def bits(queries: range, mask: Tensor, length: int, rows: int, tile: int | None) -> Tensor:
-        cut = query[:, :, queries.start : queries.stop], key[:, :, :length], value[:, :, :length]
+    def attended(rows: int, length: int, queries: Tensor, mask: Tensor, prefill: forward.Pass | None) -> Tensor:
         # contiguous, as what the cache gives
-        q, k, v = (x.expand(rows, -1, -1, -1).contiguous() for x in cut)
-        return attend(q, k, v, mask[:, :length], tile=tile)
+        k, v = (x[:, :, :length].expand(rows, -1, -1, -1).contiguous() for x in (key, value))
+        return attend(queries.contiguous(), k, v, mask[:, :length], prefill=prefill)
 
-    def prefill(first: int, end: int, rows: int) -> Tensor:
-        return bits(range(first, end), sees[first:end], end, rows, tile)
+    def prefill(*chunks: tuple[int, int]) -> list[Tensor]:
+        """Queries from one to another, for each row of a pass. Returns (heads, queries, head size) for each."""
+        start, width = max(first for first, _ in chunks), max(end - first for first, end in chunks)
+        starts, counts = zip(*((first, end - first) for first, end in chunks), strict=True)
+        pass_ = forward.Pass(start + width, start, slice(0), starts=starts, counts=counts, tokens=1, tile=tile)
+        queries = torch.cat([query[:, :, first : first + width] for first in starts])
+        result = attended(len(chunks), start + width, queries, sees[start : start + width], pass_)
+        return [row[:, :count] for row, count in zip(result, counts, strict=True)]
 
-    def decode(queries: int, length: int, rows: int) -> Tensor:
-        return bits(range(queries), sees[40:41], length, rows, None)
+    def decode(length: int, rows: int) -> Tensor:
+        return attended(rows, length, query[:, :, :1].expand(rows, -1, -1, -1), sees[40:41], None)
 
-    now, groups = torch.get_num_threads(), {1, heads.group}
+    now = torch.get_num_threads()
     torch.set_num_threads(threads)
-    whole = prefill(0, most, 1)
-    alone = {queries: decode(queries, LENGTH_STEP, 1) for queries in groups}
+    (whole,), decoded = prefill((0, most)), decode(LENGTH_STEP, 1)
     torch.set_num_threads(now)
-    cuts = [(0, 2, 1), (0, 5, 1), (0, 11, 4), (3, 17, 1), (0, 45, 3), (5, 133, 2), (160, 240, 1), (500, most, 3)]
-    checks = [(prefill(first, end, rows) == whole[:, :, first:end]).all() for first, end, rows in cuts]
-    for queries in groups:
-        for length, rows in [(2 * LENGTH_STEP, 3), (most, 4)]:
-            checks.append((decode(queries, length, rows) == alone[queries]).all())
+    passes = [[(0, 2)], [(0, 5)], 4 * [(0, 11)], [(3, 17)], 3 * [(0, 45)], 2 * [(5, 133)], [(160, 240)]]
+    passes += [3 * [(500, most)], [(5, 45), (160, 240), (0, 2)]]
+    checks = [
+        (row == whole[:, first:end]).all()
+        for chunks in passes
+        for row, (first, end) in zip(prefill(*chunks), chunks, strict=True)
+    ]
+    checks += [(decode(length, rows) == decoded).all() for length, rows in [(2 * LENGTH_STEP, 3), (most, 4)]]
     return all(map(bool, checks))

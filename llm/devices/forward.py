@@ -1,36 +1,45 @@
 """What one pass of a model tells its layers beside their arguments: one object, set by one context manager."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
-@dataclass(frozen=True)
+@dataclass
 class Pass:
     """What a pass writes and reads, the same in every layer.
 
-    A decode pass writes one token in each of the first rows of the cache, at that row's own position, and reads their
-    first `length` positions. A prefill pass writes positions `start` to `length` of some rows and reads all before.
+    A decode pass writes one token in each of the first rows of the cache; a prefill pass writes a rectangle of tokens,
+    padding included. Both read the first `length` positions of the rows that they write.
     """
 
     length: int
     start: int
+    """The first position of the pass, of the row that starts last. A model's mask is made for that row."""
+    rows: Tensor | slice
+    """Which rows of the cache are written, (rows,) int64, or a slice where they lie side by side, which no layer then
+    has to gather."""
     positions: Tensor | None = None
-    """(rows,) int64, of a decode pass: where each row's token is written."""
-    rows: Tensor | slice | None = None
-    """Of a prefill pass: which rows of the cache are written, (rows,) int64, or a slice where they lie side by side,
-    which no layer then has to gather."""
+    """(rows, tokens) int64, where rows write at positions of their own; None: all write from `start` to `length`."""
+    starts: Sequence[int] = ()
+    """Of a prefill pass: each row's first position."""
+    counts: Sequence[int] = ()
+    """Of a prefill pass: each row's tokens without padding."""
     tokens: int = 0
     """Of a prefill pass, padding included."""
+    shared: int = 0
+    """Of a prefill pass: at so many first positions all of its rows hold the same keys and values."""
     prompt_tokens: Tensor | None = None
     """(prompt tokens,) int64, indices into `tokens` of those that are not padding; None: all are."""
     tile: int | None = None
     """The CPU's own attention pads the queries that it computes together to a multiple of this; None: it is torch's."""
     additive_masks: dict[tuple[int, ...], tuple[Tensor, Tensor]] = field(default_factory=dict)
     """Of that attention, what it made of boolean masks: all layers get the same."""
+    product: tuple[nn.Module, Tensor, Tensor] | None = None
+    """The last joined layer that computed, its inputs and its product, for the other layers that it stands for."""
 
 
 class _Current(threading.local):

@@ -9,6 +9,7 @@ import mmap
 import sys
 from abc import ABC, abstractmethod
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar
@@ -24,6 +25,8 @@ from llm.devices.padding import RowPadding
 BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16"}
 FLOAT16_FLAGS = {"avx2", "fma", "f16c"}
 
+JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Layers of one module that read the same inputs in nearly all architectures: one product computes all of them."""
 PACKED_AT_ONCE = 8
 """Layers that threads pack side by side, at most: each needs memory for its weight."""
 
@@ -101,6 +104,35 @@ class PackedLinear(nn.Module, ABC):
         self.buffer[:rows] = x if single else x.reshape(rows, 1, -1)
         product = self.product(self.buffer[:padded], self.bias)[:rows]
         return product if single else product.view(*x.shape[:-1], -1)
+
+
+class JoinedLinear(nn.Module):
+    """One of several linear layers whose weights are one PackedLinear: the first that a pass calls computes them all.
+
+    A layer that is called with other inputs than the one before, or outside a pass, computes the whole product too.
+    """
+
+    def __init__(self, whole: PackedLinear, start: int, outputs: int):
+        """So many outputs of the whole, from `start` on."""
+        super().__init__()
+        self.whole = whole
+        self.start = start
+        self.outputs = outputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in features) of the whole's dtype. Returns (..., outputs)."""
+        pass_ = forward.current()
+        if pass_ is None:
+            return self._part(self.whole(x))
+        whole, inputs, product = pass_.product or (None, None, x)
+        if whole is not self.whole or inputs is not x:
+            product = self.whole(x)
+            pass_.product = self.whole, x, product
+        # what sums the values of few rows may do so in an order that depends on where the rows lie
+        return self._part(product) if pass_.tokens else self._part(product).contiguous()
+
+    def _part(self, product: Tensor) -> Tensor:
+        return product.narrow(-1, self.start, self.outputs)
 
 
 class BFloat16Linear(PackedLinear):
@@ -200,24 +232,27 @@ def pack(network: PreTrainedModel, layout: type[PackedLinear]) -> bool:
     Returns whether the network's products are batch-invariant on this processor.
     """
     users = Counter(p.data_ptr() for _, p in network.named_parameters(remove_duplicate=False))
-    linears = {name: module for name, module in network.named_modules() if _weight(module) is not None}
     threads = torch.get_num_threads()
 
-    def replace(name: str) -> PackedLinear:
-        weight = _weight(linears[name])
-        assert weight is not None
-        layer = layout(weight, linears[name].bias)
-        parent, _, child = name.rpartition(".")
-        setattr(network.get_submodule(parent), child, layer)
-        del linears[name].weight
-        if users[weight.data_ptr()] == 1:
-            _drop_pages(weight)
+    def replace(parent: nn.Module, names: list[str]) -> PackedLinear:
+        linears: list[Any] = [getattr(parent, name) for name in names]
+        weights: list[Any] = [_weight(linear) for linear in linears]
+        biases = [linear.bias for linear in linears if linear.bias is not None]
+        whole = layout(_joined(weights), _joined(biases) if biases else None)
+        start = 0
+        for name, linear, weight in zip(names, linears, weights, strict=True):
+            outputs = len(weight)
+            setattr(parent, name, whole if len(names) == 1 else JoinedLinear(whole, start, outputs))
+            start += outputs
+            del linear.weight
+            if users[weight.data_ptr()] == 1:
+                _drop_pages(weight)
         memory.trim()
-        return layer
+        return whole
 
     # packing computes on one thread
     with ThreadPoolExecutor(min(threads, PACKED_AT_ONCE), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        layers = list(pool.map(replace, linears))
+        layers = list(pool.map(lambda group: replace(*group), [*_groups(network)]))
     torch.set_num_threads(threads)
     _convert_all_else(network, layout.dtype)
 
@@ -245,6 +280,23 @@ def agree_now(network: PreTrainedModel) -> bool:
     """Whether as many threads as there are now give a packed network's layers the bits of the number at start."""
     layers = [module for module in network.modules() if isinstance(module, PackedLinear)]
     return all(padding.agrees_now() for padding in {p for layer in layers for p in (layer.decode, layer.prefill)})
+
+
+def _groups(network: nn.Module) -> Iterator[tuple[nn.Module, list[str]]]:
+    """All linear layers, as names of a module's children: those of JOINED together where their weights are alike."""
+    for module in network.modules():
+        linears: dict[str, Any] = {name: child for name, child in module.named_children() if _weight(child) is not None}
+        for names in JOINED:
+            layers = [linears[name] for name in names if name in linears]
+            kinds = {(type(layer), layer.bias is None, layer.weight.dtype, layer.weight.shape[1]) for layer in layers}
+            if len(layers) == len(names) and len(kinds) == 1:
+                yield module, [*names]
+                linears = {name: layer for name, layer in linears.items() if name not in names}
+        yield from ((module, [name]) for name in linears)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 def _weight(module: nn.Module) -> Tensor | None:

@@ -73,6 +73,8 @@ class Model:
     """Its linear layers are PackedLinear, which skip the padding."""
     tile: int | None = None
     """See forward.Pass: set where attention is the CPU's own."""
+    mixes_starts: bool = False
+    """Attention is the CPU's own, so that a prefill pass may read chunks that start at different positions."""
     batch_invariant: bool = False
     """On this processor the bits of a row do not depend on the other rows of a pass."""
     seconds: dict[str, float] = field(default_factory=dict)
@@ -166,6 +168,7 @@ class Model:
             model.tile = tile or attention.MULTIPLES[-1]
             # of the attention of a model that does not call torch's nothing is known
             known = network.config._attn_implementation == "sdpa"
+            model.mixes_starts = known
             model.batch_invariant = layers_agree and tile is not None and known
         return model
 

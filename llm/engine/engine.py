@@ -159,7 +159,8 @@ class Engine:
     def _admit(self) -> None:
         while sequence := self._scheduler.admit():
             try:
-                self._within_memory(partial(self._runner.put, sequence))
+                put = partial(self._runner.put, sequence)
+                self._within_memory(partial(put, self._scheduler.rows_soon), put)
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
@@ -197,15 +198,15 @@ class Engine:
             return
         self._expect([(sequence.place, sequence) for sequence in decoding], ids)
 
-    def _within_memory(self, step: Callable[[], Result]) -> Result:
-        """Do a step. Where its memory is lacking, give up the prefixes and do it again."""
+    def _within_memory(self, step: Callable[[], Result], smaller: Callable[[], Result] | None = None) -> Result:
+        """Do a step. Where its memory is lacking, give up the prefixes and do it again, or the smaller one."""
         try:
             return step()
         except Exception as error:
-            if not (self._prefixes and is_out_of_memory(error)):
+            if not ((smaller or self._prefixes) and is_out_of_memory(error)):
                 raise
         self._runner.give_up_prefixes()
-        return step()
+        return (smaller or step)()
 
     def _share(self, sequences: list[Sequence]) -> None:
         """Let other sequences go on from what these have read, where there is memory for a copy."""

@@ -55,7 +55,7 @@ class PendingIds:
 def pass_shape(model: Model, graphs: bool) -> PassShape:
     """How this model's passes over prompts are laid out."""
     multiple = MULTIPLE if graphs or model.device.type != "cpu" else 1
-    return PassShape(model.context, multiple, skips_padding=model.packed)
+    return PassShape(model.context, multiple, model.packed, model.mixes_starts)
 
 
 class Runner:
@@ -101,14 +101,16 @@ class Runner:
         self.choose_graphs: dict[tuple[int, int], Replay] = {}
         """By rows and width."""
 
-    def put(self, sequence: Sequence) -> None:
-        """Give a sequence a free row. What the cache already holds of its prompt is then in `cached`."""
+    def put(self, sequence: Sequence, rows: int = 1) -> None:
+        """Give a sequence a free row. What the cache already holds of its prompt is then in `cached`.
+
+        rows: how many will soon be in use. A cache that grows for all of them at once is copied once."""
         prompt = sequence.prompt
         cached, blocks = self.prefixes.use(sequence.ids)
         number = next(number for number in range(self.slots.rows) if number not in self.rows)
         if cached:
             # for its other tokens too, which the next pass reads
-            self._ensure_capacity(number, len(prompt))
+            self._ensure_capacity(max(number, rows - 1), len(prompt))
             self.slots.load(number, blocks)
         self.positions[number : number + 1].fill_(cached)
         self.history[number : number + 1].fill_(prompt[0])
@@ -173,29 +175,41 @@ class Runner:
         sequence.row = target
 
     def prefill(self, chunks: list[Chunk]) -> PendingIds:
-        """Read these chunks, which all start at the same position. Each is the next one of its sequence's prompt.
+        """Read these chunks. Each is the next one of its sequence's prompt.
 
         Returns an id for each chunk, in their order: the first of the answer where the prompt ends, else of no use.
         """
         pending = PendingIds(len(chunks), self.history.device)
-        start, end = chunks[0].start, self.shape.end(chunks)
-        counts = [chunk.count for chunk in chunks]
+        end, width = self.shape.end(chunks), self.shape.width(chunks)
+        starts, counts = [chunk.start for chunk in chunks], [chunk.count for chunk in chunks]
         places = [chunk.sequence.place for chunk in chunks]
-        rows, ends, is_last = self._to_device([places, counts, [int(chunk.is_last) for chunk in chunks]])
-        side_by_side = places == [*range(places[0], places[0] + len(places))]
-        written = slice(places[0], places[0] + len(places)) if side_by_side else rows
-        self._ensure_capacity(max(self.rows), end)
+        is_last = [int(chunk.is_last) for chunk in chunks]
+        rows, first, ends, is_last = self._to_device([places, starts, counts, is_last])
+        # for whole prompts: each time that a cache grows, all of its rows are copied
+        self._ensure_capacity(max(self.rows), max(end, self._longest_prompt))
+        positions = first[:, None] + self.columns[:width]
         prompt_tokens = None
-        if self.model.packed and min(counts) < end - start:
-            prompt_tokens = (self.columns[: end - start] < ends[:, None]).flatten().nonzero()[:, 0]
-        tokens = len(chunks) * (end - start)
+        if self.model.packed and min(counts) < width:
+            prompt_tokens = (self.columns[:width] < ends[:, None]).flatten().nonzero()[:, 0]
+        side_by_side = places == [*range(places[0], places[0] + len(places))]
         logits = self._logits(
-            forward.Pass(end, start, None, written, tokens, prompt_tokens, self.model.tile),
-            self.history[rows, start:end],
-            positions=self.columns[start:end].expand(len(chunks), -1),
+            forward.Pass(
+                length=end,
+                start=end - width,
+                rows=slice(places[0], places[0] + len(places)) if side_by_side else rows,
+                positions=positions if min(starts) < max(starts) else None,
+                starts=starts,
+                counts=counts,
+                tokens=len(chunks) * width,
+                shared=_shared(chunks),
+                prompt_tokens=prompt_tokens,
+                tile=self.model.tile,
+            ),
+            self.history[rows[:, None], positions],
+            positions,
             keep=ends[:, None] - 1,
         )
-        after = start + ends
+        after = first + ends
         widths = self._widths([chunk.sequence.sampling for chunk in chunks])
         ids = sample_each(logits, self.history[rows, :end], self.sampling[rows], after, widths)
         pending.copy(ids)
@@ -261,13 +275,18 @@ class Runner:
         """For `length` positions of each row up to `last_row`. Returns how many a decode step reads."""
         # a decode step also writes to rows that are still being prefilled, at the position that they read next
         used = max((sequence.cached + (not sequence.prefilled) for sequence in self.rows.values()), default=0)
-        return self.slots.ensure_capacity(1 + max([last_row, *self.rows]), max(length, used))
+        rows = 1 + max([last_row, *self.rows])
+        return self.slots.ensure_capacity(rows, max(length, used), self._longest_prompt)
+
+    @property
+    def _longest_prompt(self) -> int:
+        return max((len(sequence.prompt) for sequence in self.rows.values()), default=0)
 
     def _forward(self, rows: int, length: int) -> None:
         """Logits of the next id of each of the first `rows` rows, which read `length` positions."""
         positions = self.positions[:rows, None]
         self.logits[:rows] = self._logits(
-            forward.Pass(length, length - 1, positions=self.positions[:rows], tile=self.model.tile),
+            forward.Pass(length, length - 1, slice(rows), positions, tile=self.model.tile),
             self.history[:rows].gather(1, positions),
             positions,
             mask=self.columns[:length] <= positions,
@@ -348,3 +367,11 @@ class Runner:
 
     def _graph_widths(self) -> list[int]:
         return [0, min(128, self.model.vocabulary), self.model.vocabulary]
+
+
+def _shared(chunks: list[Chunk]) -> int:
+    """How many tokens before these chunks are the same in all of their prompts, if all of them are."""
+    start = chunks[0].start
+    begins = beginning(chunks[0].sequence.ids, start)
+    alike = all(chunk.start == start and chunk.sequence.ids.startswith(begins) for chunk in chunks)
+    return start if alike else 0

@@ -32,25 +32,41 @@ class Chunk:
 
 @dataclass(frozen=True)
 class PassShape:
-    """How a pass lays out chunks, which all start at the same position: a rectangle, shorter ones padded."""
+    """How a pass lays out chunks: a rectangle, shorter chunks padded."""
 
     context: int
     multiple: int
     """The rectangle ends at a position that is a multiple of this, or at the context's end."""
     skips_padding: bool
     """The layers compute the chunks' tokens alone."""
+    mixes_starts: bool = False
+    """The chunks may start at different positions."""
 
     def end(self, chunks: list[Chunk]) -> int:
-        """The position where the pass ends."""
+        """The position where the pass ends, in the row that starts last."""
         # two tokens at least: one of each row is what a decode step computes, in other numbers of rows
-        end = chunks[0].start + max(2, *(chunk.count for chunk in chunks))
+        end = self._start(chunks) + max(2, *(chunk.count for chunk in chunks))
         return min(self.context, -(-end // self.multiple) * self.multiple)
+
+    def width(self, chunks: list[Chunk]) -> int:
+        """The tokens of each row, padding included."""
+        return self.end(chunks) - self._start(chunks)
 
     def tokens(self, chunks: list[Chunk]) -> int:
         """How many tokens the pass computes."""
         if self.skips_padding:
             return sum(chunk.count for chunk in chunks)
-        return len(chunks) * (self.end(chunks) - chunks[0].start)
+        return len(chunks) * self.width(chunks)
+
+    def fits(self, chunks: list[Chunk]) -> bool:
+        """Whether one pass can read these."""
+        if not self.mixes_starts and len({chunk.start for chunk in chunks}) > 1:
+            return False
+        return self.width(chunks) >= max(chunk.count for chunk in chunks)
+
+    @staticmethod
+    def _start(chunks: list[Chunk]) -> int:
+        return max(chunk.start for chunk in chunks)
 
 
 class Scheduler:
@@ -78,6 +94,11 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         return bool(self.waiting or self.running or self.finishing)
+
+    @property
+    def rows_soon(self) -> int:
+        """How many rows the sequences that run and those that wait will take."""
+        return min(self.rows, len(self.running) + len(self.waiting))
 
     @property
     def unfinished(self) -> list[Sequence]:
@@ -132,10 +153,13 @@ class Scheduler:
             # an end that needs no padding
             end = (sequence.cached + self.chunk) // self.shape.multiple * self.shape.multiple
             chunk = Chunk(sequence, sequence.cached, min(len(sequence.prompt), end) - sequence.cached)
-            beside = sequence.cached == first.cached and not (sequence.alone or first.alone)
-            if sequence is first or (beside and self.shape.tokens([*chunks, chunk]) <= self.chunk):
+            if sequence is first or (not (sequence.alone or first.alone) and self._fits([*chunks, chunk])):
                 chunks.append(chunk)
         return chunks
+
+    def _fits(self, chunks: list[Chunk]) -> bool:
+        """Whether one pass can read these chunks, and computes no more tokens than it may."""
+        return self.shape.fits(chunks) and self.shape.tokens(chunks) <= self.chunk
 
     def prefilled(self, chunks: list[Chunk]) -> None:
         """Note that a pass has read these."""

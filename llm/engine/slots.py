@@ -50,21 +50,19 @@ class SlotLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         pass_ = _current_pass()
-        length = pass_.length
+        device, length = key_states.device, pass_.length
+        rows = pass_.rows if isinstance(pass_.rows, slice) else pass_.rows.to(device)
         if pass_.positions is not None:
-            rows = key_states.shape[0]
-            row = self.slots.row_numbers[:rows].to(key_states.device)
-            positions = pass_.positions.to(key_states.device)
-            self.keys[row, :, positions] = key_states[:, :, 0]
-            self.values[row, :, positions] = value_states[:, :, 0]
-            return self.keys[:rows, :, :length], self.values[:rows, :, :length]
-        assert pass_.rows is not None
-        written = pass_.rows if isinstance(pass_.rows, slice) else pass_.rows.to(key_states.device)
-        self.keys[written, :, pass_.start : length] = key_states
-        self.values[written, :, pass_.start : length] = value_states
-        if pass_.start == 0:
-            return key_states, value_states
-        return self.keys[written, :, :length], self.values[written, :, :length]
+            numbers = self.slots.row_numbers[pass_.rows].to(device)
+            at = numbers[:, None], slice(None), pass_.positions.to(device)
+            self.keys[at] = key_states.transpose(1, 2)
+            self.values[at] = value_states.transpose(1, 2)
+        else:
+            self.keys[rows, :, pass_.start : length] = key_states
+            self.values[rows, :, pass_.start : length] = value_states
+            if pass_.start == 0:
+                return key_states, value_states
+        return self.keys[rows, :, :length], self.values[rows, :, :length]
 
     def resize(self, rows: int, length: int) -> None:
         """Allocate `rows` rows of `length` positions, and copy what fits of the old ones."""
@@ -117,14 +115,16 @@ class Slots(Cache):
         self.spare = spare
         self._limit_prefixes(*self.capacity)
 
-    def ensure_capacity(self, rows: int, length: int) -> int:
-        """Allocate `length` positions in each of the first `rows` rows. Returns how many a decode step reads."""
+    def ensure_capacity(self, rows: int, length: int, soon: int = 0) -> int:
+        """Allocate `length` positions in each of the first `rows` rows. Returns how many a decode step reads.
+
+        soon: positions that are not given back, for they will be needed next."""
         if not self.grows:
             return min(self.context, max(256, 1 << (length - 1).bit_length()))
         rows = min(self.rows, 1 << (rows - 1).bit_length())
-        length = min(self.context, in_steps(length))
-        if rows > self.capacity[0] or length > self.capacity[1] or length <= self.capacity[1] // 2:
-            self._resize(rows, length)
+        length, soon = (min(self.context, in_steps(positions)) for positions in (length, soon))
+        if rows > self.capacity[0] or length > self.capacity[1] or max(length, soon) <= self.capacity[1] // 2:
+            self._resize(rows, max(length, min(soon, self.capacity[1])))
         return self.capacity[1]
 
     def shrink(self) -> None:

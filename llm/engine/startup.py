@@ -8,10 +8,10 @@ from dataclasses import replace
 
 from llm.devices.memory import is_out_of_memory
 from llm.devices.model import Model, Room
+from llm.engine import trial
 from llm.engine.runner import Runner
 from llm.engine.scheduler import Chunk
 from llm.engine.sequence import Request, Sampling, Sequence
-from llm.engine.trial import agreeing_context
 from llm.errors import UserError
 from llm.words import Say, decimal, first_line
 
@@ -35,7 +35,7 @@ def fit(model: Model, most_rows: int, chunk: int, say: Say) -> tuple[Model, Room
     """
     # on a thread that ends: see Model.load
     with memory(), ThreadPoolExecutor(1) as thread:
-        model = replace(model, context=thread.submit(agreeing_context, model, say).result())
+        model = thread.submit(trial.agreeing, model, say).result()
     room = model.room(most_rows, chunk, say)
     return replace(model, context=room.context), room
 

@@ -56,17 +56,23 @@ class _Recording(Runner):
         return self.last
 
 
-def agreeing_context(model: Model, say: Say) -> int:
-    """The longest context, at most `model.context`, in which the engine's passes agree with the model's forward.
+def agreeing(model: Model, say: Say) -> Model:
+    """The model with the longest context in which the engine's passes agree with the model's forward, and without
+    passes of chunks that start at different positions where those do not agree.
 
-    Says so where that is less. Raises UserError where there is none. Computes on the thread that calls: see
+    Says so where the context is shorter. Raises UserError where there is none. Computes on the thread that calls: see
     Model.load.
     """
     name, context = type(model.network).__name__, model.context
     boundaries = sorted(set(_boundaries(model.network.config.get_text_config().to_dict(), context)))
     try:
         with torch.inference_mode(), _first_layers(model):
-            if not _agree(model, min(LONG, *(most - DECODED - 1 for most in (context, *boundaries)))):
+            long = min(LONG, *(most - DECODED - 1 for most in (context, *boundaries)))
+            agrees = _agree(model, long)
+            if model.mixes_starts and not agrees:
+                model = replace(model, mixes_starts=False)
+                agrees = _agree(model, long)
+            if not agrees:
                 raise UserError(
                     f"{name} calcula otro texto cuando atiende varias preguntas a la vez: use otro modelo "
                     "(Falcon, Llama...)"
@@ -75,7 +81,7 @@ def agreeing_context(model: Model, say: Say) -> int:
                 reason = _reason_to_end_at(model, boundary)
                 if reason:
                     say(f"El contexto acaba en {boundary} tokens y no en {context}: más allá, {name} {reason}")
-                    return boundary
+                    return replace(model, context=boundary)
     except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         if is_out_of_memory(error):
             raise
@@ -87,7 +93,7 @@ def agreeing_context(model: Model, say: Say) -> int:
         if model.device.type == "cuda":
             gc.collect()  # a cache and its layers refer to each other
             torch.cuda.empty_cache()
-    return context
+    return model
 
 
 def _reason_to_end_at(model: Model, boundary: int) -> str | None:
@@ -126,17 +132,24 @@ def _boundaries(config: dict[str, Any], context: int) -> Iterator[int]:
 
 def _agree(model: Model, long: int) -> bool:
     """Whether the logits agree for a short prompt and one of `long` tokens: read in one pass with padding, the long one
-    in two chunks; decoded together, with spare capacity; the short one decoded alone."""
-    runner = _Recording(replace(model, context=min(model.context, long + DECODED + SPARE)), rows=2)
+    in two chunks, beside the second one the short prompt again where the model mixes starts; decoded together, with
+    spare capacity; the short one decoded alone."""
+    runner = _Recording(replace(model, context=min(model.context, long + DECODED + SPARE)), rows=3)
     short = min(SHORT, long // 2)
     requests = [Request(prompt, 1, Sampling(temperature=0)) for prompt in _prompts(model, short, long)]
-    a, b = (Sequence(request, budget=1) for request in requests)
+    a, b, again = (Sequence(request, budget=1) for request in (*requests, requests[0]))
     logits: dict[Sequence, list[Tensor]] = {a: [], b: []}
     for sequence in (a, b):
         runner.put(sequence)
     runner.prefill([Chunk(a, 0, short), Chunk(b, 0, long // 2)])
     logits[a].append(runner.last[0])
-    runner.prefill([Chunk(b, long // 2, long - long // 2)])
+    rest = [Chunk(b, long // 2, long - long // 2)]
+    if model.mixes_starts:
+        runner.put(again)
+        rest.append(Chunk(again, 0, short))
+    runner.prefill(rest)
+    runner.release(again)
+    mixed = runner.last[1:]
     logits[b].append(runner.last[0])
     for _ in range(DECODED):
         runner.decode()
@@ -154,8 +167,11 @@ def _agree(model: Model, long: int) -> bool:
     (plain_long,) = _plain(runner, long_ids[None], together)
     allowed = max(LEAST_ERROR, ROUNDINGS * median_low(_errors(rounded, plain)))
     errors, long_errors = _errors(torch.stack(logits[a]), plain), _errors(torch.stack(logits[b]), plain_long)
+    tried = [errors[:together], errors[together:], long_errors]
+    if model.mixes_starts:
+        tried.append(_errors(mixed, plain[:1]))
     # the median: where a mixture of experts has a tie, rounding alone sends a token to another expert
-    return all(median_low(some) <= allowed for some in (errors[:together], errors[together:], long_errors))
+    return all(median_low(some) <= allowed for some in tried)
 
 
 def _prompts(model: Model, *lengths: int) -> Iterator[list[int]]:
