@@ -220,16 +220,16 @@ def layout(chosen: torch.dtype | None) -> type[PackedLinear] | None:
     return Float16Linear if chosen is None and Float16Linear.is_fast() else None
 
 
-def fits(network: PreTrainedModel, layout: type[PackedLinear]) -> bool:
-    """Whether the layout holds all of a network's linear layers as precisely as the products need."""
-    return all(layout.fits(weight) for module in network.modules() if (weight := _weight(module)) is not None)
+class UnfitWeightError(Exception):
+    """A weight that a layout does not hold as precisely as the products need."""
 
 
 def pack(network: PreTrainedModel, layout: type[PackedLinear]) -> bool:
     """Replace every linear layer of a network on the CPU, in place. All else then computes in `layout.dtype`.
 
     Each weight is dropped as soon as it is packed: packing needs memory for the weights and PACKED_AT_ONCE more layers.
-    Returns whether the network's products are batch-invariant on this processor.
+    Returns whether the network's products are batch-invariant on this processor. Raises UnfitWeightError; the network
+    is then of no use.
     """
     users = Counter(p.data_ptr() for _, p in network.named_parameters(remove_duplicate=False))
     threads = torch.get_num_threads()
@@ -237,6 +237,8 @@ def pack(network: PreTrainedModel, layout: type[PackedLinear]) -> bool:
     def replace(parent: nn.Module, names: list[str]) -> PackedLinear:
         linears: list[Any] = [getattr(parent, name) for name in names]
         weights: list[Any] = [_weight(linear) for linear in linears]
+        if not all(map(layout.fits, weights)):
+            raise UnfitWeightError
         biases = [linear.bias for linear in linears if linear.bias is not None]
         whole = layout(_joined(weights), _joined(biases) if biases else None)
         start = 0
@@ -251,9 +253,12 @@ def pack(network: PreTrainedModel, layout: type[PackedLinear]) -> bool:
         return whole
 
     # packing computes on one thread
-    with ThreadPoolExecutor(min(threads, PACKED_AT_ONCE), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        layers = list(pool.map(lambda group: replace(*group), [*_groups(network)]))
-    torch.set_num_threads(threads)
+    pool = ThreadPoolExecutor(min(threads, PACKED_AT_ONCE), initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        with pool:
+            layers = list(pool.map(lambda group: replace(*group), [*_groups(network)]))
+    finally:
+        torch.set_num_threads(threads)
     _convert_all_else(network, layout.dtype)
 
     last = network.get_output_embeddings()

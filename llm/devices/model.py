@@ -130,15 +130,17 @@ class Model:
         start = time.perf_counter()
         with loading.explained(folder):
             tokenizer, network = loading.load(folder, layout.read_as if layout else dtype)
-            if layout and not linear.fits(network, layout):
-                say("float16 cambiaría los pesos: el modelo va en float32, más despacio")
-                layout = None
-                if network.dtype != dtype:
+            loaded, layers_agree = time.perf_counter(), False
+            parameters = network.num_parameters()
+            if layout:
+                try:
+                    layers_agree = linear.pack(network, layout)
+                except linear.UnfitWeightError:
+                    say("float16 cambiaría los pesos: el modelo va en float32, más despacio")
+                    layout = None
                     del network
                     tokenizer, network = loading.load(folder, dtype)
-            loaded = time.perf_counter()
-            parameters = network.num_parameters()
-            layers_agree = linear.pack(network, layout) if layout else False
+                    loaded = time.perf_counter()
             packed = time.perf_counter()
             cached = _probe(network)
         devices = {torch.device(d if d != "disk" else "cpu") for d in getattr(network, "hf_device_map", {}).values()}
