@@ -7,7 +7,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-import torch
 
 from cli import demo, server
 from tests.support.client import Client
@@ -122,6 +121,8 @@ def _client(environment: dict[str, str]) -> Iterator[Client]:
 @pytest.fixture
 def thread_count() -> Iterator[None]:
     """Restores torch's number of threads."""
+    import torch
+
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
