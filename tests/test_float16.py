@@ -220,8 +220,10 @@ def test_an_activation_has_the_same_bits_wherever_threads_cut_the_tensor(
         x = torch.randn(200, width, generator=torch.Generator().manual_seed(0))
         alone = torch.cat([function(row) for row in x.split(1)])
         torch.testing.assert_close(alone, ACT2FN[name](x))
+        part_of_a_product = torch.cat([x, x], -1)[:, :width]
         for tokens in (3, 34, 77, 200):
             assert torch.equal(function(x[:tokens]), alone[:tokens])
+            assert torch.equal(function(part_of_a_product[:tokens]), alone[:tokens])
 
 
 LOADING = """

@@ -126,18 +126,19 @@ def test_who_asks_while_a_text_is_being_read_waits_for_it_and_32_read_it_once(mo
     assert answers[::6] == alone(model, *asked[::6], max_tokens=4)
 
 
-def test_one_pass_reads_prompts_that_were_read_up_to_other_tokens(invariant_model: Model, read: list[int]) -> None:
-    engine, documents = Engine(invariant_model, 8, prefill_chunk=CHUNK), [text(n * BLOCK, seed=n) for n in (3, 1, 5)]
-    engine.start()
+@pytest.mark.parametrize("blocks", [(3, 1, 5, 0), (3, 3)])
+def test_one_pass_reads_on_in_several_texts(blocks: tuple[int, ...], invariant_model: Model, read: list[int]) -> None:
+    engine = started(invariant_model)
+    documents = [text(count * BLOCK, seed) for seed, count in enumerate(blocks)]
     for document in documents:
         ended(engine, [*document, 1])
     read.clear()
-    asked = [[*document, *text(7 + n, seed=9)] for n, document in enumerate([*documents, text(20, seed=8)])]
+    asked = [[*document, *text(7, seed=9)] for document in documents]
     with engine._wake:
         generations = [engine.generate(Request(prompt, 8, GREEDY)) for prompt in asked]
     answers = [list(generation) for generation in generations]
-    assert read == [7 + 8 + 9 + 20 + 10]
-    assert [generation.cached_tokens for generation in generations] == [3 * BLOCK, BLOCK, 5 * BLOCK, 0]
+    assert read == [7 * len(blocks)]
+    assert [generation.cached_tokens for generation in generations] == [count * BLOCK for count in blocks]
     assert answers == alone(invariant_model, *asked)
 
 
