@@ -107,13 +107,6 @@ def test_each_figure_has_a_value_for_each_round(figures: dict[str, Any]) -> None
         assert spread["min"] <= spread["median"] <= spread["max"]
 
 
-def test_a_ratio_divides_round_by_round(figures: dict[str, Any]) -> None:
-    compared = [(speed, "decode_ratio_to_generate", figures["generate"]) for speed in figures["engine"]]
-    for speed, name, other in [*compared, (figures["beside"], "decode_ratio_to_quiet", figures["engine"][0])]:
-        ours, theirs = (row["decode_tokens_per_second"]["rounds"] for row in (speed, other))
-        assert speed[name]["rounds"] == pytest.approx([a / b for a, b in zip(ours, theirs, strict=True)])
-
-
 def test_the_clients_of_the_server_get_their_tokens(figures: dict[str, Any]) -> None:
     for load in figures["server"]:
         assert len(load["first_text_s"]) == ROUNDS * load["clients"]

@@ -206,12 +206,6 @@ def test_the_image_holds_the_code_and_its_model(ignored: GitIgnoreSpec, config: 
     assert len(code) > 5
 
 
-def test_what_predict_py_imports_is_in_the_image(ignored: GitIgnoreSpec) -> None:
-    names = set(re.findall(r"^from (llm(?:\.\w+)*) import", (ROOT / "predict.py").read_text(), re.MULTILINE))
-    assert names
-    assert not any(ignored.match_file(name.replace(".", "/") + ".py") for name in names)
-
-
 def test_dockers_patterns_are_read_as_docker_does() -> None:
     # unlike git: a name without a slash stands at the top, and a folder's exception goes over its parent's exclusion
     spec = docker("cli\n**/*.pyc\nweights/*\n!weights/uno\n")

@@ -393,37 +393,6 @@ def test_a_prefix_is_read_once_and_changes_no_text(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("options", "lengths", "expected"),
-    [
-        # padding counts: a pass computes as many tokens for each prompt as the longest has
-        ({"prefill_chunk": 52}, (4, 9, 6, 13), [[4, 6, 9, 13]]),
-        ({"prefill_chunk": 51}, (4, 9, 6, 13), [[4, 6, 9], [13]]),
-        ({"prefill_chunk": 64}, (60, 2, 2, 3), [[60], [2, 2, 3]]),
-        # as on a GPU: padded to a multiple of 8
-        ({"prefill_chunk": 64, "capture": plain_call}, (4, 9, 6, 13), [[4, 6, 9, 13]]),
-        ({"prefill_chunk": 63, "capture": plain_call}, (4, 9, 6, 13), [[4, 6, 9], [13]]),
-    ],
-)
-def test_short_prompts_that_wait_are_read_in_one_pass(
-    falcon_model: Model,
-    falcon_reference: Reference,
-    passes: list[list[int]],
-    options: dict[str, Any],
-    lengths: tuple[int, ...],
-    expected: list[list[int]],
-) -> None:
-    engine = Engine(falcon_model, 8, **options)
-    # the model's trial reads prompts too
-    passes.clear()
-    chosen = prompts(lengths, checkpoints.TOKENS, seed=9)
-    generations = [engine.generate(Request(prompt, 2, GREEDY)) for prompt in chosen]
-    engine.start()
-    assert [list(g) for g in generations] == [falcon_reference(prompt, 2) for prompt in chosen]
-    assert [sorted(counts) for counts in passes[1:]] == expected
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [13, 32, 100])
 def test_no_pass_computes_more_than_a_chunk(falcon_model: Model, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
     """Padding included: a pass over one long prompt and many short ones once ended every stream."""
@@ -484,19 +453,6 @@ def test_a_step_that_fails_ends_its_requests_and_the_engine_goes_on(
     assert len(texts) < 4 and all(tokens == expected[: len(tokens)] for tokens in texts)
     assert generated(engine, [7, 8, 9], 10) == expected
     assert engine.lost is None and not engine.running and not engine._runner.rows
-
-
-def test_each_of_many_failing_steps_ends_only_its_own_requests(
-    falcon_model: Model, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    engine = started(falcon_model, rows=2)
-    expected = generated(engine, [7, 8, 9], 10)
-    errors = [RuntimeError("no")] * 20
-    monkeypatch.setattr(engine._runner, "decode", failing(engine._runner.decode, *errors))
-    for _ in errors:
-        with pytest.raises(UserError, match="falló"):
-            generated(engine, [7, 8, 9], 10)
-    assert generated(engine, [7, 8, 9], 10) == expected
 
 
 @with_and_without_graphs
@@ -867,18 +823,6 @@ def test_rows_are_only_as_long_as_the_longest_sequence_needs(falcon_model: Model
     until(lambda: slots.capacity[1] < 1000)
     assert engine.running
     beside.cancel()
-
-
-def test_an_idle_engine_gives_memory_back(falcon_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_module, "IDLE", 0.1)
-    engine = started(falcon_model, rows=3)
-    last = engine._runner.slots.slot_layers[-1]
-    smallest = last.values.shape
-    generations = [engine.generate(Request([5] * 1000, 3, GREEDY)) for _ in range(3)]
-    assert [len(list(generation)) for generation in generations] == [3, 3, 3]
-    until(lambda: last.values.shape == smallest)
-    assert smallest[0] == 1 and smallest[2] < 128
-    assert len(generated(engine, [5] * 300, 3)) == 3
 
 
 @pytest.mark.slow

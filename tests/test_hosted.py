@@ -58,7 +58,14 @@ def test_a_name_may_have_a_registry_and_a_version(text: str) -> None:
     assert (reference.model, reference.version) == (MODEL, "v1" if "v1" in text else None)
 
 
-@pytest.mark.parametrize("text", ["", "x", "a/b/c", "A/b", "a/b:", "a/b:v-1", "a/b:v1:v2", "a/b:v1\n", "otro.io/a/b"])
+@pytest.mark.parametrize("text", ["", " ", "x", "a/b/c", "A/b", "a/-b", "a/b c", "a/b\n", "../x", ";rm", "otro.io/a/b"])
+def test_a_malformed_name_is_refused_with_a_version_or_without(text: str) -> None:
+    for versioned in (True, False):
+        with pytest.raises(UserError, match="se escribe USUARIO/NOMBRE"):
+            Reference.parse(text, versioned=versioned)
+
+
+@pytest.mark.parametrize("text", ["a/b:", "a/b:v-1", "a/b:v1:v2", "a/b:v1\n", "r8.im/a", "r8.im/a/b/c"])
 def test_a_malformed_name_is_refused(text: str) -> None:
     with pytest.raises(UserError, match="se escribe USUARIO/NOMBRE o USUARIO/NOMBRE:VERSIÓN, en minúsculas"):
         Reference.parse(text, versioned=True)

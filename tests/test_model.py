@@ -11,8 +11,6 @@ import torch
 from transformers import (
     MambaConfig,
     MambaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
     PreTrainedModel,
 )
 
@@ -62,20 +60,6 @@ def test_stop_ids_are_the_named_ids_that_are_control_tokens(tmp_path: Path) -> N
     # id 2, "#", is no control token, and 60000 no token at all
     (folder / "generation_config.json").write_text(json.dumps({**generation, "eos_token_id": [2, 60000, end]}))
     assert Model.read(folder, torch.float32).stop_ids == {end}
-
-
-def test_the_context_ends_where_a_sliding_window_does(tmp_path: Path) -> None:
-    config = MistralConfig(
-        vocab_size=checkpoints.TOKENS,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=512,
-        sliding_window=128,
-    )
-    assert Model.read(save(tmp_path / "mistral", MistralForCausalLM(config)), torch.float32).context == 128
 
 
 def test_a_model_without_keys_and_values_is_refused(tmp_path: Path) -> None:

@@ -259,10 +259,6 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
         yield Client(running)
 
 
-def test_the_server_publishes_the_schema(client: Client) -> None:
-    assert client.get("/openapi.json") == EXPECTED
-
-
 @pytest.mark.parametrize(
     ("wrong", "field"),
     [

@@ -247,20 +247,6 @@ def test_a_prediction_that_fails_ends_in_one_line(script: Run) -> None:
     assert result.stderr.splitlines()[-1].startswith("prompt_template debe contener {pregunta}")
 
 
-def test_dotenv_is_read_and_the_environment_wins(
-    project: Path, script: Run, environment: dict[str, str], falcon: Path
-) -> None:
-    for name in ("MODEL_ID", "WEIGHTS_DIR"):
-        del environment[name]
-    (project / ".env").write_text(f"MODEL_ID=no-esta\nWEIGHTS_DIR={falcon.parent}\n")
-    try:
-        result = script("predict", *CONTINUED, "-i", "max_tokens=2", MODEL_ID=falcon.name)
-    finally:
-        (project / ".env").unlink()
-    assert result.returncode == 0, result.stderr
-    assert str(falcon) in result.stderr
-
-
 @contextmanager
 def started(environment: dict[str, str], *command: Path | str) -> Iterator["subprocess.Popen[str]"]:
     """A running command, terminated at the end of the block."""
