@@ -116,35 +116,34 @@ def test_what_a_pass_reads(options: dict[str, int], prompts: tuple[int, ...], pa
     assert s.next_pass() == []
 
 
-def test_prompts_that_start_at_other_positions_are_read_in_passes_of_their_own() -> None:
-    s = scheduler()
-    first, second = arrive(s, 30), arrive(s, 30)
+MIXED = {"mixes_starts": True, "skips_padding": True}
+
+
+@pytest.mark.parametrize(
+    ("options", "prompts", "cached", "end", "passes"),
+    [
+        ({}, (30, 30), (0, 10), 30, [[(0, 0, 30)], [(1, 10, 20)]]),
+        (MIXED, (30, 40, 30), (0, 20, 0), 50, [[(0, 0, 30), (1, 20, 20)], [(2, 0, 30)]]),
+        # near the context's end, beside a chunk that the pass does not cut
+        (MIXED, (2040, 20, 8), (2035, 0, 0), 2043, [[(0, 2035, 5), (2, 0, 8)], [(1, 0, 20)]]),
+    ],
+)
+def test_prompts_that_start_at_other_positions_share_a_pass_where_the_layers_allow_that(
+    options: dict[str, bool],
+    prompts: tuple[int, ...],
+    cached: tuple[int, ...],
+    end: int,
+    passes: list[list[tuple[int, int, int]]],
+) -> None:
+    s = scheduler(**options)
+    sequences = [arrive(s, prompt) for prompt in prompts]
     admit(s)
-    second.cached = 10
-    assert s.next_pass() == [Chunk(first, 0, 30)]
-    read(s)
-    assert s.next_pass() == [Chunk(second, 10, 20)]
-
-
-def test_prompts_that_start_at_other_positions_share_a_pass_where_the_layers_allow_that() -> None:
-    s = scheduler(mixes_starts=True, skips_padding=True)
-    first, second, third = arrive(s, 30), arrive(s, 40), arrive(s, 30)
-    admit(s)
-    second.cached = 20
-    assert s.next_pass() == [Chunk(first, 0, 30), Chunk(second, 20, 20)]
-    assert s.shape.end(s.next_pass()) == 50
-    read(s)
-    assert s.next_pass() == [Chunk(third, 0, 30)]
-
-
-def test_a_prompt_at_the_contexts_end_is_read_without_one_that_the_pass_would_then_cut() -> None:
-    s = scheduler(mixes_starts=True, skips_padding=True)
-    last, long, short = arrive(s, 2040), arrive(s, 20), arrive(s, 8)
-    admit(s)
-    last.cached = 2035
-    assert s.next_pass() == [Chunk(last, 2035, 5), Chunk(short, 0, 8)]
-    read(s)
-    assert s.next_pass() == [Chunk(long, 0, 20)]
+    for sequence, tokens in zip(sequences, cached, strict=True):
+        sequence.cached = tokens
+    assert s.shape.end(s.next_pass()) == end
+    for expected in passes:
+        assert s.next_pass() == [Chunk(sequences[index], start, count) for index, start, count in expected]
+        read(s)
 
 
 @pytest.mark.parametrize(

@@ -58,11 +58,11 @@ class PassShape:
             return sum(chunk.count for chunk in chunks)
         return len(chunks) * self.width(chunks)
 
-    def fits(self, chunks: list[Chunk]) -> bool:
-        """Whether one pass can read these."""
+    def fits(self, chunks: list[Chunk], most: int) -> bool:
+        """Whether one pass can read these chunks, and computes `most` tokens at the most."""
         if not self.mixes_starts and len({chunk.start for chunk in chunks}) > 1:
             return False
-        return self.width(chunks) >= max(chunk.count for chunk in chunks)
+        return self.width(chunks) >= max(chunk.count for chunk in chunks) and self.tokens(chunks) <= most
 
     @staticmethod
     def _start(chunks: list[Chunk]) -> int:
@@ -153,13 +153,10 @@ class Scheduler:
             # an end that needs no padding
             end = (sequence.cached + self.chunk) // self.shape.multiple * self.shape.multiple
             chunk = Chunk(sequence, sequence.cached, min(len(sequence.prompt), end) - sequence.cached)
-            if sequence is first or (not (sequence.alone or first.alone) and self._fits([*chunks, chunk])):
+            beside = not (sequence.alone or first.alone) and self.shape.fits([*chunks, chunk], self.chunk)
+            if sequence is first or beside:
                 chunks.append(chunk)
         return chunks
-
-    def _fits(self, chunks: list[Chunk]) -> bool:
-        """Whether one pass can read these chunks, and computes no more tokens than it may."""
-        return self.shape.fits(chunks) and self.shape.tokens(chunks) <= self.chunk
 
     def prefilled(self, chunks: list[Chunk]) -> None:
         """Note that a pass has read these."""
