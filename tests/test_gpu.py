@@ -342,7 +342,7 @@ def test_the_largest_passes_stay_within_their_reserve(
         large.prefill([Chunk(warm_up, 0, 9)])
         large.release(warm_up)
         chunks = [Chunk(put(large, length, Sampling()), 0, length) for length in lengths]
-        assert large.shape.tokens(chunks) <= model_module.GPU_PREFILL_CHUNK
+        assert large.shape.fits(chunks, model_module.GPU_PREFILL_CHUNK)
         with Peak(large) as peak:
             large.prefill(chunks)
         assert reserve.prefill / 10 < peak.bytes < reserve.prefill

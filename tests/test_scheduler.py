@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from llm.engine.prefixes import BLOCK, Prefixes, beginning
-from llm.engine.scheduler import PASSES_TO_GROW, Chunk, PassShape, Scheduler
+from llm.engine.scheduler import PASSES_TO_GROW, Chunk, Rectangle, Scheduler
 from llm.engine.sequence import Request, Sampling, Sequence, Status
 from llm.weights.settings import ROOT
 
@@ -14,7 +14,7 @@ from llm.weights.settings import ROOT
 def scheduler(
     rows: int = 4, chunk: int = 64, multiple: int = 1, skips_padding: bool = False, mixes_starts: bool = False
 ) -> Scheduler:
-    return Scheduler(rows, chunk, PassShape(2048, multiple, skips_padding, mixes_starts), Prefixes())
+    return Scheduler(rows, chunk, Rectangle(2048, multiple, skips_padding, mixes_starts), Prefixes())
 
 
 def arrive(scheduler: Scheduler, prompt: int | list[int], budget: int = 5) -> Sequence:
@@ -140,7 +140,7 @@ def test_prompts_that_start_at_other_positions_share_a_pass_where_the_layers_all
     admit(s)
     for sequence, tokens in zip(sequences, cached, strict=True):
         sequence.cached = tokens
-    assert s.shape.end(s.next_pass()) == end
+    assert isinstance(s.shape, Rectangle) and s.shape.end(s.next_pass()) == end
     for expected in passes:
         assert s.next_pass() == [Chunk(sequences[index], start, count) for index, start, count in expected]
         read(s)
@@ -152,7 +152,7 @@ def test_prompts_that_start_at_other_positions_share_a_pass_where_the_layers_all
 )
 def test_where_a_pass_ends(start: int, count: int, multiple: int, end: int) -> None:
     sequence = Sequence(Request([1] * 2047, 1, Sampling()), 1)
-    assert PassShape(2048, multiple, skips_padding=False).end([Chunk(sequence, start, count)]) == end
+    assert Rectangle(2048, multiple, skips_padding=False).end([Chunk(sequence, start, count)]) == end
 
 
 def test_without_memory_prompts_are_read_one_by_one_in_smaller_chunks_down_to_a_smallest() -> None:

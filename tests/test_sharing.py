@@ -58,7 +58,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     counts: list[int] = []
     prefill = Runner.prefill
 
-    def noted(runner: Runner, chunks: list[Chunk]) -> PendingIds:
+    def noted(runner: Runner, chunks: list[Chunk]) -> PendingIds | None:
         counts.append(sum(chunk.count for chunk in chunks))
         return prefill(runner, chunks)
 
@@ -262,13 +262,13 @@ class Hostile(Runner):
 
     draw = random.Random(0)
 
-    def prefill(self, chunks: list[Chunk]) -> PendingIds:
+    def prefill(self, chunks: list[Chunk]) -> Any:
         return self._now_and_then(super().prefill, chunks)
 
-    def decode(self) -> PendingIds:
+    def decode(self) -> Any:
         return self._now_and_then(super().decode)
 
-    def _now_and_then(self, step: Callable[..., PendingIds], *arguments: Any) -> PendingIds:
+    def _now_and_then(self, step: Callable[..., Any], *arguments: Any) -> Any:
         chance = self.draw.random()
         if chance < 0.002:
             raise RuntimeError("before")
@@ -339,7 +339,7 @@ def test_requests_that_share_leave_and_fail_get_the_texts_that_each_gets_alone(
     request: pytest.FixtureRequest, model: Model, monkeypatch: pytest.MonkeyPatch, kind: str, count: int
 ) -> None:
     served = replace(request.getfixturevalue("invariant_model") if kind == "layout" else model, context=8 * BLOCK)
-    monkeypatch.setattr(engine_module, "Runner", Hostile)
+    monkeypatch.setattr(engine_module, "runner_class", lambda model: Hostile)
     engine = Engine(served, 6, prefill_chunk=CHUNK, capture=plain_call if kind == "graphs" else None)
     engine.start(text(25))
     asked = conversations(engine, count, most=7 * BLOCK)

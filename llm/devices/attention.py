@@ -1,6 +1,7 @@
 """Attention for the CPU, batch-invariant: a query's bits depend on the keys that it sees, and on nothing else.
 
-It replaces torch's scaled_dot_product_attention in the passes that ask for it (forward.Pass.tile).
+It replaces torch's scaled_dot_product_attention in the passes that ask for it (forward.Pass.tile). On a GPU the kernels
+of a ragged pass take its place in the same way.
 """
 
 import functools
@@ -30,13 +31,18 @@ def in_steps(length: int) -> int:
 
 
 @functools.cache
-def intercept() -> torch.library.Library:
-    """Have the attention of passes that ask for it computed by `attend`; all other attention stays torch's."""
+def intercept(device: str) -> torch.library.Library:
+    """Have the attention of passes that ask for it computed by `attend`, or by a ragged pass' kernels; all other
+    attention stays torch's. device: its type, "cpu" or "cuda"."""
 
     def route(
         query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args: Any, **kwargs: Any
     ) -> Tensor:
         pass_ = forward.current()
+        if pass_ and pass_.ragged:
+            # a boolean mask says which keys a token sees, as its position does
+            bias = attn_mask if attn_mask is not None and attn_mask.is_floating_point() else None
+            return pass_.ragged.attend(query, key, value, bias, kwargs.get("scale") or query.shape[-1] ** -0.5)
         if pass_ is None or pass_.tile is None:
             return _torchs_attention(query, key, value, attn_mask, *args, **kwargs)
         if attn_mask is not None and attn_mask.dtype == torch.bool:
@@ -44,11 +50,15 @@ def intercept() -> torch.library.Library:
         kwargs["prefill"] = pass_ if pass_.tokens else None
         return attend(query, key, value, attn_mask, *args, **kwargs)
 
-    # transformers would copy the keys and values of grouped queries for each query: `attend` reads them as they are
-    set_for_libraries("TRANSFORMERS_SDPA_FORCE_GQA", "1")
     library = torch.library.Library("aten", "IMPL")
-    library.impl("scaled_dot_product_attention", route, "CPU")
+    library.impl("scaled_dot_product_attention", route, device.upper())
     return library  # the cache keeps it: when it goes, so does its kernel
+
+
+def read_grouped_as_they_are(yes: bool) -> None:
+    """Whether transformers hands on the keys and values of grouped queries as they are, for what replaces torch's
+    attention. Otherwise it copies them for each query, for torch has no fast kernel for them with a mask."""
+    set_for_libraries("TRANSFORMERS_SDPA_FORCE_GQA", "1" if yes else "0")
 
 
 def _torchs_attention(*args: Any, **kwargs: Any) -> Tensor:

@@ -4,8 +4,19 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from torch import Tensor, nn
+
+
+class Ragged(Protocol):
+    """The tokens of a ragged pass, each with a row of the cache and a position of its own: see kernels.py."""
+
+    def write(self, keys: Tensor, values: Tensor, cached_keys: Tensor, cached_values: Tensor) -> None:
+        """Write each token's key and value to the cache of a layer."""
+
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+        """Attention of each token to the keys of its row, up to its position."""
 
 
 @dataclass
@@ -36,6 +47,10 @@ class Pass:
     """(prompt tokens,) int64, indices into `tokens` of those that are not padding; None: all are."""
     tile: int | None = None
     """The CPU's own attention pads the queries that it computes together to a multiple of this; None: it is torch's."""
+    ragged: Ragged | None = None
+    """On a GPU with kernels for it, the pass is no rectangle but a list of tokens: the second dimension of what layers
+    compute, the first is 1. For the model, which makes its mask for them, they follow on a whole context, so that
+    the mask hides no key. Nothing else here than `start` and `length` counts then."""
     additive_masks: dict[tuple[int, ...], tuple[Tensor, Tensor]] = field(default_factory=dict)
     """Of that attention, what it made of boolean masks: all layers get the same."""
     product: tuple[nn.Module, Tensor, Tensor] | None = None

@@ -78,6 +78,19 @@ def is_ampere(gpu: torch.device) -> bool:
     return torch.cuda.get_device_capability(gpu) >= (8, 0)
 
 
+def has_kernels(gpu: torch.device, dtype: torch.dtype) -> bool:
+    """Whether kernels.py is for this GPU and what it computes in."""
+    return dtype in (torch.float16, torch.bfloat16) and is_ampere(gpu)
+
+
+def fuse_biases(network: PreTrainedModel) -> None:
+    """Have a product and its bias computed in one kernel where transformers adds the bias in another, as in Falcon."""
+    for module in network.modules():
+        # by its name: to import a model's own file takes a second
+        if type(module).__name__ == "FalconLinear":
+            module.__class__ = nn.Linear
+
+
 def avoid_cudnn_attention() -> None:
     """Leave out cuDNN's attention, which plans anew for each shape: the lengths here change from pass to pass."""
     torch.backends.cuda.enable_cudnn_sdp(False)

@@ -4,7 +4,7 @@ import time
 from bisect import bisect_right
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,12 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from llm.devices import activation, attention, gpu, linear, loading, memory
 from llm.devices.linear import PackedLinear
+from llm.devices.memory import is_out_of_memory
 from llm.devices.threads import use_physical_cores
 from llm.errors import UserError
 from llm.weights import checkpoint
 from llm.weights.settings import Settings
-from llm.words import Say, decimal, thousands, unsaid
+from llm.words import Say, decimal, first_line, thousands, unsaid
 
 CPU_SHARE = 0.5
 """Of the free RAM, for the cache: a laptop's owner has other programs."""
@@ -31,6 +32,7 @@ GPU_SHARE = 0.95
 CPU_PREFILL_CHUNK = 256
 GPU_PREFILL_CHUNK = 4096
 OLD_GPU_PREFILL_CHUNK = 1024
+RAGGED_PREFILL_CHUNK = 2048
 """Tokens of prompts that one pass reads, and so how long a running stream can pause. GPUs before Ampere have no kernel
 for attention with grouped queries: what torch does instead takes a gigabyte for each 1,024 tokens and 32 heads."""
 
@@ -73,12 +75,14 @@ class Model:
     """Its linear layers are PackedLinear, which skip the padding."""
     tile: int | None = None
     """See forward.Pass: set where attention is the CPU's own."""
+    ragged: bool = False
+    """On a GPU with kernels for it, passes are ragged: see forward.Ragged."""
     mixes_starts: bool = False
     """Attention is the CPU's own, so that a prefill pass may read chunks that start at different positions."""
     batch_invariant: bool = False
     """On this processor the bits of a row do not depend on the other rows of a pass."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """What each part of getting ready took: here `load` and `pack`."""
+    """What each part of getting ready took: here `load`, `pack` and `kernels`."""
 
     @classmethod
     def load(cls, weights: checkpoint.Weights, settings: Settings, say: Say) -> "Model":
@@ -164,7 +168,8 @@ class Model:
         )
         if layout:
             activation.replace(network)
-            attention.intercept()
+            attention.intercept("cpu")
+            attention.read_grouped_as_they_are(True)
             tile = attention.batch_invariant_tile(model._heads)
             model.packed = True
             model.tile = tile or attention.MULTIPLES[-1]
@@ -172,7 +177,43 @@ class Model:
             known = network.config._attn_implementation == "sdpa"
             model.mixes_starts = known
             model.batch_invariant = layers_agree and tile is not None and known
+        if model.device.type == "cuda":
+            gpu.fuse_biases(network)
+            if not model.spread and gpu.has_kernels(model.device, network.dtype):
+                model._use_kernels(say)
         return model
+
+    def _use_kernels(self, say: Say) -> None:
+        """Use the kernels that prove to be right and faster on this GPU, and say which."""
+        start = time.perf_counter()
+        config = self.network.config.get_text_config()
+        try:
+            from llm.devices import kernel_check  # imports Triton, which a computer without a GPU may lack
+
+            with torch.inference_mode(), torch.cuda.device(self.device):
+                proven, of = kernel_check.layers(self.network)
+                if config._attn_implementation == "sdpa":
+                    has_bias = bool(getattr(config, "alibi", False))
+                    self.ragged = kernel_check.attention(self._heads, self.context, has_bias, self.device)
+        except Exception as error:  # whatever Triton raises where it cannot compile
+            if is_out_of_memory(error):
+                raise
+            say(f"Sin kernels propios, cada paso va más despacio: Triton no funciona aquí ({first_line(error)})")
+            return
+        if self.ragged:
+            attention.intercept("cuda")
+            attention.read_grouped_as_they_are(True)
+        self.seconds["kernels"] = time.perf_counter() - start
+        if not (proven or self.ragged):
+            say("Sin kernels propios: en esta GPU las operaciones de PyTorch son más rápidas, o más exactas")
+            return
+        also = " y la atención" if self.ragged else ""
+        say(f"Kernels propios: {proven} de {of} capas{also}, probados en {decimal(self.seconds['kernels'])} s")
+
+    def without_ragged(self) -> "Model":
+        """The model with passes that are rectangles."""
+        attention.read_grouped_as_they_are(False)
+        return replace(self, ragged=False)
 
     def bits_agree(self, threads: int) -> bool:
         """Whether as many threads as there are now give the bits of `threads` threads, where the model is
@@ -194,6 +235,8 @@ class Model:
         """How many tokens of prompts one pass may read."""
         if self.device.type != "cuda":
             return CPU_PREFILL_CHUNK
+        if self.ragged:
+            return RAGGED_PREFILL_CHUNK
         return GPU_PREFILL_CHUNK if all(map(gpu.is_ampere, self._gpus)) else OLD_GPU_PREFILL_CHUNK
 
     def room(self, most: int, chunk: int, say: Say = unsaid) -> Room:
@@ -243,6 +286,8 @@ class Model:
         return Room(rows, context, spare * context)
 
     def _reserve(self, chunk: int, most: int, context: int) -> gpu.Reserve:
+        # in a ragged pass a model makes its mask for tokens that follow on a whole context
+        context += chunk if self.ragged else 0
         return gpu.reserve(self.network, chunk, most, context, fused=all(map(gpu.is_ampere, self._gpus)))
 
     @property

@@ -21,11 +21,12 @@ from llm.devices.memory import is_out_of_memory
 from llm.devices.model import Model
 from llm.engine import startup
 from llm.engine.prefixes import Prefixes, as_bytes
-from llm.engine.runner import PendingIds, Runner, pass_shape
+from llm.engine.runner import PendingIds
 from llm.engine.sampling import NOT_A_NUMBER
 from llm.engine.scheduler import Scheduler
 from llm.engine.sequence import Generation, Request, Sequence, Status, Token
 from llm.engine.slots import KeyValues
+from llm.engine.trial import runner_class
 from llm.errors import UserError
 from llm.words import Say, first_line, unsaid
 
@@ -70,7 +71,8 @@ class Engine:
         self._say = say
         # with graphs, step n+1 is scheduled before the tokens of step n are read: the device never waits for Python
         self._ahead = 1 if capture else 0
-        shape = pass_shape(model, graphs=capture is not None)
+        self._runner_class = runner_class(model)
+        shape = self._runner_class.pass_shape(model, graphs=capture is not None)
         self._prefixes: Prefixes[KeyValues] = Prefixes(share_prefixes)
         self._scheduler = Scheduler(self.most_rows, chunk, shape, self._prefixes)
         self._in_flight: deque[tuple[list[tuple[int, Sequence]], PendingIds]] = deque()
@@ -121,7 +123,9 @@ class Engine:
         try:
             with startup.memory():
                 # here, and not in the thread that made the engine: see Model.load
-                self._runner = Runner(self._model, self.most_rows, self._capture, self._prefixes, self._room.spare)
+                self._runner = self._runner_class(
+                    self._model, self.most_rows, self._capture, self._prefixes, self._room.spare
+                )
                 self.seconds |= startup.warm_up(self._runner, prefix, self._scheduler.chunk, self._say)
         except Exception as error:  # setup raises it
             self._started.set_exception(error)
@@ -161,6 +165,7 @@ class Engine:
             try:
                 put = partial(self._runner.put, sequence)
                 self._within_memory(partial(put, self._scheduler.rows_soon), put)
+                self._scheduler.placed(sequence)
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
@@ -181,7 +186,8 @@ class Engine:
             return
         self._share([chunk.sequence for chunk in chunks])
         self._scheduler.prefilled(chunks)
-        self._expect([(index, chunk.sequence) for index, chunk in enumerate(chunks) if chunk.is_last], ids)
+        if ids:
+            self._expect([(index, chunk.sequence) for index, chunk in enumerate(chunks) if chunk.is_last], ids)
 
     def _decode(self) -> None:
         decoding = self._scheduler.decoding

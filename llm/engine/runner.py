@@ -21,7 +21,7 @@ from llm.devices.model import Model
 from llm.devices.threads import Threads
 from llm.engine.prefixes import Prefixes, beginning, count
 from llm.engine.sampling import SamplingRows, sample_each, sampling_width
-from llm.engine.scheduler import Chunk, PassShape
+from llm.engine.scheduler import Chunk, PassShape, Rectangle
 from llm.engine.sequence import Sampling, Sequence
 from llm.engine.slots import KeyValues, Slots
 
@@ -52,12 +52,6 @@ class PendingIds:
         return self._host.tolist()
 
 
-def pass_shape(model: Model, graphs: bool) -> PassShape:
-    """How this model's passes over prompts are laid out."""
-    multiple = MULTIPLE if graphs or model.device.type != "cpu" else 1
-    return PassShape(model.context, multiple, model.packed, model.mixes_starts)
-
-
 class Runner:
     """Reads prompts into rows, and takes the rows a token further.
 
@@ -79,13 +73,14 @@ class Runner:
             # this thread's current device is another, where the model is not on the first
             torch.cuda.set_device(device)
         self.model = model
-        self.shape = pass_shape(model, graphs=capture is not None)
+        self.shape = self.pass_shape(model, graphs=capture is not None)
         self.cuda = device.type == "cuda"
         self.rows: dict[int, Sequence] = {}
         # whole steps of the CPU's attention, also at the end of a context that is none
         longest = in_steps(model.context) if model.batch_invariant else model.context
         self.prefixes = Prefixes() if prefixes is None else prefixes
-        self.slots = Slots(model.layers, rows, longest, device, device.type == "cpu", self.prefixes, spare)
+        grows = device.type == "cpu" and not model.ragged
+        self.slots = Slots(model.layers, rows, longest, device, grows, self.prefixes, spare)
         self.history = torch.zeros(rows, model.context, dtype=torch.long, device=device)
         self.positions = torch.zeros(rows, dtype=torch.long, device=device)
         self.active = torch.zeros(rows, dtype=torch.bool, device=device)
@@ -100,6 +95,12 @@ class Runner:
         """By rows and length."""
         self.choose_graphs: dict[tuple[int, int], Replay] = {}
         """By rows and width."""
+
+    @staticmethod
+    def pass_shape(model: Model, graphs: bool) -> PassShape:
+        """How this model's passes over prompts are laid out."""
+        multiple = MULTIPLE if graphs or model.device.type != "cpu" else 1
+        return Rectangle(model.context, multiple, model.packed, model.mixes_starts)
 
     def put(self, sequence: Sequence, rows: int = 1) -> None:
         """Give a sequence a free row. What the cache already holds of its prompt is then in `cached`.
@@ -117,6 +118,8 @@ class Runner:
         self.history[number, : len(prompt)] = self._to_device(prompt)
         self.sampling.put(number, sequence.sampling)
         sequence.row, sequence.cached, sequence.reused = number, cached, cached
+        sequence.prefill_end = len(prompt) - self.shape.left_to_decode
+        self.active[number : number + 1].fill_(sequence.prefilled)
         self.rows[number] = sequence
 
     def share(self, sequence: Sequence) -> None:
@@ -174,11 +177,13 @@ class Runner:
         self.rows[target] = self.rows.pop(source)
         sequence.row = target
 
-    def prefill(self, chunks: list[Chunk]) -> PendingIds:
+    def prefill(self, chunks: list[Chunk]) -> PendingIds | None:
         """Read these chunks. Each is the next one of its sequence's prompt.
 
         Returns an id for each chunk, in their order: the first of the answer where the prompt ends, else of no use.
+        None where the end of each prompt is left to a decode step.
         """
+        assert isinstance(self.shape, Rectangle)
         pending = PendingIds(len(chunks), self.history.device)
         end, width = self.shape.end(chunks), self.shape.width(chunks)
         starts, counts = [chunk.start for chunk in chunks], [chunk.count for chunk in chunks]
@@ -308,10 +313,11 @@ class Runner:
         ids: Tensor,
         positions: Tensor,
         mask: Tensor | None = None,
-        keep: Tensor | None = None,
+        keep: Tensor | int = 1,
     ) -> Tensor:
-        """One pass. ids, positions (rows, tokens) int64; mask (rows, length) bool; keep (rows, 1) int64: the token
-        whose logits are wanted. Returns (rows, vocabulary) float32."""
+        """One pass. ids, positions (rows, tokens) int64; mask (rows, length) bool; keep: transformers'
+        `logits_to_keep`, of each row the one token whose logits are wanted, or of a ragged pass as many as there shall
+        be, 0 for all. Returns (rows, vocabulary) float32, for a ragged pass (tokens, vocabulary)."""
         extra = {"position_ids": positions} if self.takes_positions else {}
         with forward.run(pass_):
             output = self.model.network(
@@ -319,10 +325,11 @@ class Runner:
                 attention_mask=mask,
                 past_key_values=self.slots,
                 use_cache=True,
-                logits_to_keep=1 if keep is None else keep,
+                logits_to_keep=keep,
                 **extra,
             )
-        logits: Tensor = output.logits[:, -1, : self.model.vocabulary].float()
+        wanted = output.logits[0] if pass_.ragged else output.logits[:, -1]
+        logits: Tensor = wanted[:, : self.model.vocabulary].float()
         # some models have logits for fewer ids than they read: the others are never chosen
         if missing := self.model.vocabulary - logits.shape[-1]:
             logits = torch.nn.functional.pad(logits, (0, missing), value=-torch.inf)
@@ -338,6 +345,10 @@ class Runner:
 
     # CUDA graphs
 
+    def prove_choosing(self) -> bool:
+        """From now on choose with a kernel, if this GPU then chooses the same, and sooner. Returns whether it does."""
+        return False
+
     def capture_graphs(self) -> int:
         """Capture a decode step for each bucket of rows, lengths and widths. Returns how many graphs that made.
 
@@ -348,7 +359,7 @@ class Runner:
         most = self.slots.rows
         row_buckets = {min(most, 1 << i) for i in range(most.bit_length() + 1)}
         # the last id of a whole context is never read
-        length_buckets = {self.slots.ensure_capacity(most, needed) for needed in range(1, self.model.context)}
+        length_buckets = {self._ensure_capacity(most - 1, needed) for needed in range(1, self.model.context)}
         # the largest first: the others then fit into the memory that it took
         for rows in sorted(row_buckets, reverse=True):
             for length in sorted(length_buckets, reverse=True):

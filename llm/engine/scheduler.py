@@ -3,7 +3,7 @@
 import time
 from collections import deque
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 from llm.engine.prefixes import BLOCK, Prefixes, beginning
 from llm.engine.sequence import Sequence, Status
@@ -27,12 +27,34 @@ class Chunk:
 
     @property
     def is_last(self) -> bool:
-        return self.start + self.count == len(self.sequence.prompt)
+        return self.start + self.count == self.sequence.prefill_end
+
+
+class PassShape(Protocol):
+    """How a pass lays out chunks."""
+
+    @property
+    def multiple(self) -> int:
+        """A chunk that ends at a multiple of this needs no padding."""
+
+    @property
+    def mixes_starts(self) -> bool:
+        """The chunks of a pass may start at different positions."""
+
+    @property
+    def left_to_decode(self) -> int:
+        """So many tokens at the end of a prompt are left to its first decode step."""
+
+    def longest(self, chunks: list[Chunk], sequence: Sequence, most: int) -> int:
+        """The tokens that the next chunk of a sequence may have beside these ones, in a pass of `most` tokens."""
+
+    def fits(self, chunks: list[Chunk], most: int) -> bool:
+        """Whether one pass can read these chunks, and computes `most` tokens at the most."""
 
 
 @dataclass(frozen=True)
-class PassShape:
-    """How a pass lays out chunks: a rectangle, shorter chunks padded."""
+class Rectangle:
+    """A row for each chunk, shorter chunks padded."""
 
     context: int
     multiple: int
@@ -40,7 +62,11 @@ class PassShape:
     skips_padding: bool
     """The layers compute the chunks' tokens alone."""
     mixes_starts: bool = False
-    """The chunks may start at different positions."""
+    left_to_decode: ClassVar = 0
+
+    def longest(self, chunks: list[Chunk], sequence: Sequence, most: int) -> int:
+        end = (sequence.cached + most) // self.multiple * self.multiple
+        return end - sequence.cached
 
     def end(self, chunks: list[Chunk]) -> int:
         """The position where the pass ends, in the row that starts last."""
@@ -59,7 +85,6 @@ class PassShape:
         return len(chunks) * self.width(chunks)
 
     def fits(self, chunks: list[Chunk], most: int) -> bool:
-        """Whether one pass can read these chunks, and computes `most` tokens at the most."""
         if not self.mixes_starts and len({chunk.start for chunk in chunks}) > 1:
             return False
         return self.width(chunks) >= max(chunk.count for chunk in chunks) and self.tokens(chunks) <= most
@@ -67,6 +92,29 @@ class PassShape:
     @staticmethod
     def _start(chunks: list[Chunk]) -> int:
         return max(chunk.start for chunk in chunks)
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """One list of tokens, wherever their chunks start, each chunk padded to whole blocks.
+
+    The last token of a prompt is left to a decode step, which has graphs to choose what follows.
+    """
+
+    multiple: int
+    """Tokens of a block."""
+    mixes_starts: ClassVar = True
+    left_to_decode: ClassVar = 1
+
+    def longest(self, chunks: list[Chunk], sequence: Sequence, most: int) -> int:
+        return (most - self.tokens(chunks)) // self.multiple * self.multiple
+
+    def fits(self, chunks: list[Chunk], most: int) -> bool:
+        return all(chunk.count > 0 for chunk in chunks) and self.tokens(chunks) <= most
+
+    def tokens(self, chunks: list[Chunk]) -> int:
+        """How many tokens the pass computes."""
+        return sum(-(-chunk.count // self.multiple) * self.multiple for chunk in chunks)
 
 
 class Scheduler:
@@ -150,13 +198,17 @@ class Scheduler:
         chunks: list[Chunk] = []
         for sequence in prefilling:
             first = prefilling[0]
-            # an end that needs no padding
-            end = (sequence.cached + self.chunk) // self.shape.multiple * self.shape.multiple
-            chunk = Chunk(sequence, sequence.cached, min(len(sequence.prompt), end) - sequence.cached)
+            longest = self.shape.longest(chunks, sequence, self.chunk)
+            chunk = Chunk(sequence, sequence.cached, min(sequence.prefill_end - sequence.cached, longest))
             beside = not (sequence.alone or first.alone) and self.shape.fits([*chunks, chunk], self.chunk)
             if sequence is first or beside:
                 chunks.append(chunk)
         return chunks
+
+    def placed(self, sequence: Sequence) -> None:
+        """Note that a sequence has its row, and in it what the cache already holds of its prompt."""
+        if sequence.prefilled:
+            sequence.status = Status.DECODING
 
     def prefilled(self, chunks: list[Chunk]) -> None:
         """Note that a pass has read these."""

@@ -94,6 +94,8 @@ class Sequence:
     def __post_init__(self) -> None:
         self.ids = as_bytes(self.prompt)
         """Those of its prompt, and of its answer as far as the host has read them."""
+        self.prefill_end = len(self.prompt)
+        """So many tokens of the prompt are read by prefill passes: all, or all but the last."""
 
     @property
     def prompt(self) -> list[int]:
@@ -111,8 +113,8 @@ class Sequence:
 
     @property
     def prefilled(self) -> bool:
-        """The whole prompt is in the cache."""
-        return self.cached >= len(self.prompt)
+        """A decode step may take it further."""
+        return self.cached >= self.prefill_end
 
 
 class Generation:

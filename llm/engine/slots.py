@@ -50,6 +50,9 @@ class SlotLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         pass_ = _current_pass()
+        if pass_.ragged:
+            pass_.ragged.write(key_states, value_states, self.keys, self.values)
+            return self.keys, self.values
         device, length = key_states.device, pass_.length
         rows = pass_.rows if isinstance(pass_.rows, slice) else pass_.rows.to(device)
         if pass_.positions is not None:

@@ -46,8 +46,8 @@ def warm_up(runner: Runner, prefix: list[int], chunk: int, say: Say) -> dict[str
     start = time.perf_counter()
     sequence = Sequence(Request([0, 0], 5, Sampling(temperature=1, top_k=50)), budget=5)
     runner.put(sequence)
-    runner.prefill([Chunk(sequence, 0, 2)]).read()
-    for _ in range(3):
+    runner.prefill([Chunk(sequence, 0, sequence.prefill_end)])
+    for _ in range(4):
         runner.decode().read()
     runner.release(sequence)
     model, rows = runner.model, runner.slots.rows
@@ -60,6 +60,8 @@ def warm_up(runner: Runner, prefix: list[int], chunk: int, say: Say) -> dict[str
     say(f"Caché: {rows} peticiones a la vez de {model.context} tokens, hasta {decimal(size / 1e9)} GB")
     say(f"Primeros tokens de prueba en {decimal(seconds['warm_up'])} s")
     start = time.perf_counter()
+    if runner.prove_choosing():
+        say("El token siguiente lo elige un kernel propio")
     try:
         if graphs := runner.capture_graphs():
             seconds["capture"] = time.perf_counter() - start
@@ -77,6 +79,6 @@ def _read_template(runner: Runner, prefix: list[int], chunk: int) -> None:
     sequence = Sequence(Request(prefix, 1, Sampling()), budget=1)
     runner.put(sequence)
     while left := len(prefix) - sequence.cached:
-        runner.prefill([Chunk(sequence, sequence.cached, min(left, chunk))]).read()
+        runner.prefill([Chunk(sequence, sequence.cached, min(left, chunk))])
     runner.prefixes.add_template(sequence.ids, runner.slots.block(sequence.place, 0, len(prefix)))
     runner.release(sequence)

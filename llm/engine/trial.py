@@ -48,17 +48,30 @@ LEAST_ERROR = 1e-3
 """The error allowed in any case, in standard deviations of the logits."""
 
 
-class _Recording(Runner):
-    """Keeps the logits of its last pass, (rows, vocabulary) float32."""
+def runner_class(model: Model) -> type[Runner]:
+    """What computes this model's passes."""
+    if model.ragged:
+        from llm.engine.ragged import RaggedRunner  # imports Triton, which a computer without a GPU may lack
 
-    def _logits(self, *args: Any, **kwargs: Any) -> Tensor:
-        self.last = super()._logits(*args, **kwargs)
-        return self.last
+        return RaggedRunner
+    return Runner
+
+
+def _recording(model: Model, rows: int) -> Any:
+    """A runner of the model that keeps the logits of its last pass as `last`, (rows, vocabulary) float32."""
+
+    class Recording(runner_class(model)):  # type: ignore[misc]
+        def _logits(self, *args: Any, **kwargs: Any) -> Tensor:
+            logits: Tensor = super()._logits(*args, **kwargs)
+            self.last = logits
+            return logits
+
+    return Recording(model, rows)
 
 
 def agreeing(model: Model, say: Say) -> Model:
     """The model with the longest context in which the engine's passes agree with the model's forward, and without
-    passes of chunks that start at different positions where those do not agree.
+    ragged passes, or passes of chunks that start at different positions, where those do not agree.
 
     Says so where the context is shorter. Raises UserError where there is none. Computes on the thread that calls: see
     Model.load.
@@ -68,6 +81,9 @@ def agreeing(model: Model, say: Say) -> Model:
     try:
         with torch.inference_mode(), _first_layers(model):
             long = min(LONG, *(most - DECODED - 1 for most in (context, *boundaries)))
+            if model.ragged and (reason := _reason_against_ragged(model, long)):
+                say(f"{name} va sin kernels propios de atención: {reason}")
+                model = model.without_ragged()
             agrees = _agree(model, long)
             if model.mixes_starts and not agrees:
                 model = replace(model, mixes_starts=False)
@@ -94,6 +110,16 @@ def agreeing(model: Model, say: Say) -> Model:
             gc.collect()  # a cache and its layers refer to each other
             torch.cuda.empty_cache()
     return model
+
+
+def _reason_against_ragged(model: Model, long: int) -> str | None:
+    """Why the model is not served in ragged passes, in Spanish; None where they agree with its forward."""
+    try:
+        return None if _agree(model, long) else "con ellos calcula otro texto"
+    except Exception as error:  # a model may do anything with a pass that is no rectangle
+        if is_out_of_memory(error):
+            raise
+        return first_line(error)
 
 
 def _reason_to_end_at(model: Model, boundary: int) -> str | None:
@@ -132,34 +158,43 @@ def _boundaries(config: dict[str, Any], context: int) -> Iterator[int]:
 
 def _agree(model: Model, long: int) -> bool:
     """Whether the logits agree for a short prompt and one of `long` tokens: read in one pass with padding, the long one
-    in two chunks, beside the second one the short prompt again where the model mixes starts; decoded together, with
-    spare capacity; the short one decoded alone."""
-    runner = _Recording(replace(model, context=min(model.context, long + DECODED + SPARE)), rows=3)
-    short = min(SHORT, long // 2)
+    in two chunks, beside the second one the short prompt again where passes mix starts; decoded together, with spare
+    capacity; the short one decoded alone."""
+    runner = _recording(replace(model, context=min(model.context, long + DECODED + SPARE)), rows=3)
+    short, half = min(SHORT, long // 2), long // 2
     requests = [Request(prompt, 1, Sampling(temperature=0)) for prompt in _prompts(model, short, long)]
     a, b, again = (Sequence(request, budget=1) for request in (*requests, requests[0]))
-    logits: dict[Sequence, list[Tensor]] = {a: [], b: []}
+    logits: dict[Sequence, list[Tensor]] = {a: [], b: [], again: []}
+    left = runner.shape.left_to_decode
+
+    def prefill(*chunks: Chunk) -> None:
+        runner.prefill([*chunks])
+        for index, chunk in enumerate(chunks):
+            if chunk.is_last and not left:
+                logits[chunk.sequence].append(runner.last[index])
+
+    def decode() -> None:
+        runner.decode()
+        for number, sequence in runner.rows.items():
+            logits[sequence].append(runner.last[number])
+
     for sequence in (a, b):
         runner.put(sequence)
-    runner.prefill([Chunk(a, 0, short), Chunk(b, 0, long // 2)])
-    logits[a].append(runner.last[0])
-    rest = [Chunk(b, long // 2, long - long // 2)]
-    if model.mixes_starts:
+    prefill(Chunk(a, 0, a.prefill_end), Chunk(b, 0, half))
+    rest = [Chunk(b, half, b.prefill_end - half)]
+    if runner.shape.mixes_starts:
         runner.put(again)
-        rest.append(Chunk(again, 0, short))
-    runner.prefill(rest)
+        rest.append(Chunk(again, 0, again.prefill_end))
+    prefill(*rest)
+    for _ in range(left):
+        decode()
     runner.release(again)
-    mixed = runner.last[1:]
-    logits[b].append(runner.last[0])
     for _ in range(DECODED):
-        runner.decode()
-        for sequence in (a, b):
-            logits[sequence].append(runner.last[sequence.place])
+        decode()
     long_ids = runner.history[b.place, : b.cached].clone()
     runner.release(b)
     for _ in range(DECODED):
-        runner.decode()
-        logits[a].append(runner.last[a.place])
+        decode()
     short_ids = runner.history[a.place, : a.cached]
     together = 1 + DECODED
     with _rounded_anew(model.network):
@@ -168,8 +203,8 @@ def _agree(model: Model, long: int) -> bool:
     allowed = max(LEAST_ERROR, ROUNDINGS * median_low(_errors(rounded, plain)))
     errors, long_errors = _errors(torch.stack(logits[a]), plain), _errors(torch.stack(logits[b]), plain_long)
     tried = [errors[:together], errors[together:], long_errors]
-    if model.mixes_starts:
-        tried.append(_errors(mixed, plain[:1]))
+    if logits[again]:
+        tried.append(_errors(torch.stack(logits[again]), plain[:1]))
     # the median: where a mixture of experts has a tie, rounding alone sends a token to another expert
     return all(median_low(some) <= allowed for some in tried)
 

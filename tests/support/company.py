@@ -79,7 +79,7 @@ def _answers(
     checksums: Checksums = {}
 
     class Recording(Runner):
-        def prefill(self, chunks: list[Chunk]) -> PendingIds:
+        def prefill(self, chunks: list[Chunk]) -> PendingIds | None:
             ids = super().prefill(chunks)
             for index, chunk in enumerate(chunks):
                 if chunk.is_last:
@@ -107,7 +107,7 @@ def _answers(
                 self.threads.take(numbers.choice([1, self.threads.most]))
 
     rng, numbers = random.Random(1), random.Random(2)
-    with patch.object(engine, "Runner", Recording):
+    with patch.object(engine, "runner_class", lambda model: Recording):
         serving = Engine(model, 16, prefill_chunk=chunk, share_prefixes=workers > 1)
         serving.start(prefix)
 

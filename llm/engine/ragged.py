@@ -1,0 +1,137 @@
+"""Ragged passes: the tensors of a step on a GPU with kernels for it, where a pass is a list of tokens of any rows.
+
+A prefill pass reads the next tokens of several prompts side by side, and a decode pass the last token of each row.
+Both are CUDA graphs, one for each number of tokens. A prefill pass computes no logits: the last token of each prompt is
+read by a decode step.
+
+To import this imports Triton, which a computer without a GPU may lack.
+"""
+
+from bisect import bisect_left
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llm.devices import forward, kernel_check, kernels
+from llm.devices.gpu import Replay
+from llm.devices.model import RAGGED_PREFILL_CHUNK, Model
+from llm.engine.runner import Runner
+from llm.engine.sampling import SamplingRows, sample
+from llm.engine.scheduler import Chunk, PassShape, Ragged
+from llm.engine.sequence import Sampling
+
+BLOCK = 16
+"""Tokens of a prompt that read their keys together: as many as a tensor core multiplies at once."""
+SIZES = (16, 32, 64, 128, 256, 512, 768, 1024, 1536, RAGGED_PREFILL_CHUNK)
+"""Tokens of a prefill pass, padding included: each size is a graph."""
+
+
+class RaggedRunner(Runner):
+    """Reads prompts, and takes rows further, in ragged passes."""
+
+    def __init__(self, model: Model, *args: Any, **kwargs: Any):
+        super().__init__(model, *args, **kwargs)
+        self.chooses_with_kernel = False
+        """`prove_choosing` has shown that this GPU does."""
+        self.places = torch.zeros(2, SIZES[-1], dtype=torch.long, device=model.device)
+        """The row and the position of each token of a prefill pass, -1 for padding."""
+        self.prefill_graphs: dict[int, Replay] = {}
+        """By tokens."""
+
+    @staticmethod
+    def pass_shape(model: Model, graphs: bool) -> PassShape:
+        return Ragged(BLOCK)
+
+    def prefill(self, chunks: list[Chunk]) -> None:
+        """Read these chunks. Each is the next one of its sequence's prompt."""
+        rows, positions = [], []
+        for chunk in chunks:
+            padding = -chunk.count % BLOCK
+            rows += [chunk.sequence.place] * (chunk.count + padding)
+            positions += [*range(chunk.start, chunk.start + chunk.count), *[-1] * padding]
+        size = SIZES[bisect_left(SIZES, len(rows))]
+        missing = size - len(rows)
+        self.places[:, :size] = self._to_device([rows + [0] * missing, positions + [-1] * missing])
+        self.prefill_graphs.get(size, partial(self._read, size))()
+        for chunk in chunks:
+            number = chunk.sequence.place
+            self.positions[number : number + 1].fill_(chunk.start + chunk.count)
+            self.active[number : number + 1].fill_(chunk.is_last)
+            chunk.sequence.cached += chunk.count
+
+    def _read(self, size: int) -> None:
+        """Keys and values of the first `size` places."""
+        rows, positions = self.places[:, :size]
+        at = positions.clamp(min=0)
+        self._ragged_logits(kernels.RaggedTokens(rows, positions, BLOCK), self.history[rows, at], at, keep=1)
+
+    def _forward(self, rows: int, length: int) -> None:
+        positions = self.positions[:rows]
+        ids = self.history[:rows].gather(1, positions[:, None])[:, 0]
+        tokens = kernels.RaggedTokens(self.slots.row_numbers[:rows], positions, block=1)
+        self.logits[:rows] = self._ragged_logits(tokens, ids, positions, keep=0)
+
+    def _ragged_logits(self, tokens: forward.Ragged, ids: Tensor, positions: Tensor, keep: int) -> Tensor:
+        """ids, positions (tokens,) int64; keep: of so many tokens at the end, 0 for all. Returns
+        (kept, vocabulary) float32."""
+        context = self.slots.context
+        pass_ = forward.Pass(context + len(ids), context, slice(0), ragged=tokens)
+        return self._logits(pass_, ids[None], positions[None], keep=keep)
+
+    def _ensure_capacity(self, last_row: int, length: int) -> int:
+        """Each token reads as many positions as it sees."""
+        return self.slots.context
+
+    def _choose(self, rows: int, widths: list[int]) -> None:
+        if not (self.chooses_with_kernel and widths[0] <= kernels.MOST_SORTED):
+            super()._choose(rows, widths)
+            return
+        of_rows = (x[:rows] for x in (self.logits, self.history, self.positions, self.active, self.chosen))
+        kernels.choose(*of_rows, **vars(self.sampling[:rows]), width=widths[0])
+
+    def prove_choosing(self, seconds: kernel_check.Seconds = kernel_check.on_device) -> bool:
+        if not self.cuda:
+            return False
+        candidates = [_choosing(self, width) for width in self._graph_widths() if width <= kernels.MOST_SORTED]
+        self.chooses_with_kernel = all(candidate.earns_its_place(seconds) for candidate in candidates)
+        return self.chooses_with_kernel
+
+    def capture_graphs(self) -> int:
+        if not self.capture:
+            return 0
+        for size in reversed(SIZES):
+            self.prefill_graphs[size] = self.capture(partial(self._read, size))
+        return len(self.prefill_graphs) + super().capture_graphs()
+
+    def drop_graphs(self) -> None:
+        self.prefill_graphs.clear()
+        super().drop_graphs()
+
+
+def _choosing(runner: RaggedRunner, width: int) -> kernel_check.Candidate:
+    """The choice of the next ids of rows with different parameters and lengths."""
+    rows, context = runner.history.shape
+    device, vocabulary = runner.model.device, runner.model.vocabulary
+    generator = torch.Generator(device).manual_seed(0)
+    logits = 4 * torch.randn(rows, vocabulary, generator=generator, device=device)
+    positions = torch.linspace(0, context - 2, rows, device=device).long()
+    history = torch.randint(vocabulary, (rows, context), generator=generator, device=device)
+    padded = torch.where(runner.columns[:context] <= positions[:, None], history, history[:, :1])
+    sampling = SamplingRows.empty(rows, device)
+    for row in range(rows):
+        sampling.put(
+            row, Sampling(0.5 * (row % 4), 1 - 0.1 * (row % 3), 5 * row % (width // 2 + 1), 1 + row / rows, row)
+        )
+
+    def kernel() -> Tensor:
+        chosen = torch.empty_like(positions)
+        active = torch.ones_like(positions, dtype=torch.bool)
+        kernels.choose(logits, history, positions.clone(), active, chosen, **vars(sampling), width=width)
+        return chosen
+
+    def operations() -> Tensor:
+        return sample(logits, padded, sampling, positions + 1, width)
+
+    return kernel_check.Candidate(kernel, operations, exact=operations)
