@@ -119,11 +119,12 @@ class Predictor(BasePredictor):
     def answer(self, generation: Generation, text: Text, prediction: contextvars.Context) -> Iterator[str]:
         """The answer's text as it grows, and at the end its metrics and its line in the log."""
         try:
-            for token in generation:
-                chunk = text.add([token])
+            for tokens in generation:
+                chunk = text.add(tokens)
                 if text.stopped:
                     # before the last chunk, which a slow client may leave waiting
                     generation.cancel()
+                    generation.consumed -= text.unused
                 if chunk:
                     yield chunk
                 if text.stopped:

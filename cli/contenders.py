@@ -43,7 +43,7 @@ def our_engine(settings: Settings) -> tuple[Generate, dict[str, Any]]:
 
     def generate(prompts: list[list[int]], tokens: int) -> int:
         generations = [engine.generate(Request(prompt, tokens, Sampling(temperature=0))) for prompt in prompts]
-        return sum(len(list(generation)) for generation in generations)
+        return sum(len(tokens) for generation in generations for tokens in generation)
 
     return generate, {
         "dtype": model.precision,

@@ -17,6 +17,7 @@ import pytest
 from cli import events, server
 from llm import cancellation
 from llm.cancellation import follow_cancels, on_cancel
+from llm.engine import sequence as sequence_module
 from predict import Predictor
 from tests.support.client import Client
 from tests.support.processes import FINALLY
@@ -146,8 +147,11 @@ def predictor(falcon_environment: dict[str, str], monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.slow
 def test_a_stopped_answer_frees_its_row_before_the_client_reads_its_end(
-    predictor: Predictor, capsys: pytest.CaptureFixture[str]
+    predictor: Predictor, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # a chunk for each token, or almost
+    monkeypatch.setattr(sequence_module, "CHUNK_EVERY", 0)
+
     def answer(max_tokens: int, stop_sequences: str | None) -> Iterator[str]:
         inputs: dict[str, Any] = {
             "pregunta": "Once",

@@ -246,9 +246,9 @@ def test_a_drawn_seed_differs_each_time_and_gives_its_text_again(
 
 @pytest.fixture(scope="module")
 def greedy(falcon_server: Client) -> list[str]:
-    """The chunks of an answer, for the tests of stop sequences."""
-    with falcon_server.stream(pregunta="Once upon a time", max_tokens=24, **GREEDY) as events:
-        return [data["chunk"] for name, data in events if name == "output"]
+    """An answer in pieces of four characters, for the tests of stop sequences."""
+    text = text_of(succeeded(falcon_server, pregunta="Once upon a time", **{**GREEDY, "max_tokens": 24}))
+    return [text[at : at + 4] for at in range(0, len(text), 4)]
 
 
 def test_a_stop_sequence_ends_the_answer(falcon_server: Client, greedy: list[str]) -> None:

@@ -14,6 +14,7 @@ import torch
 from llm.devices import linear
 from llm.devices.model import Model
 from llm.engine import engine as engine_module
+from llm.engine import sequence as sequence_module
 from llm.engine.engine import Engine
 from llm.engine.prefixes import BLOCK
 from llm.engine.runner import PendingIds, Runner
@@ -22,6 +23,7 @@ from llm.engine.sequence import Request, Sampling, Sequence
 from llm.engine.slots import SMALLEST
 from llm.errors import UserError
 from tests.support import checkpoints
+from tests.support.answers import tokens_of
 from tests.support.graphs import plain_call
 from tests.support.processes import until
 
@@ -74,7 +76,7 @@ def started(model: Model, rows: int = 8, **options: Any) -> Engine:
 
 def ended(engine: Engine, prompt: list[int], max_tokens: int = 8) -> Answer:
     generation = engine.generate(Request(prompt, max_tokens, GREEDY))
-    return Answer(list(generation), generation.cached_tokens)
+    return Answer(tokens_of(generation), generation.cached_tokens)
 
 
 def alone(model: Model, *prompts: list[int], max_tokens: int = 8) -> list[list[int]]:
@@ -119,7 +121,7 @@ def test_who_asks_while_a_text_is_being_read_waits_for_it_and_32_read_it_once(mo
     asked = [[*document, *text(3, seed)] for seed in range(32)]
     generations = [engine.generate(Request(prompt, 4, GREEDY)) for prompt in asked]
     engine.start()
-    answers = [list(generation) for generation in generations]
+    answers = [tokens_of(generation) for generation in generations]
     # the first two are the warm-up's
     assert sum(read) == 2 + 6 * BLOCK + 32 * 3
     assert [generation.cached_tokens for generation in generations] == [0, *[6 * BLOCK] * 31]
@@ -136,7 +138,7 @@ def test_one_pass_reads_on_in_several_texts(blocks: tuple[int, ...], invariant_m
     asked = [[*document, *text(7, seed=9)] for document in documents]
     with engine._wake:
         generations = [engine.generate(Request(prompt, 8, GREEDY)) for prompt in asked]
-    answers = [list(generation) for generation in generations]
+    answers = [tokens_of(generation) for generation in generations]
     assert read == [7 * len(blocks)]
     assert [generation.cached_tokens for generation in generations] == [count * BLOCK for count in blocks]
     assert answers == alone(invariant_model, *asked)
@@ -177,7 +179,7 @@ def test_with_share_prefixes_off_only_the_templates_prefix_is_shared(model: Mode
     read.clear()
     asked = [[*template, *text(2 * BLOCK, seed=1), last] for last in range(3)]
     generations = [engine.generate(Request(prompt, 4, GREEDY)) for prompt in asked]
-    answers = [list(generation) for generation in generations]
+    answers = [tokens_of(generation) for generation in generations]
     assert sum(read) == 3 * (2 * BLOCK + 1)
     assert [generation.cached_tokens for generation in generations] == [25] * 3
     assert answers == alone(model, *asked, max_tokens=4)
@@ -316,9 +318,9 @@ def conversations(engine: Engine, count: int, most: int) -> list[Asked]:
             generation = engine.generate(request)
             got: list[int] = []
             try:
-                for token in generation:
-                    got.append(token)
-                    if len(got) == leaves:
+                for tokens in generation:
+                    got += tokens
+                    if leaves and len(got) >= leaves:
                         generation.cancel()
                 asked.append(Asked(request, got, True, generation.cached_tokens))
                 return
@@ -340,6 +342,8 @@ def test_requests_that_share_leave_and_fail_get_the_texts_that_each_gets_alone(
 ) -> None:
     served = replace(request.getfixturevalue("invariant_model") if kind == "layout" else model, context=8 * BLOCK)
     monkeypatch.setattr(engine_module, "runner_class", lambda model: Hostile)
+    # so that clients leave in the middle
+    monkeypatch.setattr(sequence_module, "CHUNK_EVERY", 0)
     engine = Engine(served, 6, prefill_chunk=CHUNK, capture=plain_call if kind == "graphs" else None)
     engine.start(text(25))
     asked = conversations(engine, count, most=7 * BLOCK)
@@ -348,5 +352,5 @@ def test_requests_that_share_leave_and_fail_get_the_texts_that_each_gets_alone(
     assert sum(one.cached >= BLOCK for one in asked) > count // 5
     fresh = started(served, rows=1, share_prefixes=False)
     for one in asked:
-        expected = list(fresh.generate(one.request))
+        expected = tokens_of(fresh.generate(one.request))
         assert one.tokens == (expected if one.whole else expected[: len(one.tokens)])

@@ -143,6 +143,33 @@ def test_stop_sequences_cut_the_chunks_where_they_cut_one_decode(tokenizer: PreT
     assert 100 < stopped < 1000
 
 
+def test_the_token_that_stops_a_text_is_the_same_in_any_lists(tokenizer: PreTrainedTokenizerFast) -> None:
+    def used(most: int) -> int | None:
+        """Tokens up to the one that stops the text, None where none does."""
+        numbers = random.Random(0)
+        text = Text(tokenizer, stops)
+        at = 0
+        while at < len(tokens):
+            part = tokens[at : at + numbers.randint(1, most)]
+            text.add(part)
+            at += len(part)
+            if text.stopped:
+                return at - text.unused
+        return None
+
+    rng = random.Random(4)
+    stopped = 0
+    for _ in range(300):
+        tokens = some_tokens(tokenizer, rng)
+        whole = all_at_once(tokenizer, tokens)
+        at = rng.randrange(len(whole) + 1)
+        stops = [whole[at : at + rng.randint(1, 6)] or "x", rng.choice([whole[at : at + 2] + "x", "</s>"])]
+        one_by_one = used(1)
+        stopped += one_by_one is not None
+        assert used(rng.choice([2, 5, 20, 200])) == one_by_one
+    assert 50 < stopped < 300
+
+
 def test_no_chunk_has_half_a_character(falcon: PreTrainedTokenizerFast) -> None:
     answer = "El niño 😀 dijo «漢字» ñ👩‍👩‍👧."
     tokens = plain(falcon, answer)

@@ -275,7 +275,7 @@ class Engine:
         self._runner.release(sequence)
         self._scheduler.finish(sequence)
         if event:
-            sequence.events.put(event)
+            sequence.end(event)
 
     def _fail(self, error: Exception) -> None:
         """End what was running with one clear line, give its rows back, and go on if the device still can."""
@@ -306,4 +306,4 @@ class Engine:
     def _end(self, sequences: list[Sequence], line: str) -> None:
         for sequence in sequences:
             self._scheduler.finish(sequence)
-            sequence.events.put(UserError(line))
+            sequence.end(UserError(line))

@@ -6,11 +6,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from queue import SimpleQueue
-from typing import Literal
+from threading import Event
+from typing import Literal, NamedTuple
 
 from llm.engine.prefixes import as_bytes
 
 FinishReason = Literal["stop", "length"]
+
+CHUNK_EVERY = 0.02
+"""In seconds. A client takes tokens no more often: to wake its thread for each one would cost most of a GPU's step."""
 
 
 @dataclass(frozen=True)
@@ -55,9 +59,8 @@ class Status(Enum):
     """Its client has been sent the end, whichever."""
 
 
-@dataclass(frozen=True)
-class Token:
-    """One token of an answer, or its end where there is a reason."""
+class Token(NamedTuple):
+    """One token of an answer, or its end where there is a reason. A tuple: a step makes one for each row."""
 
     id: int
     time: float
@@ -90,12 +93,19 @@ class Sequence:
     admitted: float | None = None
     """When it was asked for, and when it got a row, in seconds."""
     events: SimpleQueue[Token | BaseException] = field(default_factory=SimpleQueue)
+    over: Event = field(default_factory=Event)
+    """The last of `events` is there: whoever waits for more of them need not."""
 
     def __post_init__(self) -> None:
         self.ids = as_bytes(self.prompt)
         """Those of its prompt, and of its answer as far as the host has read them."""
         self.prefill_end = len(self.prompt)
         """So many tokens of the prompt are read by prefill passes: all, or all but the last."""
+
+    def end(self, event: Token | BaseException) -> None:
+        """Send the client its last event, from any thread."""
+        self.events.put(event)
+        self.over.set()
 
     @property
     def prompt(self) -> list[int]:
@@ -118,9 +128,11 @@ class Sequence:
 
 
 class Generation:
-    """The tokens of one request, for the thread that asked: iterate, and get each as soon as a step has made it.
+    """The tokens of one request, for the thread that asked: iterate, and get all that have come since the last time.
 
-    The iteration raises UserError if the engine fails, and CancelledError once `cancel` is called.
+    The first one comes as soon as a step has made it, later ones CHUNK_EVERY seconds after those before at the
+    earliest, unless the answer ends. The iteration raises UserError if the engine fails, and CancelledError once
+    `cancel` is called.
     """
 
     def __init__(self, sequence: Sequence):
@@ -128,23 +140,41 @@ class Generation:
         self.request = sequence.request
         self.budget = sequence.budget
         self.consumed = 0
-        """Tokens taken: the answer may end before all that were sent are used."""
+        """Tokens taken. Who needs fewer of the last ones takes them off: the answer ended before."""
         self.finish_reason: FinishReason | None = None
         self._first: float | None = None
-        self._last: float | None = None
+        self._times: list[float] = []
+        """When the host had each token that was taken, in seconds."""
 
-    def __iter__(self) -> Iterator[int]:
+    def __iter__(self) -> Iterator[list[int]]:
         while True:
-            event = self._sequence.events.get()
+            tokens, end = self._take()
+            taken = time.perf_counter()
+            if tokens:
+                yield tokens
+            if isinstance(end, BaseException):
+                raise end
+            if end:
+                self.finish_reason = end.reason
+                return
+            self._sequence.over.wait(taken + CHUNK_EVERY - time.perf_counter())
+
+    def _take(self) -> tuple[list[int], Token | BaseException | None]:
+        """Wait for an event. Returns the tokens that have come, and the end if it has."""
+        events = self._sequence.events
+        tokens: list[int] = []
+        while True:
+            event = events.get()
             if isinstance(event, BaseException):
-                raise event
+                return tokens, event
             self._first = self._first or event.time
             if event.reason:
-                self.finish_reason = event.reason
-                return
-            self._last = event.time
+                return tokens, event
+            tokens.append(event.id)
+            self._times.append(event.time)
             self.consumed += 1
-            yield event.id
+            if events.empty():
+                return tokens, None
 
     @property
     def created(self) -> float:
@@ -167,11 +197,12 @@ class Generation:
 
     @property
     def tokens_per_second(self) -> float:
-        """Over the whole time from asking to the last token that was taken."""
-        return self.consumed / ((self._last or time.perf_counter()) - self.created)
+        """Over the whole time from asking to the last token of `consumed`."""
+        last = self._times[self.consumed - 1] if self.consumed else time.perf_counter()
+        return self.consumed / (last - self.created)
 
     def cancel(self) -> None:
         """End it, from any thread, once or again. Its row is free at the next step."""
         if not self._sequence.cancelled:
             self._sequence.cancelled = True
-            self._sequence.events.put(CancelledError())
+            self._sequence.end(CancelledError())

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from copy import copy
 from functools import lru_cache
 from itertools import islice
 
@@ -52,6 +53,7 @@ class Text:
     ) -> None:
         """prompt: the ids that the text continues. Its leading blanks are then part of it."""
         self.stopped = False  # a stop sequence has appeared: the text is complete
+        self.unused = 0  # tokens of the call that stopped it which come after the one that did
         special = _special_tokens(tokenizer)
         named = sorted((name for name in special if any(name in stop for stop in stop_sequences)), key=len)
         marks = {name: chr(0xD800 + i) for i, name in enumerate(reversed(named))}
@@ -64,11 +66,29 @@ class Text:
 
     def add(self, tokens: Sequence[int]) -> str:
         """Take the next tokens; return the text that may be shown now, "" while it is held back or after the end."""
-        return "" if self.stopped else self._show(self._characters.add(tokens), last=False)
+        if self.stopped:
+            return ""
+        before = copy(self)
+        before._characters = copy(self._characters)
+        shown = self._add(tokens)
+        if self.stopped:
+            self.unused = len(tokens) - before._needed(tokens)
+        return shown
 
     def end(self) -> str:
         """Return all that is still held back: no more tokens come."""
         return "" if self.stopped else self._show(self._characters.end(), last=True)
+
+    def _add(self, tokens: Sequence[int]) -> str:
+        return self._show(self._characters.add(tokens), last=False)
+
+    def _needed(self, tokens: Sequence[int]) -> int:
+        """How many of the next tokens there are up to the one that stops the text."""
+        for needed, token in enumerate(tokens, 1):
+            self._add([token])
+            if self.stopped:
+                return needed
+        return len(tokens)
 
     def _show(self, text: str, last: bool) -> str:
         held = self._held + text
@@ -123,11 +143,17 @@ class _Characters:
     def add(self, tokens: Sequence[int]) -> str:
         text = ""
         for token in tokens:
-            if mark := self._marks.get(self._backend.id_to_token(token) or ""):
+            name = self._backend.id_to_token(token)
+            if mark := self._marks.get(name or ""):
                 text += self.end() + mark
-            elif name := self._text(token):
-                self._window.append(token)
-                self._in_bytes = BYTE_TOKEN.fullmatch(name) is not None
+            elif name and name not in self._special:
+                in_bytes = BYTE_TOKEN.fullmatch(name) is not None
+                if in_bytes:
+                    # what came before the run waits for nothing
+                    text += self._whole()
+                # not in place: `Text` goes back to the window before
+                self._window = [*self._window, token]
+                self._in_bytes = in_bytes
         return text + self._whole()
 
     def end(self) -> str:

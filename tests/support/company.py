@@ -18,6 +18,7 @@ import torch
 from llm.devices import linear
 from llm.devices.model import Model
 from llm.engine import engine
+from llm.engine import sequence as sequence_module
 from llm.engine.engine import Engine
 from llm.engine.runner import PendingIds, Runner
 from llm.engine.scheduler import Chunk
@@ -113,15 +114,19 @@ def _answers(
 
     def ask(request: Request, wait: float) -> list[int]:
         time.sleep(wait)
-        return list(serving.generate(request))
+        return [token for tokens in serving.generate(request) for token in tokens]
 
     def ask_and_cancel(request: Request, tokens: int) -> None:
         generation = serving.generate(request)
-        for _, _ in zip(range(tokens), generation, strict=False):
-            pass
+        taken = 0
+        for came in generation if tokens else ():
+            taken += len(came)
+            if taken >= tokens:
+                break
         generation.cancel()
 
-    with ThreadPoolExecutor(workers) as threads:
+    # a client that takes each token at once also leaves in the middle
+    with patch.object(sequence_module, "CHUNK_EVERY", 0), ThreadPoolExecutor(workers) as threads:
         asked = []
         for request in rng.sample(requests, len(requests)) if workers > 1 else requests:
             asked.append((request, threads.submit(ask, request, rng.random() * 0.02 if workers > 1 else 0)))

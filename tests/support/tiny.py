@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from llm.engine.engine import Engine
 from llm.engine.sequence import Request, Sampling
+from tests.support.answers import tokens_of
 
 CONTEXT, WORDS = 256, 300
 
@@ -50,5 +51,5 @@ def assert_texts_are_generates(folder: Path, engine: Engine, *lengths: int) -> N
             eos_token_id=list(engine._model.stop_ids),
             pad_token_id=0,
         )[0, len(prompt) :]
-        tokens = list(answer)
+        tokens = tokens_of(answer)
         assert tokens == expected[: len(tokens)].tolist()
