@@ -81,6 +81,16 @@ def test_tokens_and_logits_are_batch_invariant(image: Path, bfloat16_folder: Pat
     assert result["tokens"] == result["logits"] == result["requests"] > 0
 
 
+@pytest.mark.parametrize("capability", [80, 86, 89, 90, 100])
+def test_every_kernel_compiles_for_a_gpu(capability: int, tmp_path: Path) -> None:
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
+    # in another process: here it interprets
+    environment.pop("TRITON_INTERPRET", None)
+    command = [str(PYTHON), "-m", "tests.support.compile_kernels", str(capability)]
+    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+
+
 def run(program: str, image: Path, *arguments: Path) -> Any:
     """What a program of tests/support prints in the image's environment, whose torch has to be the locked one."""
     process = subprocess.run(

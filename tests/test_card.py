@@ -17,6 +17,7 @@ from llm.devices.model import Model
 from llm.engine.engine import Engine
 from llm.engine.sequence import Request, Sampling
 from tests.support import checkpoints, tiny
+from tests.support.answers import tokens_of
 from tests.support.processes import until
 
 pytestmark = [
@@ -61,7 +62,7 @@ def prompts(number: int, longest: int = tiny.CONTEXT - NEW - 1) -> list[list[int
 def answers(engine: Engine, requests: list[Request]) -> list[list[int]]:
     """Asked all at once."""
     with ThreadPoolExecutor(len(requests)) as clients:
-        return [*clients.map(lambda request: list(engine.generate(request)), requests)]
+        return [*clients.map(lambda request: tokens_of(engine.generate(request)), requests)]
 
 
 @pytest.fixture(autouse=True)
@@ -121,8 +122,8 @@ def test_in_bfloat16_each_token_is_about_the_likeliest(tmp_path: Path, name: str
 def test_the_same_seed_gives_the_same_text_and_cancels_leave_no_row(tmp_path: Path, dtype: torch.dtype) -> None:
     engine = engine_of(tiny.save(tmp_path, network("llama")), dtype)
     requests = [Request(prompt, NEW, Sampling(0.9, 0.95, 50, 1.1, i)) for i, prompt in enumerate(prompts(12))]
-    alone = [list(engine.generate(request)) for request in requests]
-    assert [list(engine.generate(request)) for request in requests] == alone
+    alone = [tokens_of(engine.generate(request)) for request in requests]
+    assert [tokens_of(engine.generate(request)) for request in requests] == alone
     rng = random.Random(0)
     for _ in range(20):
         generations = [engine.generate(request) for request in requests]
@@ -130,9 +131,9 @@ def test_the_same_seed_gives_the_same_text_and_cancels_leave_no_row(tmp_path: Pa
             if rng.random() < 0.5:
                 generation.cancel()
             else:
-                list(generation)
+                tokens_of(generation)
     until(lambda: not engine.running)
-    assert [list(engine.generate(request)) for request in requests] == alone
+    assert [tokens_of(engine.generate(request)) for request in requests] == alone
 
 
 @pytest.mark.parametrize("gigabytes", [15.8, 23.6])

@@ -96,6 +96,12 @@ def avoid_cudnn_attention() -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
+@functools.cache
+def shared_capture() -> Capture:
+    """The process' only capture: see `cuda_capture` on its stream."""
+    return cuda_capture()
+
+
 def cuda_capture() -> Capture:
     """Capture as CUDA graphs that share one memory pool and one stream: one runs at a time."""
     pool = torch.cuda.graph_pool_handle()

@@ -4,9 +4,11 @@ operations that it replaces, with the model's own shapes, and takes their place 
 
 import statistics
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -19,12 +21,11 @@ from llm.devices.attention import Heads
 Seconds = Callable[[Callable[[], Tensor]], float]
 """Measures how long a step takes a device."""
 
-WithKernel = Callable[[Any, Tensor], Tensor]
-"""A layer's forward: the layer and its input."""
-
 ERROR = 2.0
 """A kernel's largest error may be so many times that of the operations."""
 REPLAYS = 9
+COMPILERS = 8
+"""Threads that compile."""
 TOKENS = (1, 8, 32)
 """Of a pass with which layers are tried."""
 ROWS, LONGEST, CHUNK = 8, 2048, 256
@@ -58,7 +59,7 @@ def on_device(step: Callable[[], Tensor]) -> float:
     def run() -> None:
         step()
 
-    replay = gpu.cuda_capture()(run)
+    replay = gpu.shared_capture()(run)
     seconds: list[float] = []
     for _ in range(REPLAYS):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -68,6 +69,17 @@ def on_device(step: Callable[[], Tensor]) -> float:
         end.synchronize()
         seconds.append(start.elapsed_time(end) / 1000)
     return statistics.median(seconds)
+
+
+def compile_at_once(candidates: list[Candidate], device: torch.device) -> None:
+    """Compile the kernels of all candidates, each on a thread: Triton holds no lock of Python's while it compiles."""
+
+    def compile(candidate: Candidate) -> None:
+        with torch.inference_mode(), torch.cuda.device(device):
+            candidate.kernel()
+
+    with ThreadPoolExecutor(COMPILERS) as pool:
+        list(pool.map(compile, candidates))
 
 
 def layers(network: nn.Module, seconds: Seconds = on_device) -> tuple[int, int]:
@@ -80,29 +92,35 @@ def layers(network: nn.Module, seconds: Seconds = on_device) -> tuple[int, int]:
         if type(module) is nn.Linear or _is_norm(module):
             shapes = tuple((name, tensor.shape) for name, tensor in module.named_parameters(recurse=False))
             kinds.setdefault((type(module), shapes), []).append(module)
+    candidates = [[_of_layers(modules, tokens) for tokens in TOKENS] for modules in kinds.values()]
+    if seconds is on_device:
+        compile_at_once([*chain.from_iterable(candidates)], next(network.parameters()).device)
     proven = 0
-    for modules in kinds.values():
-        with_kernel: WithKernel = _linear if type(modules[0]) is nn.Linear else _norm
-        candidates = [_of_layers(modules, with_kernel, tokens) for tokens in TOKENS]
-        if all(candidate.earns_its_place(seconds) for candidate in candidates):
+    for modules, of_kind in zip(kinds.values(), candidates, strict=True):
+        if all(candidate.earns_its_place(seconds) for candidate in of_kind):
             proven += len(modules)
             for module in modules:
-                module.forward = partial(with_kernel, module)
+                module.forward = partial(_with_kernel(module), module)
     return proven, sum(map(len, kinds.values()))
 
 
-def _of_layers(modules: list[nn.Module], with_kernel: WithKernel, tokens: int) -> Candidate:
+def _of_layers(modules: list[nn.Module], tokens: int) -> Candidate:
     """One layer after another of the same kind, so that no weight is still in the GPU's cache from the last turn."""
+    with_kernel = _with_kernel(modules[0])
     weight: Any = modules[0].weight
     width = weight.shape[-1]
     x = torch.randn(1, tokens, width, generator=torch.Generator(weight.device).manual_seed(0), device=weight.device)
     x = x.to(weight.dtype)
-    exact = deepcopy(modules[-1]).float()
     return Candidate(
         kernel=lambda: [with_kernel(module, x) for module in modules][-1],
         operations=lambda: [module(x) for module in modules][-1],
-        exact=lambda: exact(x.float()),
+        exact=lambda: deepcopy(modules[-1]).float()(x.float()),
     )
+
+
+def _with_kernel(layer: nn.Module) -> Callable[[Any, Tensor], Tensor]:
+    """The forward of such a layer: a function of the layer and its input."""
+    return _linear if type(layer) is nn.Linear else _norm
 
 
 def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
@@ -133,10 +151,10 @@ def attention(heads: Heads, context: int, has_bias: bool, device: torch.device, 
     A pass over a prompt only has to agree: in a graph it saves the host more than a kernel could lose.
     """
     length = min(context, LONGEST)
-    return (
-        _decode(heads, length, has_bias, device).earns_its_place(seconds)
-        and _prefill(heads, length, has_bias, device).agrees()
-    )
+    decode, prefill = (candidate(heads, length, has_bias, device) for candidate in (_decode, _prefill))
+    if seconds is on_device:
+        compile_at_once([decode, prefill], device)
+    return decode.earns_its_place(seconds) and prefill.agrees()
 
 
 def _decode(heads: Heads, length: int, has_bias: bool, device: torch.device) -> Candidate:

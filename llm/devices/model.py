@@ -200,6 +200,8 @@ class Model:
                 raise
             say(f"Sin kernels propios, cada paso va más despacio: Triton no funciona aquí ({first_line(error)})")
             return
+        # the cache with which attention was tried
+        torch.cuda.empty_cache()
         if self.ragged:
             attention.intercept("cuda")
             attention.read_grouped_as_they_are(True)

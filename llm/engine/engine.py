@@ -16,7 +16,7 @@ from typing import TypeVar
 
 import torch
 
-from llm.devices.gpu import Capture, cuda_capture
+from llm.devices.gpu import Capture, shared_capture
 from llm.devices.memory import is_out_of_memory
 from llm.devices.model import Model
 from llm.engine import startup
@@ -57,7 +57,7 @@ class Engine:
         share_prefixes: whether requests share more than the template's prefix; say: where the lines on getting ready
         go. Raises UserError: see `startup.fit`."""
         if model.device.type == "cuda" and not model.spread:
-            capture = capture or cuda_capture()
+            capture = capture or shared_capture()
         chunk = prefill_chunk or model.prefill_chunk()
         model, self._room = startup.fit(model, most_rows, chunk, say)
         self.most_rows = self._room.rows

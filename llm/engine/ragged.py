@@ -92,9 +92,9 @@ class RaggedRunner(Runner):
         kernels.choose(*of_rows, **vars(self.sampling[:rows]), width=widths[0])
 
     def prove_choosing(self, seconds: kernel_check.Seconds = kernel_check.on_device) -> bool:
-        if not self.cuda:
-            return False
         candidates = [_choosing(self, width) for width in self._graph_widths() if width <= kernels.MOST_SORTED]
+        if seconds is kernel_check.on_device:
+            kernel_check.compile_at_once(candidates, self.model.device)
         self.chooses_with_kernel = all(candidate.earns_its_place(seconds) for candidate in candidates)
         return self.chooses_with_kernel
 
@@ -122,7 +122,14 @@ def _choosing(runner: RaggedRunner, width: int) -> kernel_check.Candidate:
     sampling = SamplingRows.empty(rows, device)
     for row in range(rows):
         sampling.put(
-            row, Sampling(0.5 * (row % 4), 1 - 0.1 * (row % 3), 5 * row % (width // 2 + 1), 1 + row / rows, row)
+            row,
+            Sampling(
+                temperature=0.5 * (row % 4),
+                top_p=1 - 0.1 * (row % 3),
+                top_k=5 * row % (width // 2 + 1),
+                repetition_penalty=1 + row / rows,
+                seed=row,
+            ),
         )
 
     def kernel() -> Tensor:
