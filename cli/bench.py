@@ -171,6 +171,7 @@ def measure(settings: Settings, rounds: int, tokens: int) -> Figures:
         "generate": alone,
         "engine": [row | {"decode_ratio_to_generate": ratio(row, alone)} for row in together],
         "beside": beside | {"decode_ratio_to_quiet": ratio(beside, together[0])},
+        "bandwidth": bandwidth(together[0], facts),
         "server": [load(loads[at :: len(AT_ONCE)]) for at in range(len(AT_ONCE))],
         "text": about_a_text([turn["text"] for turn in loads if "text" in turn]),
         "setup": facts["setup"],
@@ -252,6 +253,15 @@ def ratio(ours: Figures, theirs: Figures) -> Figures:
     """How much faster our decoding is than theirs, round by round: what slows the machine for a while slows both."""
     decode = (row["decode_tokens_per_second"]["rounds"] for row in (ours, theirs))
     return spread([mine / other for mine, other in zip(*decode, strict=True)])
+
+
+def bandwidth(alone: Figures, facts: Figures) -> Figures | None:
+    """What one request reads of the weights each second, as a share of what a GPU's memory gives; None on a CPU."""
+    if not facts["copied_bytes_per_second"]:
+        return None
+    read = spread([steps * facts["step_bytes"] for steps in alone["decode_tokens_per_second"]["rounds"]])
+    shares = spread([rate / facts["copied_bytes_per_second"] for rate in read["rounds"]])
+    return {"read": read, "copied": facts["copied_bytes_per_second"], "share": shares}
 
 
 def serve(turns: Sequence[int], tokens: int) -> Iterator[Figures]:

@@ -38,6 +38,8 @@ def our_engine(settings: Settings) -> tuple[Generate, dict[str, Any]]:
     model = Model.load(hub.ensure(settings, print), settings, print)
     # so that every request ends by its length
     model.stop_ids = frozenset()
+    # before the cache takes the memory
+    copied = copied_bytes_per_second(model.device) if model.device.type == "cuda" else None
     engine = Engine(model, MOST_ROWS, say=print)
     engine.start()
 
@@ -51,7 +53,23 @@ def our_engine(settings: Settings) -> tuple[Generate, dict[str, Any]]:
         "context": engine.context,
         "rows": engine.most_rows,
         "setup": engine.seconds,
+        "step_bytes": sum(m.weight.nbytes for m in model.network.modules() if isinstance(m, torch.nn.Linear)),
+        "copied_bytes_per_second": copied,
     }
+
+
+def copied_bytes_per_second(device: torch.device) -> float:
+    """What a GPU's memory gives while it copies: bytes read and bytes written; the best of some turns."""
+    source, target = torch.empty(2, 1 << 28, dtype=torch.uint8, device=device)
+    rates: list[float] = []
+    for _ in range(10):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        target.copy_(source)
+        end.record()
+        end.synchronize()
+        rates.append(2 * source.nbytes / start.elapsed_time(end) * 1000)
+    return max(rates)
 
 
 def plain_generate(settings: Settings) -> tuple[Generate, dict[str, Any]]:

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 _PARTS = {
     "load": "Cargar los pesos",
     "pack": "Ordenarlos para el procesador",
+    "kernels": "Probar los kernels",
     "warm_up": "Primeros tokens de prueba",
     "capture": "Capturar los grafos CUDA",
 }
@@ -78,6 +79,7 @@ def markdown(figures: Figures, image: str) -> str:
         ),
         f"Mientras otro proceso ocupa del todo un núcleo, una petición sola va a {shown(beside[speed[0]])} tokens/s, "
         f"leída la pregunta: {shown(beside['decode_ratio_to_quiet'])} veces su ritmo.",
+        *_bandwidth(figures["bandwidth"]),
         "## El servidor",
         "Clientes que preguntan a la vez, por HTTP: tokens por segundo en total, entre todos, y segundos hasta el "
         "primer texto, la mediana (p50) y lo que no superan 95 respuestas de cada 100 (p95).",
@@ -111,6 +113,16 @@ def markdown(figures: Figures, image: str) -> str:
         ),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _bandwidth(figures: Figures | None) -> list[str]:
+    if figures is None:
+        return []
+    read, copied, share = figures["read"]["median"] / 1e9, figures["copied"] / 1e9, figures["share"]["median"]
+    return [
+        f"Una petición sola, leída la pregunta, lee los pesos a {shown(read)} GB/s: el {100 * share:.0f} % de lo "
+        f"que da la memoria de la GPU al copiar, {shown(copied)} GB/s."
+    ]
 
 
 def _table(head: list[str], *rows: Any) -> str:

@@ -17,7 +17,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cli import bench
+from cli import bench, report
 from cli.contenders import busy_core
 from cli.report import shown
 from cli.server import LIBRARIES
@@ -174,6 +174,15 @@ def test_rates_and_ratios_are_medians_of_the_rounds() -> None:
     assert bench.ratio(ours, theirs) == {"median": 2.0, "min": 1.5, "max": 3.0, "rounds": [2.0, 3.0, 1.5]}
     assert shown(bench.spread([20.0, 9.0, 24.0])) == "20,0 (9,00 a 24,0)"
     assert shown(bench.spread([128.4])) == "128"
+
+
+def test_on_a_gpu_the_share_of_its_memory_that_one_request_uses_is_shown(figures: dict[str, Any]) -> None:
+    assert figures["bandwidth"] is None, "a CPU's tables have none"
+    alone = {"decode_tokens_per_second": bench.spread([400.0, 500.0, 450.0])}
+    shares = bench.bandwidth(alone, {"step_bytes": 2_000_000_000, "copied_bytes_per_second": 4e12})
+    assert shares is not None and shares["share"]["rounds"] == pytest.approx([0.2, 0.25, 0.225])
+    shown = report.markdown(figures | {"bandwidth": shares}, "plot.png")
+    assert "lee los pesos a 900 GB/s: el 22 % de lo que da la memoria de la GPU al copiar, 4000 GB/s" in shown
 
 
 def test_the_busy_process_takes_a_core_and_ends(tmp_path: Path) -> None:

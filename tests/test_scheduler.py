@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from llm.engine.prefixes import BLOCK, Prefixes, beginning
-from llm.engine.scheduler import PASSES_TO_GROW, Chunk, Rectangle, Scheduler
+from llm.engine.scheduler import PASSES_TO_GROW, Chunk, Ragged, Rectangle, Scheduler
 from llm.engine.sequence import Request, Sampling, Sequence, Status
 from llm.weights.settings import ROOT
 
@@ -114,6 +114,39 @@ def test_what_a_pass_reads(options: dict[str, int], prompts: tuple[int, ...], pa
     admit(s)
     assert [read(s) for _ in passes] == passes
     assert s.next_pass() == []
+
+
+@pytest.mark.parametrize(
+    ("prompts", "passes"),
+    [
+        # the last token of each is left to a decode step
+        ((41, 17), [[40, 16]]),
+        # a chunk takes whole blocks: 48 of 64 are taken, and 16 are left for the next prompt, which is read on later
+        ((41, 41, 9), [[40, 16], [8, 24]]),
+        # a long prompt lets those pass that have come meanwhile
+        ((200, 17), [[64], [16, 48], [64], [23]]),
+    ],
+)
+def test_what_a_ragged_pass_reads(prompts: tuple[int, ...], passes: list[list[int]]) -> None:
+    s = Scheduler(4, 64, Ragged(16), Prefixes())
+    for prompt in prompts:
+        place(s, prompt)
+    assert [read(s) for _ in passes] == passes
+    assert s.next_pass() == [] and len(s.decoding) == len(prompts)
+
+
+def place(scheduler: Scheduler, prompt: int) -> None:
+    """As the engine does, whose runner says where prefill passes end."""
+    sequence = arrive(scheduler, prompt)
+    admit(scheduler)
+    sequence.prefill_end = prompt - scheduler.shape.left_to_decode
+    scheduler.placed(sequence)
+
+
+def test_a_prompt_of_one_token_is_decoded_at_once() -> None:
+    s = Scheduler(4, 64, Ragged(16), Prefixes())
+    place(s, 1)
+    assert s.next_pass() == [] and len(s.decoding) == 1
 
 
 MIXED = {"mixes_starts": True, "skips_padding": True}
