@@ -21,6 +21,7 @@ NAMES = (
     "DTYPE",
     "MAX_CONTEXT",
     "SHARE_PREFIXES",
+    "KERNELS",
     "REPLICATE_API_TOKEN",
 )
 
@@ -113,6 +114,7 @@ def test_an_env_that_is_no_file_is_named(tmp_path: Path, make: Callable[[Path], 
         ("MAX_CONTEXT", "8\n192", "MAX_CONTEXT lleva caracteres que no se ven"),
         ("SHARE_PREFIXES", "no", "SHARE_PREFIXES=no no vale: ponga 1 o 0"),
         ("SHARE_PREFIXES", "00", "SHARE_PREFIXES=00 no vale"),
+        ("KERNELS", "2", "KERNELS=2 no vale: ponga 1 o 0"),
         ("MODEL_REVISION", "uno\ndos", "MODEL_REVISION lleva caracteres que no se ven"),
         ("WEIGHTS_DIR", "~nadie-asi/x", "WEIGHTS_DIR=~nadie-asi/x no lleva a ninguna carpeta"),
         ("HF_TOKEN", "hf_uno dos", "HF_TOKEN lleva espacios"),
@@ -155,12 +157,17 @@ def test_a_context_is_a_number_of_tokens(tmp_path: Path, monkeypatch: pytest.Mon
     assert Settings.read(tmp_path).max_context is None
 
 
-def test_prefixes_are_shared_unless_switched_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert Settings.read(tmp_path).share_prefixes
-    (tmp_path / ".env").write_text("SHARE_PREFIXES=0\n")
-    assert not Settings.read(tmp_path).share_prefixes
-    monkeypatch.setenv("SHARE_PREFIXES", "1")
-    assert Settings.read(tmp_path).share_prefixes
+@pytest.mark.parametrize("name", ["SHARE_PREFIXES", "KERNELS"])
+def test_a_switch_is_on_unless_switched_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    def is_on() -> bool:
+        return bool(getattr(Settings.read(tmp_path), name.lower()))
+
+    assert is_on()
+    (tmp_path / ".env").write_text(f"{name}=0\n")
+    assert not is_on()
+    for value in ("1", ""):
+        monkeypatch.setenv(name, value)
+        assert is_on()
 
 
 @pytest.mark.parametrize("model_id", ["MiModelo", "alguien/MiModelo"])

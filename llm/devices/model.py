@@ -96,7 +96,9 @@ class Model:
     def _load(cls, weights: checkpoint.Weights, settings: Settings, say: Say) -> "Model":
         threads = use_physical_cores()
         chosen = getattr(torch, settings.dtype) if settings.dtype else None
-        model = cls.read(weights.folder, chosen or best_dtype(), settings.max_context, say, linear.layout(chosen))
+        model = cls.read(
+            weights.folder, chosen or best_dtype(), settings.max_context, say, linear.layout(chosen), settings.kernels
+        )
         where = ", ".join(sorted({str(device) for device in model.token_bytes}))
         cores = f" con {threads} hilos" if model.device.type == "cpu" else ""
         say(
@@ -123,11 +125,13 @@ class Model:
         max_context: int | None = None,
         say: Say = unsaid,
         layout: type[PackedLinear] | None = None,
+        kernels: bool = True,
     ) -> "Model":
         """Read a folder onto one GPU, or onto the devices that accelerate chooses.
 
         dtype: what the model computes in. max_context: tokens of prompt and answer together, where the model's own
         context is longer. layout: of the linear layers, for a model on the CPU, where the layout holds the weights.
+        kernels: whether a GPU may use those of this project.
         Raises UserError where the folder does not hold a whole causal language model that this project can
         serve.
         """
@@ -179,7 +183,7 @@ class Model:
             model.batch_invariant = layers_agree and tile is not None and known
         if model.device.type == "cuda":
             gpu.fuse_biases(network)
-            if not model.spread and gpu.has_kernels(model.device, network.dtype):
+            if kernels and not model.spread and gpu.has_kernels(model.device, network.dtype):
                 model._use_kernels(say)
         return model
 

@@ -26,6 +26,8 @@ SHORTEST_CONTEXT = 16
 # How many threads, and how many in each level of parallel regions below.
 _OPENMP_THREADS = re.compile(r"\s*\+?0*([1-9]\d*)\s*(,\s*\+?0*[1-9]\d*\s*)*", re.ASCII)
 _MODEL_ID = re.compile(r"(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*", re.ASCII)
+SWITCHES = ("SHARE_PREFIXES", "KERNELS")
+"""Variables that are 1, as if they were not set, or 0."""
 _NUMBER = re.compile(r"\d{1,18}", re.ASCII)
 _TOKEN = re.compile(r"[!-~]+")
 
@@ -46,6 +48,8 @@ class Settings:
     """Tokens of prompt and answer together, at the most; None leaves the choice to the model and the memory."""
     share_prefixes: bool = True
     """Requests that begin alike read their common beginning once, whoever asks."""
+    kernels: bool = True
+    """A GPU uses the kernels of this project that prove to be right and faster there."""
 
     @property
     def folder(self) -> Path:
@@ -68,7 +72,7 @@ class Settings:
             # its model classes are made from their docstrings
             raise UserError("Con PYTHONOPTIMIZE=2 transformers no carga ningún modelo: quite esa variable y repita")
         written = values(root)
-        for name in ("MODEL_ID", "MODEL_REVISION", "WEIGHTS_DIR", "DTYPE", "MAX_CONTEXT", "SHARE_PREFIXES"):
+        for name in ("MODEL_ID", "MODEL_REVISION", "WEIGHTS_DIR", "DTYPE", "MAX_CONTEXT", *SWITCHES):
             # it would stand in a path, and in the one line of an error
             if not written.get(name, "").isprintable():
                 raise UserError(f"{name} lleva caracteres que no se ven: escríbalo de nuevo")
@@ -92,9 +96,9 @@ class Settings:
                 f"MAX_CONTEXT={max_context} no vale: ponga cuántos tokens, {SHORTEST_CONTEXT} o más, o déjelo vacío"
             )
 
-        share_prefixes = written.get("SHARE_PREFIXES", "1")
-        if share_prefixes not in ("0", "1"):
-            raise UserError(f"SHARE_PREFIXES={share_prefixes} no vale: ponga 1 o 0, o déjelo vacío")
+        for name in SWITCHES:
+            if (switch := written.get(name, "1")) not in ("0", "1"):
+                raise UserError(f"{name}={switch} no vale: ponga 1 o 0, o déjelo vacío")
 
         try:
             weights_dir = root / Path(written.get("WEIGHTS_DIR", "weights")).expanduser()
@@ -110,7 +114,8 @@ class Settings:
             token=token(written, token_name, "https://huggingface.co/settings/tokens"),
             dtype=dtype,
             max_context=int(max_context) if max_context else None,
-            share_prefixes=share_prefixes == "1",
+            share_prefixes=written.get("SHARE_PREFIXES") != "0",
+            kernels=written.get("KERNELS") != "0",
         )
 
 
