@@ -1,5 +1,6 @@
 """Ragged passes, as on a GPU, on a CPU in Triton's interpreter: the engine gives what `generate` gives."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,12 @@ from transformers import (
 
 from llm.devices import attention
 from llm.devices.model import Model
+from llm.engine import runner
 from llm.engine.engine import Engine
+from llm.engine.scheduler import Chunk
 from tests.support import interpreter, tiny  # noqa: F401
 from tests.support.graphs import plain_call
+from tests.test_gpu import CONTEXT, Unread, Watch, model_of, network, put
 
 from llm.devices import kernels  # isort: skip
 from llm.engine import ragged  # isort: skip
@@ -62,16 +66,53 @@ def test_the_texts_are_generates(
 def test_a_kernel_that_chooses_the_same_and_is_faster_chooses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = ragged_model(tiny.save(tmp_path, NETWORKS["llama"]()))
     with torch.inference_mode():
-        runner = ragged.RaggedRunner(model, 6, plain_call)
+        engine = ragged.RaggedRunner(model, 6, plain_call)
         turns = iter(range(1000))
-        assert runner.prove_choosing(lambda step: next(turns))
-        assert runner.chooses_with_kernel
-        assert not runner.prove_choosing(lambda step: 1.0)
+        assert engine.prove_choosing(lambda step: next(turns))
+        assert engine.chooses_with_kernel
+        assert not engine.prove_choosing(lambda step: 1.0)
         draw = kernels.draw
 
         def another(top: Tensor, ids: Tensor, *arguments: Any, **options: Any) -> None:
             draw(top, ids.flip(-1) if options["width"] else ids, *arguments, **options)
 
         monkeypatch.setattr(kernels, "draw", another)
-        assert not runner.prove_choosing(lambda step: next(turns))
-        assert not runner.chooses_with_kernel
+        assert not engine.prove_choosing(lambda step: next(turns))
+        assert not engine.chooses_with_kernel
+
+
+@pytest.fixture(params=["falcon", "llama"])
+def on_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[ragged.RaggedRunner]:
+    """A runner of eight rows as on a GPU, on meta tensors, for which no kernel runs; two prompts are read."""
+    monkeypatch.setattr(runner, "PendingIds", Unread)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    monkeypatch.setattr(kernels.RaggedTokens, "write", lambda *_: None)
+    monkeypatch.setattr(kernels.RaggedTokens, "attend", lambda _, query, *__: torch.empty_like(query))
+    # meta tensors have no intercepted attention
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda query, *_, **__: query)
+    with torch.inference_mode():
+        model = replace(model_of(network(request.param)), ragged=True)
+        filled = ragged.RaggedRunner(model, 8, lambda step: step)
+        filled.cuda = True
+        filled.prefill([Chunk(put(filled, 7), 0, 6), Chunk(put(filled, 300), 0, 299)])
+        yield filled
+
+
+def test_a_captured_step_copies_nothing_from_or_to_the_host(on_gpu: ragged.RaggedRunner) -> None:
+    for size in ragged.SIZES:
+        with Watch() as watch:
+            on_gpu._read(size)
+        assert watch.forbidden == [] and watch.copies == []
+    for rows in (1, 8):
+        with Watch() as watch:
+            on_gpu._forward(rows, CONTEXT)
+            on_gpu._choose(rows, [128])
+        assert watch.forbidden == [] and watch.copies == []
+
+
+def test_a_prefill_pass_sends_its_places_without_waiting(on_gpu: ragged.RaggedRunner) -> None:
+    sequence = put(on_gpu, 40)
+    with Watch() as watch:
+        on_gpu.prefill([Chunk(sequence, 0, 39)])
+        on_gpu.decode()
+    assert watch.forbidden == [] and watch.copies == [True]
