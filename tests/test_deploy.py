@@ -30,7 +30,7 @@ from dnslib.server import BaseResolver, DNSLogger, DNSServer
 from cli import events, schema, server
 from cli.events import Event
 from llm.weights.settings import ROOT
-from tests.support.client import Client
+from tests.support.client import LONG, SHORT, SSE, Client
 from tests.support.processes import FINALLY, Marked
 
 DEPLOY = ROOT / "deploy"
@@ -45,10 +45,6 @@ HAPROXY = shutil.which("haproxy", path=f"{os.environ['PATH']}{os.pathsep}/usr/sb
 needs_haproxy = pytest.mark.skipif(
     HAPROXY is None, reason="deploy/haproxy.cfg no se ha probado: haproxy no está instalado (apt install haproxy)"
 )
-
-LONG = {"pregunta": "Once upon a time", "temperature": 0, "max_tokens": 2048, "prompt_template": "{pregunta}"}
-SHORT = {**LONG, "max_tokens": 8}
-SSE = {"Accept": "text/event-stream"}
 
 
 # The files

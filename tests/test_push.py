@@ -73,12 +73,6 @@ def notes(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def registry() -> Iterator[Registry]:
-    with Registry() as registry:
-        yield registry
-
-
-@pytest.fixture
 def image(registry: Registry) -> str:
     """The name that cog is given."""
     return f"{registry.host}/{NAME}"

@@ -8,7 +8,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 import textwrap
@@ -43,6 +42,7 @@ NOT_RUN = {
     "cog predict": "builds with Docker",
     "cog build": "builds with Docker",
     "cog login": "asks a person for a token of Replicate's",
+    "cp .env.example .env": "tests/test_settings.py",
     "script/push": "tests/test_push.py",
     "script/smoke": "tests/test_smoke.py",
     "script/deploy": "tests/test_deploy_command.py",
@@ -121,7 +121,7 @@ def python(command: str) -> str:
 
 
 def test_every_command_is_run_or_listed() -> None:
-    tested = ("script/predict ", "script/weights", "curl -N ", "cp .env.example .env")
+    tested = ("script/predict ", "script/weights", "curl -N ")
     every = [command for text in (SPANISH, ENGLISH, *PAGES.values()) for command in commands(text)]
     for command in every:
         assert command.startswith(tested) + len(not_run(command)) == 1, command
@@ -208,17 +208,6 @@ def test_weights_without_a_network(environment: dict[str, str], tmp_path: Path) 
     message = next(unmarked(row[0]) for row in table(PAGES["errores"], "| mensaje |") if "Sin conexión" in row[0])
     assert re.search(re.escape(message).replace("…", ".+"), result.stderr)
     assert not list(tmp_path.glob("*"))
-
-
-@pytest.mark.slow
-def test_the_copied_env_changes_nothing(execute: Execute, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in os.environ.keys() & {"MODEL_ID", "MODEL_REVISION", "WEIGHTS_DIR", "DTYPE"}:
-        monkeypatch.delenv(name)
-    nothing = Settings.read(tmp_path)
-    shutil.copy(ROOT / ".env.example", tmp_path)
-    execute("cp .env.example .env")
-    assert (tmp_path / ".env").is_file()
-    assert Settings.read(tmp_path) == nothing
 
 
 def test_the_program_is_the_example() -> None:

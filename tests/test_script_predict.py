@@ -6,7 +6,6 @@ import re
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import uuid
@@ -18,7 +17,11 @@ import httpx
 import psutil
 import pytest
 
-from cli import server
+from cli import inputs, predict, schema, server
+from llm.errors import UserError
+from llm.weights.settings import ROOT
+from tests.support.client import LONG, SSE
+from tests.support.network import free_port
 from tests.support.processes import FINALLY, Marked
 from tests.support.project import copied
 
@@ -28,6 +31,7 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 QUESTION = ["-i", "pregunta=Once upon a time", "-i", "temperature=0"]
 CONTINUED = [*QUESTION, "-i", "prompt_template={pregunta}"]
+SCHEMA = schema.read(ROOT / "predict.py").schema
 CRASHED = "El modelo se cerró, casi siempre por falta de memoria: cierre otros programas y repita la orden"
 
 
@@ -72,8 +76,7 @@ def test_the_embedded_model_answers(script: Run, demo_folder: Path, processes: M
 
 
 def test_inputs_come_from_json_and_the_answer_goes_to_a_file(script: Run, tmp_path: Path) -> None:
-    inputs = {"pregunta": "Once upon a time", "temperature": 0, "max_tokens": 2.0, "prompt_template": "{pregunta}"}
-    result = script("predict", "--json", "-", "-o", "respuesta.txt", stdin=json.dumps(inputs))
+    result = script("predict", "--json", "-", "-o", "respuesta.txt", stdin=json.dumps({**LONG, "max_tokens": 2.0}))
     assert result.returncode == 0, result.stderr
     assert result.stdout == ""
     assert " 2 de salida" in result.stderr
@@ -88,54 +91,85 @@ def test_inputs_come_from_json_and_the_answer_goes_to_a_file(script: Run, tmp_pa
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        ([], 'Falta pregunta: póngala con -i pregunta="..."'),
-        (
-            ["-i", "pregunt=hola"],
-            "No hay ninguna entrada pregunt: las que hay son pregunta, max_tokens, temperature, top_p, top_k, "
-            "repetition_penalty, stop_sequences, seed, prompt_template",
-        ),
-        (["-i", "hola"], '-i hola no tiene valor: se escribe -i nombre="valor"'),
-        (["-i", "pregunta="], "pregunta está vacía"),
-        (["-i", f"pregunta={'a' * 100_001}"], "pregunta tiene 100001 caracteres, y caben 100000"),
-        ([*QUESTION, "-i", "max_tokens=muchos"], 'max_tokens ha de ser un número entero, y se dio "muchos"'),
-        ([*QUESTION, "-i", "max_tokens=2.5"], "max_tokens ha de ser un número entero, y se dio 2.5"),
-        ([*QUESTION, "-i", "max_tokens=0"], "max_tokens ha de ser 1 o más, y se dio 0"),
-        ([*QUESTION, "-i", "max_tokens=2049"], "max_tokens ha de ser 2048 o menos, y se dio 2049"),
-        ([*QUESTION, "-i", "temperature=0,7"], 'temperature ha de ser un número, y se dio "0,7"'),
-        ([*QUESTION, "-i", "temperature=nan"], "temperature ha de ser un número, y se dio NaN"),
-        ([*QUESTION, "-i", "temperature=2.1"], "temperature ha de ser 2 o menos, y se dio 2.1"),
-        ([*QUESTION, "-i", "seed=true"], 'seed ha de ser un número entero, y se dio "true"'),
-        (["--json", '{"pregunta": "a", "seed": true}'], "seed ha de ser un número entero, y se dio true"),
-        (["--json", '{"pregunta": 1}'], "pregunta ha de ser un texto, y se dio 1"),
-        (["--json", '{"pregunta": "a", "seed": null}'], "seed ha de ser un número entero, y se dio null"),
-        (["--json", '{"prompt": "a"}'], "No hay ninguna entrada prompt: "),
-        (["--json", '{"pregunta": '], "Lo que da --json no es JSON correcto: mire la línea 1, columna 14\n"),
-        (["--json", "-"], "Lo que da --json no es JSON correcto: mire la línea 1, columna 1\n"),
-        (["--json", '\ufeff{"pregunta": ""}'], "pregunta está vacía\n"),
-        (["--json", "marca.json"], "pregunta está vacía\n"),
-        (["--json", "hondo.json"], "Lo que da --json lleva números demasiado largos, o demasiados corchetes\n"),
-        (["--json", f'{{"seed": {"1" * 5000}}}'], "Lo que da --json lleva números demasiado largos, o demasiados"),
-        (["--json", '{"pregunta": [[1]]}'], "pregunta ha de ser un texto, y se dio varios valores\n"),
-        (["--json", "no.json"], "No se puede leer no.json: "),
-        (["--json", "n" * 300], f"No se puede leer {'n' * 300}: el nombre es demasiado largo\n"),
-        (["-i", "pregunta=@no.txt"], "No se puede leer no.txt: "),
-        (["-i", "pregunta=@~nadie-asi/x"], "No se puede leer ~nadie-asi/x: no existe\n"),
-        (["-i", "pregunta=\udcff\udcfe"], "pregunta lleva bytes que no son UTF-8"),
-        (["--json", '{"pregunta": "\\ud83d"}'], "pregunta lleva bytes que no son UTF-8, o medio emoji"),
         (["-i", "uno\ndos\udcff=x"], "No hay ninguna entrada uno?dos?: las que hay son"),
+        (["--json", "-"], "Lo que da --json no es JSON correcto: mire la línea 1, columna 1\n"),
         ([*QUESTION, "-o", "no/respuesta.txt"], "No se puede escribir en no/respuesta.txt: "),
-        ([*QUESTION, "-o", "~nadie-asi/x"], "No se puede escribir en ~nadie-asi/x: no existe\n"),
     ],
 )
-def test_a_wrong_input_is_one_line_before_anything_starts(
-    script: Run, tmp_path: Path, arguments: list[str], line: str
-) -> None:
-    (tmp_path / "marca.json").write_text('{"pregunta": ""}', encoding="utf-8-sig")
-    (tmp_path / "hondo.json").write_text("[" * 200_000)
+def test_a_wrong_input_is_one_line_before_anything_starts(script: Run, arguments: list[str], line: str) -> None:
     result = script("predict", *arguments)
     assert (result.returncode, result.stdout) == (1, "")
     assert result.stderr.count("\n") == 1
     assert result.stderr.startswith(line)
+
+
+def one_line(call: Callable[[], object]) -> str:
+    """The error that ends the command, as it is printed."""
+    with pytest.raises(UserError) as raised:
+        call()
+    assert "\n" not in str(raised.value)
+    return f"{raised.value}\n"
+
+
+@pytest.mark.parametrize(
+    ("pairs", "line"),
+    [
+        ([], 'Falta pregunta: póngala con -i pregunta="..."\n'),
+        (
+            ["pregunt=hola"],
+            "No hay ninguna entrada pregunt: las que hay son pregunta, max_tokens, temperature, top_p, top_k, "
+            "repetition_penalty, stop_sequences, seed, prompt_template\n",
+        ),
+        (["hola"], '-i hola no tiene valor: se escribe -i nombre="valor"\n'),
+        (["pregunta="], "pregunta está vacía\n"),
+        ([f"pregunta={'a' * 100_001}"], "pregunta tiene 100001 caracteres, y caben 100000\n"),
+        (["pregunta=a", "max_tokens=muchos"], 'max_tokens ha de ser un número entero, y se dio "muchos"\n'),
+        (["pregunta=a", "max_tokens=2.5"], "max_tokens ha de ser un número entero, y se dio 2.5\n"),
+        (["pregunta=a", "max_tokens=0"], "max_tokens ha de ser 1 o más, y se dio 0\n"),
+        (["pregunta=a", "max_tokens=2049"], "max_tokens ha de ser 2048 o menos, y se dio 2049\n"),
+        (["pregunta=a", "temperature=0,7"], 'temperature ha de ser un número, y se dio "0,7"\n'),
+        (["pregunta=a", "temperature=nan"], "temperature ha de ser un número, y se dio NaN\n"),
+        (["pregunta=a", "temperature=2.1"], "temperature ha de ser 2 o menos, y se dio 2.1\n"),
+        (["pregunta=a", "seed=true"], 'seed ha de ser un número entero, y se dio "true"\n'),
+        (["pregunta=@no.txt"], "No se puede leer no.txt: "),
+        (["pregunta=@~nadie-asi/x"], "No se puede leer ~nadie-asi/x: no existe\n"),
+        (["pregunta=\udcff\udcfe"], "pregunta lleva bytes que no son UTF-8"),
+    ],
+)
+def test_a_wrong_pair_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pairs: list[str], line: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert one_line(lambda: inputs.from_pairs(pairs, SCHEMA)).startswith(line)
+
+
+@pytest.mark.parametrize(
+    ("source", "line"),
+    [
+        ('{"pregunta": "a", "seed": true}', "seed ha de ser un número entero, y se dio true\n"),
+        ('{"pregunta": 1}', "pregunta ha de ser un texto, y se dio 1\n"),
+        ('{"pregunta": "a", "seed": null}', "seed ha de ser un número entero, y se dio null\n"),
+        ('{"prompt": "a"}', "No hay ninguna entrada prompt: "),
+        ('{"pregunta": ', "Lo que da --json no es JSON correcto: mire la línea 1, columna 14\n"),
+        ('\ufeff{"pregunta": ""}', "pregunta está vacía\n"),
+        ("marca.json", "pregunta está vacía\n"),
+        ("hondo.json", "Lo que da --json lleva números demasiado largos, o demasiados corchetes\n"),
+        (f'{{"seed": {"1" * 5000}}}', "Lo que da --json lleva números demasiado largos, o demasiados corchetes\n"),
+        ('{"pregunta": [[1]]}', "pregunta ha de ser un texto, y se dio varios valores\n"),
+        ("no.json", "No se puede leer no.json: "),
+        ("n" * 300, f"No se puede leer {'n' * 300}: el nombre es demasiado largo\n"),
+        ('{"pregunta": "\\ud83d"}', "pregunta lleva bytes que no son UTF-8, o medio emoji"),
+    ],
+)
+def test_wrong_json_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, line: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("marca.json").write_text('{"pregunta": ""}', encoding="utf-8-sig")
+    Path("hondo.json").write_text("[" * 200_000)
+    assert one_line(lambda: inputs.from_json(source, SCHEMA)).startswith(line)
+
+
+def test_an_impossible_file_for_the_answer_is_one_line() -> None:
+    with ExitStack() as stack:
+        line = one_line(lambda: stack.enter_context(predict._output("~nadie-asi/x")))
+    assert line == "No se puede escribir en ~nadie-asi/x: no existe\n"
 
 
 def test_a_closed_stdin_is_one_line(project: Path, environment: dict[str, str]) -> None:
@@ -375,12 +409,6 @@ def test_ctrl_c_before_the_command_has_begun_is_one_line(tmp_path: Path, process
     assert (process.returncode, errors.strip()) == (130, "Interrumpido")
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
 def client(port: int) -> httpx.Client:
     return httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=FINALLY, trust_env=False)
 
@@ -390,15 +418,13 @@ def test_serve_ends_when_its_worker_dies(
     project: Path, environment: dict[str, str], processes: Marked, streams: int
 ) -> None:
     port = free_port()
-    inputs = {"pregunta": "Once upon a time", "temperature": 0, "max_tokens": 2048, "prompt_template": "{pregunta}"}
     with started(environment, project / "script" / "serve", "--port", str(port)) as process, ExitStack() as clients:
         assert process.stdout is not None
         assert process.stdout.readline().startswith("Listo en")
         http = clients.enter_context(client(port))
         answers = []
         for _ in range(streams):
-            headers = {"Accept": "text/event-stream"}
-            answer = clients.enter_context(http.stream("POST", "/predictions", json={"input": inputs}, headers=headers))
+            answer = clients.enter_context(http.stream("POST", "/predictions", json={"input": LONG}, headers=SSE))
             answers.append(lines := answer.iter_lines())
             assert "event: output" in lines
         (worker,) = processes.alive("_run_worker")
@@ -576,23 +602,3 @@ def test_a_venv_that_is_no_folder_is_named(bare: Path, link: bool) -> None:
         1,
         ".venv no es una carpeta: bórrelo o cámbiele el nombre, y repita\n",
     )
-
-
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
-def test_an_interrupted_setup_is_one_line_and_leaves_no_process(
-    bare: Path, processes: Marked, number: signal.Signals, status: int
-) -> None:
-    write_python(bare / "bin/python3", "3.12.1", install="exec sleep 600")
-    (bare / "bin/sleep").symlink_to(shutil.which("sleep") or "")
-    environment = {"PATH": str(bare / "bin"), "TMPDIR": str(bare / "bin"), **processes.environment}
-    tools = set((bare / "bin").iterdir())
-    with started(environment, bare / "script" / "setup") as process:
-        while not processes.alive("sleep 600"):
-            assert process.poll() is None
-        # a terminal signals this group, and not the one that script/setup started
-        process.send_signal(number)
-        _, errors = process.communicate(timeout=FINALLY)
-    assert process.returncode == status
-    _, line = errors.splitlines()
-    assert line == "Interrumpido: repita la orden y se terminará de preparar .venv"
-    assert set((bare / "bin").iterdir()) == tools

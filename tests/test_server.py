@@ -19,11 +19,9 @@ import pytest
 from cli import predict, schema, server, service
 from llm.errors import UserError
 from llm.weights.settings import ROOT
-from tests.support.client import Client
+from tests.support.client import LONG, SHORT, Client
 from tests.support.processes import Marked
 
-LONG = {"pregunta": "Once upon a time", "temperature": 0, "max_tokens": 2048, "prompt_template": "{pregunta}"}
-SHORT = {**LONG, "max_tokens": 8}
 METRICS = {
     "input_token_count",
     "cached_token_count",
@@ -118,16 +116,9 @@ def test_a_whole_float_is_an_integer(falcon_server: Client) -> None:
         ({"pregunta": ""}, "pregunta"),
         ({"pregunta": "a" * 100_001}, "pregunta"),
         ({"pregunta": 1}, "pregunta"),
-        ({"pregunta": "a", "max_tokens": 0}, "max_tokens"),
-        ({"pregunta": "a", "max_tokens": 2049}, "max_tokens"),
         ({"pregunta": "a", "max_tokens": 2.5}, "max_tokens"),
         ({"pregunta": "a", "max_tokens": "2"}, "max_tokens"),
-        ({"pregunta": "a", "temperature": -0.1}, "temperature"),
         ({"pregunta": "a", "temperature": 2.1}, "temperature"),
-        ({"pregunta": "a", "top_p": 1.1}, "top_p"),
-        ({"pregunta": "a", "top_k": -1}, "top_k"),
-        ({"pregunta": "a", "repetition_penalty": 0.9}, "repetition_penalty"),
-        ({"pregunta": "a", "repetition_penalty": 2.1}, "repetition_penalty"),
         ({"pregunta": "a", "seed": True}, "seed"),
         ({"pregunta": "a", "seed": None}, "seed"),
         ({"pregunta": "a", "stop_sequences": ["a"]}, "stop_sequences"),

@@ -473,11 +473,19 @@ HALF = f'cd "${{0%/bin/*}}"/lib/python*/site-packages && /bin/mkdir prueba-1.0.d
     [("uv", signal.SIGINT, 130), ("uv", signal.SIGHUP, 129), ("nvidia-smi", signal.SIGTERM, 143)],
 )
 def test_an_interrupted_installation_is_repeated(
-    ready: Callable[..., Path], served: Served, processes: Marked, hangs: str, number: signal.Signals, status: int
+    ready: Callable[..., Path],
+    served: Served,
+    processes: Marked,
+    tmp_path: Path,
+    hangs: str,
+    number: signal.Signals,
+    status: int,
 ) -> None:
-    folder = ready("prueba==1.0", uv=broken(served.folder, HALF))
+    folder, temporary = ready("prueba==1.0", uv=broken(served.folder, HALF)), tmp_path / "temporary"
+    temporary.mkdir()
     wheel(served.folder, "prueba", "1.0")
     variables = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(served.folder), "PIP_NO_CACHE_DIR": "1"}
+    variables["TMPDIR"] = str(temporary)
     if hangs == "nvidia-smi":
         program = folder / "bin" / "nvidia-smi"
         program.write_text(f"#!/bin/sh\n{HANGS}\n")
@@ -497,7 +505,7 @@ def test_an_interrupted_installation_is_repeated(
     assert (process.returncode, output) == (status, "")
     _, line = errors.splitlines()
     assert line == "Interrumpido: repita la orden y se terminará de preparar .venv"
-    assert not processes.alive()
+    assert not processes.alive() and not list(temporary.iterdir())
     assert not (folder / ".venv" / "ready").exists()
     if number != signal.SIGINT:
         return

@@ -744,12 +744,6 @@ def test_an_unusable_model_is_refused_by_its_config(
     assert contents(tmp_path) == set()
 
 
-def test_a_folder_of_the_users_own_is_found_with_its_capitals(hub: Hub, tmp_path: Path) -> None:
-    folder = checkpoints.falcon(tmp_path / "MiModelo")
-    assert fetch(hub, tmp_path, MODEL_ID="MiModelo").startswith(f"{folder} (carpeta propia)")
-    assert hub.requests == []
-
-
 class Trap:
     """Pickled, a command that runs when the pickle is loaded."""
 
