@@ -22,6 +22,7 @@ from llm.text.prompt import COMPLETION
 from llm.weights import checkpoint
 from llm.weights.settings import ROOT, Settings
 from tests.support.client import Client
+from tests.support.processes import Marked
 
 Execute = Callable[[str], str]
 
@@ -134,14 +135,19 @@ def test_both_have_the_same_commands_and_programs() -> None:
 
 
 @pytest.mark.slow
-def test_the_demo_prints_what_is_shown(execute: Execute, demo_folder: Path) -> None:
+def test_the_demo_prints_what_is_shown(
+    execute: Execute, environment: dict[str, str], demo_folder: Path, processes: Marked
+) -> None:
     (command,) = (command for command in commands(SPANISH) if command.startswith("script/predict --demo"))
+    # another model's revision, which the demo must not look for
+    environment |= {"MODEL_REVISION": "a" * 40, **processes.environment}
     printed = execute(python(command)).replace(checkpoint.shown(demo_folder), "weights/smollm2-135m-instruct")
     for text in (SPANISH, ENGLISH):
         shown = blocks(text, "text")[0]
         assert f"\n{ANSWER}\n" in shown
         _, start, loading = shown.partition("Cargando el modelo\n")
         assert comparable(start + loading) == comparable(printed)
+    assert not processes.alive()
 
 
 def comparable(output: str) -> list[str]:
