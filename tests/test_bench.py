@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -296,6 +297,7 @@ def test_ctrl_c_leaves_nothing_running(
     ) as process:
         while not processes.alive(during):
             assert process.poll() is None
+            time.sleep(0.02)
         process.send_signal(signal.SIGINT)
         output, errors = process.communicate(timeout=FINALLY)
     assert (process.returncode, output, errors) == (130, "", "\nInterrumpido\n")

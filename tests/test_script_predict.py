@@ -23,7 +23,7 @@ from llm.errors import UserError
 from llm.weights.settings import ROOT
 from tests.support.client import LONG, SSE, Client
 from tests.support.network import free_port
-from tests.support.processes import FINALLY, Marked
+from tests.support.processes import FINALLY, Marked, until
 from tests.support.project import copied
 
 pytestmark = pytest.mark.slow
@@ -384,8 +384,8 @@ def test_a_signal_while_loading_ends_all_processes(
     with started(environment, project / "script" / "predict", *QUESTION, "-o", str(output)) as process:
         assert process.stderr is not None
         assert process.stderr.readline() == "Cargando el modelo\n"
-        while not (workers := processes.alive("_run_worker")):
-            assert process.poll() is None
+        until(lambda: processes.alive("_run_worker") or process.poll() is not None)
+        workers = processes.alive("_run_worker")
         # as if deep in a load: a suspended worker does not end with its server
         workers[0].suspend()
         process.send_signal(number)
