@@ -1,7 +1,6 @@
 """script/weights fetches models into weights/NAME/: the real client, a hub on this machine."""
 
 import importlib
-import io
 import json
 import math
 import os
@@ -14,7 +13,6 @@ import sys
 import termios
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +28,7 @@ from llm.weights import checkpoint
 from llm.weights.hub import ensure, write_safetensors
 from llm.weights.settings import ROOT, Settings
 from tests.support import checkpoints
+from tests.support.command import run_here
 from tests.support.hub import COMMIT, Hub, Repository, files_of
 
 pytestmark = pytest.mark.slow
@@ -48,6 +47,13 @@ JUNK = {
     "original/consolidated.00.pth": b"p",
     "consolidated.safetensors": b"c",
 }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def client() -> Iterator[None]:
+    """Afterwards the hub's client is as it was."""
+    yield
+    importlib.reload(constants)
 
 
 @pytest.fixture
@@ -91,7 +97,7 @@ def start(hub: Hub, directory: Path) -> subprocess.Popen[str]:
 
 
 def run(hub: Hub | str, directory: Path, impatient: bool = False, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run script/weights in this process, where torch is imported already.
+    """Run script/weights in this process.
 
     impatient: the client, which waits some seconds before it asks again, does so at once.
     """
@@ -99,22 +105,19 @@ def run(hub: Hub | str, directory: Path, impatient: bool = False, **variables: s
     def sleep(seconds: float) -> None:
         assert seconds < 60, seconds
 
-    with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
-        for name, value in environment(hub, directory, **variables).items():
-            patch.setenv(name, value)
-        patch.setattr(sys, "argv", ["script/weights"])
+    def main() -> int:
+        # the client reads its variables when it is imported
+        importlib.reload(constants)
+        return weights.main()
+
+    with pytest.MonkeyPatch.context() as patch:
         if impatient:
             patch.setattr(time, "sleep", sleep)
             patch.setattr("llm.weights.hub._SECONDS_TO_ANSWER", 1)
-        # the client reads its variables when it is imported
-        importlib.reload(constants)
-        stack.callback(close_session)
-        output = stack.enter_context(redirect_stdout(io.StringIO()))
-        error = stack.enter_context(redirect_stderr(io.StringIO()))
-        status = weights.main()
-    importlib.reload(constants)
-    assert_no_token(output.getvalue() + error.getvalue())
-    return subprocess.CompletedProcess([], status, output.getvalue(), error.getvalue())
+        result = run_here(main, variables=environment(hub, directory, **variables))
+    close_session()
+    assert_no_token(result.stdout + result.stderr)
+    return result
 
 
 def fetch(hub: Hub | str, directory: Path, impatient: bool = False, **variables: str) -> str:
@@ -128,6 +131,7 @@ def refusal(hub: Hub | str, directory: Path, impatient: bool = False, **variable
     """The error of script/weights, which fails; one line."""
     result = run(hub, directory, impatient, **variables)
     assert result.returncode == 1, result.stderr
+    assert result.stderr.count("\n") == 1, result.stderr
     (line,) = result.stderr.splitlines()
     return line
 
