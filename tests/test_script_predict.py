@@ -36,9 +36,36 @@ SCHEMA = schema.read(ROOT / "predict.py").schema
 CRASHED = "El modelo se cerró, casi siempre por falta de memoria: cierre otros programas y repita la orden"
 
 
+# In Cog's own server, as any predictor; what ends the server's processes is the same with a model and without.
+ENDLESS = """\
+import time
+import cog
+from cog import AsyncConcatenateIterator, BasePredictor, Input, streaming
+
+def words():
+    while True:
+        time.sleep(0.01)
+        yield "otra "
+
+class Predictor(BasePredictor):
+    @streaming
+    @cog.concurrent(max=32)
+    async def predict(self, pregunta: str = Input(description="La pregunta")) -> AsyncConcatenateIterator[str]:
+        return words()
+"""
+
+
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return copied(tmp_path_factory.mktemp("home") / "project")
+
+
+@pytest.fixture(scope="module")
+def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The project with a predictor that answers without end, and needs no time to load a model."""
+    folder = copied(tmp_path_factory.mktemp("endless") / "project")
+    (folder / "predict.py").write_text(ENDLESS)
+    return folder
 
 
 @pytest.fixture
@@ -292,6 +319,9 @@ def test_an_output_that_cannot_be_written_is_an_error(monkeypatch: pytest.Monkey
         assert one_line(lambda: serve.serve(0, environment={})) == line
 
 
+ENDS = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGKILL, -9)]
+
+
 @contextmanager
 def started(environment: dict[str, str], *command: Path | str) -> Iterator["subprocess.Popen[str]"]:
     """A running command, terminated at the end of the block."""
@@ -304,10 +334,12 @@ def started(environment: dict[str, str], *command: Path | str) -> Iterator["subp
             process.terminate()
 
 
-@pytest.fixture
-def answering(project: Path, environment: dict[str, str], processes: Marked) -> Iterator["subprocess.Popen[str]"]:
+@contextmanager
+def answering_in(
+    project: Path, environment: dict[str, str], processes: Marked, *arguments: str
+) -> Iterator["subprocess.Popen[str]"]:
     """script/predict in the middle of a long answer."""
-    with started(environment, project / "script" / "predict", *CONTINUED, "-i", "max_tokens=2048") as process:
+    with started(environment, project / "script" / "predict", *arguments) as process:
         assert process.stdout is not None
         assert process.stdout.read(1)
         # the command, the server and its worker
@@ -315,16 +347,35 @@ def answering(project: Path, environment: dict[str, str], processes: Marked) -> 
         yield process
 
 
-# SIGTERM and SIGHUP are handled alike; while the model loads, below, each is sent
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+@pytest.fixture
+def answering(endless: Path, environment: dict[str, str], processes: Marked) -> Iterator["subprocess.Popen[str]"]:
+    with answering_in(endless, environment, processes, "-i", "pregunta=hola") as process:
+        yield process
+
+
+def assert_a_signal_ends(
+    process: "subprocess.Popen[str]", processes: Marked, number: signal.Signals, status: int
+) -> None:
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=FINALLY)
+    assert process.returncode == status
+    assert "tokens/s" not in errors and "Traceback" not in errors
+    assert not psutil.wait_procs(processes.alive(), timeout=FINALLY)[1]
+
+
+@pytest.mark.parametrize(("number", "status"), ENDS)
 def test_a_signal_ends_all_processes(
     answering: "subprocess.Popen[str]", processes: Marked, number: signal.Signals, status: int
 ) -> None:
-    answering.send_signal(number)
-    _, errors = answering.communicate(timeout=FINALLY)
-    assert answering.returncode == status
-    assert "tokens/s" not in errors and "Traceback" not in errors
-    assert not psutil.wait_procs(processes.alive(), timeout=FINALLY)[1]
+    assert_a_signal_ends(answering, processes, number, status)
+
+
+@pytest.mark.parametrize(("number", "status"), ENDS[:2])
+def test_a_signal_ends_a_model_in_the_middle_of_its_answer(
+    project: Path, environment: dict[str, str], processes: Marked, number: signal.Signals, status: int
+) -> None:
+    with answering_in(project, environment, processes, *CONTINUED, "-i", "max_tokens=2048") as process:
+        assert_a_signal_ends(process, processes, number, status)
 
 
 @pytest.mark.parametrize(
@@ -369,11 +420,9 @@ def test_a_reader_that_leaves_ends_all_processes(answering: "subprocess.Popen[st
     assert not psutil.wait_procs(processes.alive(), timeout=FINALLY)[1]
 
 
-@pytest.mark.parametrize(
-    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGKILL, -9)]
-)
+@pytest.mark.parametrize(("number", "status"), ENDS)
 def test_a_signal_while_loading_ends_all_processes(
-    project: Path,
+    endless: Path,
     environment: dict[str, str],
     processes: Marked,
     tmp_path: Path,
@@ -381,7 +430,7 @@ def test_a_signal_while_loading_ends_all_processes(
     status: int,
 ) -> None:
     output = tmp_path / "respuesta.txt"
-    with started(environment, project / "script" / "predict", *QUESTION, "-o", str(output)) as process:
+    with started(environment, endless / "script" / "predict", "-i", "pregunta=hola", "-o", str(output)) as process:
         assert process.stderr is not None
         assert process.stderr.readline() == "Cargando el modelo\n"
         until(lambda: processes.alive("_run_worker") or process.poll() is not None)
@@ -414,15 +463,16 @@ def client(port: int) -> httpx.Client:
     return httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=FINALLY, trust_env=False)
 
 
-def test_serve_ends_when_its_worker_dies(project: Path, environment: dict[str, str], processes: Marked) -> None:
+def test_serve_ends_when_its_worker_dies(endless: Path, environment: dict[str, str], processes: Marked) -> None:
     port = free_port()
-    with started(environment, project / "script" / "serve", "--port", str(port)) as process, ExitStack() as clients:
+    inputs = {"pregunta": "hola"}
+    with started(environment, endless / "script" / "serve", "--port", str(port)) as process, ExitStack() as clients:
         assert process.stdout is not None
         assert process.stdout.readline().startswith("Listo en")
         http = clients.enter_context(client(port))
         answers = []
         for _ in range(8):
-            answer = clients.enter_context(http.stream("POST", "/predictions", json={"input": LONG}, headers=SSE))
+            answer = clients.enter_context(http.stream("POST", "/predictions", json={"input": inputs}, headers=SSE))
             answers.append(lines := answer.iter_lines())
             assert "event: output" in lines
         (worker,) = processes.alive("_run_worker")
