@@ -7,17 +7,19 @@ import sys
 import time
 from argparse import Namespace
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
-from replicate.client import Client
-from replicate.deployment import Deployment
-from replicate.exceptions import ReplicateError
 
 from cli import hosted
 from cli.hosted import Reference, Refused, explained
 from cli.terminal import Loading, Parser, agree, command
 from llm.errors import UserError
+
+# as in cli/hosted.py: for a wrong argument nobody waits for the import
+if TYPE_CHECKING:
+    from replicate.client import Client
+    from replicate.deployment import Deployment
 
 PRICING = "https://replicate.com/pricing"
 SECONDS_TO_ANSWER = 15 * 60
@@ -60,7 +62,7 @@ def main() -> int:
     return 0
 
 
-def create(client: Client, arguments: Namespace) -> None:
+def create(client: "Client", arguments: Namespace) -> None:
     reference = Reference.parse(arguments.model, versioned=True)
     name = Reference.parse(f"{reference.owner}/{arguments.name or reference.name}").name
     with explained(reference.model):
@@ -110,11 +112,11 @@ def create(client: Client, arguments: Namespace) -> None:
     _wait(client, deployment)
 
 
-def show(client: Client, arguments: Namespace) -> None:
+def show(client: "Client", arguments: Namespace) -> None:
     _print(_get(client, arguments.deployment))
 
 
-def ask(client: Client, arguments: Namespace) -> None:
+def ask(client: "Client", arguments: Namespace) -> None:
     deployment = _get(client, arguments.deployment)
     if _release(deployment).configuration.max_instances == 0:
         raise UserError(f"{deployment.id} está apagado: se enciende con {_switch_on(deployment)}")
@@ -125,7 +127,7 @@ def ask(client: Client, arguments: Namespace) -> None:
     _wait(client, deployment)
 
 
-def switch_off(client: Client, arguments: Namespace) -> None:
+def switch_off(client: "Client", arguments: Namespace) -> None:
     deployment = _get(client, arguments.deployment)
     with explained(deployment.id):
         # with a `max_instances` above 0 the next prediction would start an instance
@@ -133,7 +135,7 @@ def switch_off(client: Client, arguments: Namespace) -> None:
     _print(off)
 
 
-def delete(client: Client, arguments: Namespace) -> None:
+def delete(client: "Client", arguments: Namespace) -> None:
     deployment = _get(client, arguments.deployment)
     agree(f"Se borra {deployment.id}: los programas que lo llaman se quedan sin respuesta", yes=arguments.yes)
     try:
@@ -147,7 +149,9 @@ def delete(client: Client, arguments: Namespace) -> None:
     print(f"{deployment.id} está borrado")
 
 
-def _find(client: Client, id: str) -> Deployment | None:
+def _find(client: "Client", id: str) -> "Deployment | None":
+    from replicate.exceptions import ReplicateError
+
     with explained(id):
         try:
             return client.deployments.get(id)
@@ -157,7 +161,7 @@ def _find(client: Client, id: str) -> Deployment | None:
     return None
 
 
-def _get(client: Client, name: str) -> Deployment:
+def _get(client: "Client", name: str) -> "Deployment":
     id = Reference.parse(name).model
     deployment = _find(client, id)
     if deployment is None:
@@ -167,13 +171,13 @@ def _get(client: Client, name: str) -> Deployment:
     return deployment
 
 
-def _release(deployment: Deployment) -> Deployment.Release:
+def _release(deployment: "Deployment") -> "Deployment.Release":
     if deployment.current_release is None:
         raise UserError(f"{deployment.id} no tiene ninguna versión: póngasela con script/deploy crear")
     return deployment.current_release
 
 
-def _print(deployment: Deployment) -> None:
+def _print(deployment: "Deployment") -> None:
     release = _release(deployment)
     configuration = release.configuration
     on = configuration.max_instances > 0
@@ -189,17 +193,19 @@ def _print(deployment: Deployment) -> None:
     )
 
 
-def _page(deployment: Deployment) -> str:
+def _page(deployment: "Deployment") -> str:
     return f"https://replicate.com/deployments/{deployment.id}"
 
 
-def _switch_on(deployment: Deployment) -> str:
+def _switch_on(deployment: "Deployment") -> str:
     release = _release(deployment)
     return f"script/deploy crear {release.model}:{release.version} --name {deployment.name}"
 
 
-def _wait(client: Client, deployment: Deployment) -> None:
+def _wait(client: "Client", deployment: "Deployment") -> None:
     """Ask the deployment a question and wait for the answer. Raises UserError if none comes or the prediction fails."""
+    from replicate.exceptions import ReplicateError
+
     loading = Loading("Esperando a que conteste", "Contestó")
     with explained(deployment.id), loading:
         start = time.monotonic()

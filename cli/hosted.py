@@ -7,15 +7,18 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from json import JSONDecodeError
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import httpx
-from replicate.client import Client
-from replicate.exceptions import ReplicateError
 
 from llm.errors import UserError
 from llm.weights import settings
 from llm.words import one_line
+
+# Replicate's client is imported where it is used: it takes long, and a wrong argument or name needs none of it.
+if TYPE_CHECKING:
+    from replicate.client import Client
+    from replicate.exceptions import ReplicateError
 
 TOKENS = "https://replicate.com/account/api-tokens"
 BILLING = "https://replicate.com/account/billing"
@@ -54,11 +57,13 @@ class Refused(UserError):
     """The request is not valid. The message ends in the service's own words."""
 
 
-def client(*, seconds: float = 30) -> Client:
+def client(*, seconds: float = 30) -> "Client":
     """Replicate's client with the user's token; `seconds` is how long it waits for an answer. Raises UserError."""
     token = settings.token(settings.values(), "REPLICATE_API_TOKEN", TOKENS)
     if token is None:
         raise UserError(f"Falta REPLICATE_API_TOKEN: cópielo de {TOKENS} y póngalo en .env")
+    from replicate.client import Client
+
     return Client(token, timeout=httpx.Timeout(seconds, connect=_SECONDS_TO_CONNECT))
 
 
@@ -68,6 +73,8 @@ def explained(what: str, *, absent: str = "compruebe el nombre y la cuenta") -> 
 
     `what` is the model or deployment that was asked for, `absent` the way out if Replicate does not have it.
     """
+    from replicate.exceptions import ReplicateError
+
     try:
         yield
     except ReplicateError as error:
@@ -82,7 +89,7 @@ def explained(what: str, *, absent: str = "compruebe el nombre y la cuenta") -> 
         raise UserError("No es Replicate quien contesta: compruebe REPLICATE_BASE_URL y la red") from error
 
 
-def _explained(error: ReplicateError, what: str, absent: str) -> UserError:
+def _explained(error: "ReplicateError", what: str, absent: str) -> UserError:
     detail = " ".join((error.detail or error.title or error.type or "sin decir por qué").split())
     match error.status:
         case 400 | 422:

@@ -9,8 +9,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
 _PARTS = {
     "load": "Cargar los pesos",
     "pack": "Ordenarlos para el procesador",
@@ -132,6 +130,9 @@ def _table(head: list[str], *rows: Any) -> str:
 
 def plot(figures: Figures, path: Path) -> None:
     """Tokens a second, and seconds to the first text, against how many ask at once."""
+    # takes half a second, for which no wrong argument waits
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     figure.suptitle(f"{figures['model']}, {figures['dtype']}, en {_on(figures)}")
     rate, wait = figure.subplots(1, 2)

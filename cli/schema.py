@@ -18,6 +18,7 @@ from llm.words import reason
 
 Schema = dict[str, Any]
 Function = ast.FunctionDef | ast.AsyncFunctionDef
+Positioned = ast.stmt | ast.expr | ast.arg | ast.keyword
 
 TARGET = "Predictor"
 # the part of the document that is the same for every predictor
@@ -78,7 +79,9 @@ class _Source:
     """A predictor's file: Python's syntax tree, and the source text of each node, which is what Cog parses."""
 
     def __init__(self, name: str, text: str) -> None:
-        self.name, self.text, self.tree = name, text, ast.parse(text)
+        self.name, self.tree = name, ast.parse(text)
+        # the tree counts in bytes
+        self._lines = [f"{line}\n".encode() for line in text.split("\n")]
 
     def interface(self) -> Interface:
         classes = [node for node in self.tree.body if isinstance(node, ast.ClassDef) and node.name == TARGET]
@@ -113,11 +116,18 @@ class _Source:
         if not node:
             return ""
         before = ast.Pass(lineno=1, col_offset=0, end_lineno=node.lineno, end_col_offset=node.col_offset)
-        bare = (ast.get_source_segment(self.text, before) or "").rstrip().endswith(("=", ":", ">", "@"))
-        return (ast.get_source_segment(self.text, node) or "") if bare else ""
+        bare = self._segment(before).rstrip().endswith(("=", ":", ">", "@"))
+        return self._segment(node) if bare else ""
 
-    def _refusal(self, node: ast.stmt | ast.expr | ast.arg | ast.keyword, listed: str) -> UserError:
-        text = shorten(ast.get_source_segment(self.text, node) or "", 60, placeholder="…")
+    def _segment(self, node: Positioned) -> str:
+        """As ast.get_source_segment(), which would split the whole text for each node."""
+        assert node.end_lineno is not None
+        *lines, last = self._lines[node.lineno - 1 : node.end_lineno]
+        segment = b"".join([*lines, last[: node.end_col_offset]])
+        return segment[node.col_offset :].decode()
+
+    def _refusal(self, node: Positioned, listed: str) -> UserError:
+        text = shorten(self._segment(node), 60, placeholder="…")
         return UserError(f"{self.name}, línea {node.lineno}: «{text}» no se admite aquí; se admite {listed}.")
 
     def _decorators(self, function: Function) -> tuple[bool, int]:

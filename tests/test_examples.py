@@ -8,7 +8,6 @@ import ast
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,6 +19,7 @@ import pytest
 
 from llm.weights.settings import ROOT
 from tests.support.gateway import MODEL, Gateway
+from tests.support.network import free_port
 from tests.support.prediction import signature
 from tests.support.processes import FINALLY
 from tests.support.receiver import Headers, Receiver
@@ -92,9 +92,7 @@ def test_many_answers_at_once(folder: Path, environment: dict[str, str], answer:
 
 
 def test_a_webhook_is_checked(folder: Path, environment: dict[str, str], demo_gateway: Gateway, answer: Answer) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     forged: list[int] = []
 
     def post(headers: Headers, body: str) -> int:

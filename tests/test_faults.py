@@ -15,12 +15,11 @@ from safetensors.torch import load_file, save_file
 from cli import schema, server
 from llm.weights.settings import ROOT
 from tests.support import checkpoints
-from tests.support.client import Client
+from tests.support.client import GREEDY, Client
 from tests.support.processes import FINALLY
 
 pytestmark = pytest.mark.slow
 
-GREEDY = {"temperature": 0, "repetition_penalty": 1, "prompt_template": "{pregunta}"}
 BUDGET = 200
 
 

@@ -325,11 +325,7 @@ def test_models_that_are_not_causal_are_refused(network: PreTrainedModel, messag
     [
         ImportError("Loading it requires `pip install something`.\nAnd more."),
         AssertionError(),
-        AttributeError("no attribute"),
         TypeError("takes 1 argument"),
-        NotImplementedError(),
-        IndexError(),
-        ZeroDivisionError("division by zero"),
     ],
 )
 @pytest.mark.parametrize("call", ["from_pretrained", "forward"])

@@ -165,10 +165,16 @@ def test_control_tokens_in_a_template_are_encoded_as_such() -> None:
     assert added(tokenizer, ids) == tokenizer.convert_tokens_to_ids(["<w>", "<n>"])
 
 
-def test_a_template_without_the_placeholder_is_refused(falcon: Prompter) -> None:
-    for template in ["", "hola", "{}", "{0}", "{ pregunta }", "{pregunta.__class__}", "{Pregunta}", "%s"]:
-        with pytest.raises(UserError, match=r"^prompt_template debe contener \{pregunta\}$"):
-            falcon.encode("hola", template)
+@pytest.mark.parametrize(
+    "template",
+    [
+        *("", "hola", "%s", " ", "\0", "🏳️‍🌈", "{", "}", "{}", "{{}}", "{0}"),
+        *("{ pregunta }", "{Pregunta}", "{pregunta.__class__}", "{pregunta!r}", "{pregunta:s}"),
+    ],
+)
+def test_a_template_without_the_placeholder_is_refused(falcon: Prompter, template: str) -> None:
+    with pytest.raises(UserError, match=r"^prompt_template debe contener \{pregunta\}$"):
+        falcon.encode("hola", template)
 
 
 def test_a_completion_ends_at_the_next_question(falcon: Prompter) -> None:

@@ -8,7 +8,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 import textwrap
@@ -23,6 +22,7 @@ from llm.text.prompt import COMPLETION
 from llm.weights import checkpoint
 from llm.weights.settings import ROOT, Settings
 from tests.support.client import Client
+from tests.support.processes import Marked
 
 Execute = Callable[[str], str]
 
@@ -43,6 +43,7 @@ NOT_RUN = {
     "cog predict": "builds with Docker",
     "cog build": "builds with Docker",
     "cog login": "asks a person for a token of Replicate's",
+    "cp .env.example .env": "tests/test_settings.py",
     "script/push": "tests/test_push.py",
     "script/smoke": "tests/test_smoke.py",
     "script/deploy": "tests/test_deploy_command.py",
@@ -121,7 +122,7 @@ def python(command: str) -> str:
 
 
 def test_every_command_is_run_or_listed() -> None:
-    tested = ("script/predict ", "script/weights", "curl -N ", "cp .env.example .env")
+    tested = ("script/predict ", "script/weights", "curl -N ")
     every = [command for text in (SPANISH, ENGLISH, *PAGES.values()) for command in commands(text)]
     for command in every:
         assert command.startswith(tested) + len(not_run(command)) == 1, command
@@ -134,14 +135,19 @@ def test_both_have_the_same_commands_and_programs() -> None:
 
 
 @pytest.mark.slow
-def test_the_demo_prints_what_is_shown(execute: Execute, demo_folder: Path) -> None:
+def test_the_demo_prints_what_is_shown(
+    execute: Execute, environment: dict[str, str], demo_folder: Path, processes: Marked
+) -> None:
     (command,) = (command for command in commands(SPANISH) if command.startswith("script/predict --demo"))
+    # another model's revision, which the demo must not look for
+    environment |= {"MODEL_REVISION": "a" * 40, **processes.environment}
     printed = execute(python(command)).replace(checkpoint.shown(demo_folder), "weights/smollm2-135m-instruct")
     for text in (SPANISH, ENGLISH):
         shown = blocks(text, "text")[0]
         assert f"\n{ANSWER}\n" in shown
         _, start, loading = shown.partition("Cargando el modelo\n")
         assert comparable(start + loading) == comparable(printed)
+    assert not processes.alive()
 
 
 def comparable(output: str) -> list[str]:
@@ -209,17 +215,6 @@ def test_weights_without_a_network(environment: dict[str, str], tmp_path: Path) 
     message = next(unmarked(row[0]) for row in table(PAGES["errores"], "| mensaje |") if "Sin conexión" in row[0])
     assert re.search(re.escape(message).replace("…", ".+"), result.stderr)
     assert not list(tmp_path.glob("*"))
-
-
-@pytest.mark.slow
-def test_the_copied_env_changes_nothing(execute: Execute, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in os.environ.keys() & {"MODEL_ID", "MODEL_REVISION", "WEIGHTS_DIR", "DTYPE"}:
-        monkeypatch.delenv(name)
-    nothing = Settings.read(tmp_path)
-    shutil.copy(ROOT / ".env.example", tmp_path)
-    execute("cp .env.example .env")
-    assert (tmp_path / ".env").is_file()
-    assert Settings.read(tmp_path) == nothing
 
 
 def test_the_program_is_the_example() -> None:

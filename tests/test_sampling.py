@@ -1,7 +1,5 @@
 """Our sampling step beside transformers' own logits processors, on the same logits."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from transformers import (
@@ -130,22 +128,6 @@ def test_the_numbers_of_neighbouring_seeds_positions_and_ids_are_uncorrelated() 
     assert (torch.corrcoef(torch.stack([by_id, by_position, by_seed])).fill_diagonal_(0).abs() < 0.02).all()
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2**63 - 1, -1])
-def test_the_numbers_are_those_of_splitmix64(seed: int) -> None:
-    """In Python's integers: the seed mixed, `position` steps from there, the id added, and mixed again."""
-    gamma = 0x9E3779B97F4A7C15
-
-    def mixed(bits: int) -> int:
-        bits = ((bits ^ (bits >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
-        bits = ((bits ^ (bits >> 27)) * 0x94D049BB133111EB) % 2**64
-        return bits ^ (bits >> 31)
-
-    numbers = gumbel(rows_of([Sampling(seed=seed)]).seed, torch.tensor([7]), torch.tensor([[50256]]))
-    bits = mixed((mixed((seed + gamma) % 2**64) + 7 * gamma + 50256) % 2**64)
-    uniform = torch.tensor([[((bits >> 41) + 0.5) * 2.0**-23]])
-    torch.testing.assert_close(numbers, -torch.log(-torch.log(uniform)))
-
-
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("sampling", [Sampling(temperature=0), SAMPLINGS[1]])
 def test_a_row_whose_logits_are_no_numbers_is_marked_and_the_others_are_sampled(bad: float, sampling: Sampling) -> None:
@@ -161,16 +143,16 @@ def test_a_row_whose_logits_are_no_numbers_is_marked_and_the_others_are_sampled(
 
 def test_each_row_draws_the_token_that_it_draws_alone() -> None:
     samplings = [Sampling(temperature=0), *SAMPLINGS, Sampling(temperature=0, repetition_penalty=1.8)]
-    logits, history = logits_and_history(len(samplings), seed=7)
+    logits, history = logits_and_history(len(samplings) + 40, seed=7)
+    # with few levels most tokens tie: where top_p cuts depends on how many of the likeliest are sorted
+    logits[len(samplings) :] = torch.randint(0, 3, (40, VOCABULARY), generator=torch.Generator().manual_seed(0)).float()
+    samplings += [Sampling(temperature=1.0, top_k=(50, 0)[seed % 2], top_p=0.5, seed=seed) for seed in range(40)]
     position = torch.arange(len(samplings)) * 100
-    together = sample(
-        logits, history, rows_of(samplings), position, max(sampling_width(s, VOCABULARY) for s in samplings)
-    )
-    for row, sampling in enumerate(samplings):
+    widths = [sampling_width(sampling, VOCABULARY) for sampling in samplings]
+    together = sample_each(logits, history, rows_of(samplings), position, widths)
+    for row, (sampling, width) in enumerate(zip(samplings, widths, strict=True)):
         one = slice(row, row + 1)
-        alone = sample(
-            logits[one], history[one], rows_of([sampling]), position[one], sampling_width(sampling, VOCABULARY)
-        )
+        alone = sample(logits[one], history[one], rows_of([sampling]), position[one], width)
         assert together[row] == alone[0], sampling
 
 
@@ -187,17 +169,3 @@ def test_a_greedy_step_sorts_nothing_and_another_no_more_than_it_needs() -> None
     for top_k, width in ((1, 2), (2, 4), (3, 8), (50, 128), (64, 128), (65, 256), (1000, 2048)):
         assert sampling_width(Sampling(temperature=1, top_k=top_k), VOCABULARY) == width
     assert sampling_width(Sampling(temperature=1), VOCABULARY) == VOCABULARY
-
-
-def test_the_draw_among_tied_tokens_does_not_depend_on_other_rows() -> None:
-    # with few levels most tokens tie: where top_p cuts depends on how many of the likeliest are sorted
-    few = Sampling(temperature=1.0, top_k=50, top_p=0.5)
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randint(0, 3, (40, VOCABULARY), generator=generator).float()
-    samplings = [replace(few, seed=seed, top_k=(50, 0)[seed % 2]) for seed in range(40)]
-    history, position = torch.zeros(40, 1, dtype=torch.long), torch.arange(40)
-    widths = [sampling_width(sampling, VOCABULARY) for sampling in samplings]
-    together = sample_each(logits, history, rows_of(samplings), position, widths)
-    for row, (sampling, width) in enumerate(zip(samplings, widths, strict=True)):
-        one = slice(row, row + 1)
-        assert together[row] == sample(logits[one], history[one], rows_of([sampling]), position[one], width)[0]

@@ -1,7 +1,6 @@
 """A token, wherever a user puts it, goes to the hub and nowhere else."""
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ import pytest
 from tests.support import project
 from tests.support.gateway import Gateway
 from tests.support.hub import Hub, files_of
+from tests.support.network import free_port
 from tests.support.processes import FINALLY, Marked
 from tests.support.programs import Programs
 from tests.support.registry import Registry
@@ -91,12 +91,6 @@ def hub(falcon: Path) -> Iterator[Hub]:
         yield hub
 
 
-@pytest.fixture
-def registry() -> Iterator[Registry]:
-    with Registry() as registry:
-        yield registry
-
-
 def test_a_token_is_in_nothing_that_is_written(hub: Hub, registry: Registry, tmp_path: Path, processes: Marked) -> None:
     home = Home(tmp_path, registry.host, {"HF_ENDPOINT": hub.endpoint, **processes.environment})
     repository = hub.repositories[MODEL]
@@ -129,9 +123,7 @@ def test_a_token_is_in_nothing_that_is_written(hub: Hub, registry: Registry, tmp
     # predictions, good and bad
     assert home.run("predict", "-i", "pregunta=Once", "-i", "max_tokens=2", "-o", "respuesta.txt") == 0
     assert home.run("predict", "-i", "pregunta=Once", "-i", "seed=x") == 1
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     server = home.start("serve", "--port", str(port), HF_TOKEN=NO_ACCESS, COG_LOG_LEVEL="debug")
     with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=FINALLY) as http:
         while b"curl" not in b"".join(path.read_bytes() for path in home.outputs.iterdir()):

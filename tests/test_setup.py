@@ -214,6 +214,8 @@ def test_variables_that_would_install_elsewhere_are_ignored(ready: Callable[...,
     )
     assert messages(result) == []
     assert installed(folder, "prueba") == ("1.0", "uv")
+    # Python itself writes it, at the first import
+    assert not list(site(folder).glob("__pycache__/prueba.*.pyc"))
     assert setup(folder).stderr == ""
 
 
@@ -223,13 +225,12 @@ def broken(folder: Path, program: str) -> str:
     return "uv==0.1"
 
 
-@pytest.mark.parametrize("case", ["fails", "absent", "elsewhere", "not pinned"])
+@pytest.mark.parametrize("case", ["fails", "absent", "elsewhere"])
 def test_where_uv_fails_pip_installs(ready: Callable[..., Path], served: Served, tmp_path: Path, case: str) -> None:
     uv = {
         "fails": lambda: broken(served.folder, "echo uv says why; exit 1"),
         "absent": lambda: "uv==0.2 ; python_version < '3'",
         "elsewhere": lambda: UV,
-        "not pinned": lambda: "# no uv",
     }[case]()
     folder = ready("prueba==1.0", uv=uv)
     wheel(served.folder, "prueba", "1.0")
@@ -241,10 +242,7 @@ def test_where_uv_fails_pip_installs(ready: Callable[..., Path], served: Served,
         setup(folder, PIP_NO_INDEX="1", PIP_FIND_LINKS=str(served.folder), PIP_TARGET=str(tmp_path / "no"))
     )
     assert installed(folder, "prueba") == ("1.0", "pip")
-    if case == "not pinned":
-        assert lines == []
-    else:
-        assert lines[-1] == "uv no pudo instalarlo: sigue pip, que tarda más"
+    assert lines[-1] == "uv no pudo instalarlo: sigue pip, que tarda más"
     assert case != "fails" or lines[0] == "uv says why"
     assert setup(folder).stderr == ""
 
@@ -314,9 +312,7 @@ def test_the_build_suits_the_driver_and_the_gpus(gpus: list[tuple[str, float]], 
     ("gpus", "build", "line"),
     [
         (None, "cpu", None),
-        ("580.95.05, 9.0", "", None),
         ("550.54.15, 8.9\n550.54.15, 6.1", "cu126", None),
-        ("575.57.08, 12.0", "", OLD.format("575.57.08", "580")),
         ("470.256.02", "cpu", OLD.format("470.256.02", "525") + ", borre .venv y repita"),
     ],
 )
@@ -380,6 +376,7 @@ def test_an_installed_torch_is_not_replaced(ready: Callable[..., Path], served: 
     variables = builds(served)
     nvidia_smi(folder, "580.95.05, 9.0")
     assert setup(folder, **variables).returncode == 0
+    assert installed(folder, "torch") == ("2.13.0", "uv")
     (folder / "bin" / "nvidia-smi").unlink()
     with (folder / "requirements-dev.txt").open("a") as pins:
         pins.write("# changed\n")
@@ -429,15 +426,12 @@ def test_where_nvidia_smi_fails_the_build_is_for_the_cpu(
     assert installed(folder, "torch") == ("2.13.0+cpu", "uv")
 
 
-@pytest.mark.parametrize("without", ["", "1"])
-def test_where_python_writes_no_bytecode_setup_writes_it(
-    ready: Callable[..., Path], served: Served, without: str
-) -> None:
+def test_where_python_writes_no_bytecode_setup_writes_it(ready: Callable[..., Path], served: Served) -> None:
     folder = ready("prueba==1.0")
     wheel(served.folder, "prueba", "1.0")
-    variables = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(served.folder), "PYTHONDONTWRITEBYTECODE": without}
+    variables = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(served.folder), "PYTHONDONTWRITEBYTECODE": "1"}
     assert messages(setup(folder, **variables)) == []
-    assert bool(list(site(folder).glob("__pycache__/prueba.*.pyc"))) == bool(without)
+    assert list(site(folder).glob("__pycache__/prueba.*.pyc"))
 
 
 def test_a_terminal_shows_what_is_installed(ready: Callable[..., Path], served: Served) -> None:
@@ -473,11 +467,19 @@ HALF = f'cd "${{0%/bin/*}}"/lib/python*/site-packages && /bin/mkdir prueba-1.0.d
     [("uv", signal.SIGINT, 130), ("uv", signal.SIGHUP, 129), ("nvidia-smi", signal.SIGTERM, 143)],
 )
 def test_an_interrupted_installation_is_repeated(
-    ready: Callable[..., Path], served: Served, processes: Marked, hangs: str, number: signal.Signals, status: int
+    ready: Callable[..., Path],
+    served: Served,
+    processes: Marked,
+    tmp_path: Path,
+    hangs: str,
+    number: signal.Signals,
+    status: int,
 ) -> None:
-    folder = ready("prueba==1.0", uv=broken(served.folder, HALF))
+    folder, temporary = ready("prueba==1.0", uv=broken(served.folder, HALF)), tmp_path / "temporary"
+    temporary.mkdir()
     wheel(served.folder, "prueba", "1.0")
     variables = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(served.folder), "PIP_NO_CACHE_DIR": "1"}
+    variables["TMPDIR"] = str(temporary)
     if hangs == "nvidia-smi":
         program = folder / "bin" / "nvidia-smi"
         program.write_text(f"#!/bin/sh\n{HANGS}\n")
@@ -497,7 +499,7 @@ def test_an_interrupted_installation_is_repeated(
     assert (process.returncode, output) == (status, "")
     _, line = errors.splitlines()
     assert line == "Interrumpido: repita la orden y se terminará de preparar .venv"
-    assert not processes.alive()
+    assert not processes.alive() and not list(temporary.iterdir())
     assert not (folder / ".venv" / "ready").exists()
     if number != signal.SIGINT:
         return

@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
-from cli import service, smoke
+from cli import demo, service, smoke
 from cli.hosted import Reference
 from cli.service import Answer, Cog, Hosted, Service
 from cli.smoke import Fault, Smoke
@@ -38,10 +38,13 @@ PREDICTIONS = 15
 """The number of predictions that script/smoke makes."""
 
 
-@pytest.fixture
-def script(tmp_path: Path, falcon_environment: dict[str, str], processes: Marked) -> Run:
-    project = copied(tmp_path / "project")
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return copied(tmp_path_factory.mktemp("home") / "project")
 
+
+@pytest.fixture
+def script(project: Path, tmp_path: Path, falcon_environment: dict[str, str], processes: Marked) -> Run:
     def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [project / "script" / "smoke", *arguments],
@@ -83,11 +86,12 @@ def test_a_server_without_a_fault_passes(script: Run, falcon_server: Client) -> 
     assert rows["tokens de salida"] == 4 * 16 + 10 * 32
 
 
-def test_a_version_without_a_fault_passes(script: Run, falcon_server: Client) -> None:
+def test_a_version_without_a_fault_passes(script: Run, falcon_server: Client, tmp_path: Path) -> None:
     with Gateway(falcon_server.server.url) as gateway:
         version = gateway.publish()
         newer = gateway.publish(schema={**gateway.versions[version]["openapi_schema"], "info": {"title": "Otra"}})
-        variables = {**gateway.environment, "REPLICATE_POLL_INTERVAL": "0.05"}
+        # without weights here: the test above compares
+        variables = {**gateway.environment, "REPLICATE_POLL_INTERVAL": "0.05", "WEIGHTS_DIR": str(tmp_path)}
         unconfirmed = script(MODEL, **variables)
         assert (unconfirmed.returncode, unconfirmed.stdout, gateway.predictions) == (1, "", {})
         cost, way_out = unconfirmed.stderr.splitlines()
@@ -96,7 +100,9 @@ def test_a_version_without_a_fault_passes(script: Run, falcon_server: Client) ->
 
         result = script(f"r8.im/{MODEL}:{version}", "--yes", **variables)
         assert result.returncode == 0, result.stdout + result.stderr
-        assert list(checks(result.stdout)) == [*GOOD, "lo mismo que aquí"]
+        results = checks(result.stdout)
+        assert list(results) == [*GOOD, "lo mismo que aquí"]
+        assert results["lo mismo que aquí"].startswith("bien sin comparar: este ordenador no tiene los pesos: ")
         assert {prediction.shown()["version"] for prediction in gateway.predictions.values()} == {version}
         assert len(gateway.predictions) == PREDICTIONS
         billed = sum(prediction.shown()["metrics"]["predict_time"] for prediction in gateway.predictions.values())
@@ -106,13 +112,14 @@ def test_a_version_without_a_fault_passes(script: Run, falcon_server: Client) ->
     assert gateway.token not in result.stdout + result.stderr
 
 
-def test_the_embedded_model_passes(script: Run, demo_gateway: Gateway, demo_folder: Path) -> None:
-    variables = {**demo_gateway.environment, "WEIGHTS_DIR": str(demo_folder.parent), "DTYPE": ""}
-    result = script(MODEL, "--demo", "--yes", **variables)
-    assert result.returncode == 0, result.stdout + result.stderr
-    results = checks(result.stdout)
-    assert results["preguntas"].endswith("contesta «The capital of France is Paris.»")
-    assert results["lo mismo que aquí"].startswith("bien 4 de 4 textos iguales")
+def test_the_embedded_model_answers_and_is_what_demo_compares_with(
+    demo_server: Client, demo_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Smoke(Cog(demo_server.server.url), no_weights_here)
+    assert smoke.questions(run).endswith("contesta «The capital of France is Paris.»")
+    monkeypatch.setenv("WEIGHTS_DIR", str(demo_folder.parent))
+    for local in (True, False):
+        assert smoke._here(True, local) == {"MODEL_ID": demo.MODEL_ID, "MODEL_REVISION": demo.WHEEL}
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,13 @@ from llm.devices import cgroups
 from llm.weights.settings import ROOT
 
 
-def write_groups(root: Path, groups: str, mounts: str, files: dict[str, str]) -> Path:
-    """groups: as in /proc/self/cgroup; mounts: as in /proc/self/mountinfo, shortened to `top point kind options`."""
+def write_groups(root: Path, groups: str | None, mounts: str, files: dict[str, str]) -> Path:
+    """groups: as in /proc/self/cgroup; mounts: as in /proc/self/mountinfo, shortened to `top point kind options`.
+
+    groups None: a system without control groups, where none of these files is.
+    """
+    if groups is None:
+        return root
     proc = root / "proc" / "self"
     proc.mkdir(parents=True)
     (proc / "cgroup").write_text(groups and f"{groups}\n")

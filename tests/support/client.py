@@ -11,6 +11,13 @@ from cli import events
 from cli.events import Event
 from cli.server import Server
 
+GREEDY = {"temperature": 0, "repetition_penalty": 1, "prompt_template": "{pregunta}"}
+LONG = {"pregunta": "Once upon a time", "temperature": 0, "max_tokens": 2048, "prompt_template": "{pregunta}"}
+"""Inputs whose answer takes seconds."""
+SHORT = {**LONG, "max_tokens": 8}
+SSE = {"Accept": "text/event-stream"}
+"""The headers that ask for a stream."""
+
 
 class Client:
     """Repeats a request that Cog refuses with 409: Cog frees a place a moment after the answer, and may refuse one of
@@ -44,7 +51,7 @@ class Client:
     @contextmanager
     def stream(self, **inputs: Any) -> Iterator[Iterator[Event]]:
         """The prediction's events as they come: name, data. The connection closes at the end of the block."""
-        headers = {"Content-Type": "application/json", "Accept": "text/event-stream"}
+        headers = {"Content-Type": "application/json", **SSE}
         while True:
             with self._http.stream("POST", "/predictions", json={"input": inputs}, headers=headers) as response:
                 if response.status_code != httpx.codes.CONFLICT:

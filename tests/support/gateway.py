@@ -29,7 +29,7 @@ from base64 import b64encode
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from importlib.metadata import version as installed
 from types import TracebackType
 from typing import Any, TypeVar
@@ -39,6 +39,7 @@ import httpx
 import jsonschema_rs
 
 from cli import events
+from tests.support.network import PatientServer
 from tests.support.prediction import Body, Prediction, now
 from tests.support.problem import (
     CHANGES,
@@ -88,7 +89,7 @@ class Gateway:
         self._cog = httpx.Client(base_url=server, timeout=300, trust_env=False)
         self._queue: list[Prediction] = []
         self._queue_changed = threading.Condition()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"gateway": self}))
+        self._server = PatientServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"gateway": self}))
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05})
 
     @property
