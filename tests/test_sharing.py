@@ -336,7 +336,7 @@ def conversations(engine: Engine, count: int, most: int) -> list[Asked]:
 
 
 @slow
-@pytest.mark.parametrize(("kind", "count"), [("layout", 500), ("plain", 150), ("graphs", 150)])
+@pytest.mark.parametrize(("kind", "count"), [("layout", 200), ("plain", 80), ("graphs", 80)])
 def test_requests_that_share_leave_and_fail_get_the_texts_that_each_gets_alone(
     request: pytest.FixtureRequest, model: Model, monkeypatch: pytest.MonkeyPatch, kind: str, count: int
 ) -> None:
