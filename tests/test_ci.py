@@ -126,7 +126,7 @@ def test_the_environment_of_the_registrys_torch_is_made_once_for_each_requiremen
                 file.write("# otra\n")
         run = registry(checkout, installed="2.13.0+cpu")
         assert run.returncode == 0, run.stderr
-        assert run.stdout.startswith("-m pytest ") and run.stdout.endswith(" -m not slow\n")
+        assert run.stdout.startswith("-m pytest ") and run.stdout.endswith(" -m not slow or interpreted\n")
     assert (checkout / "notes").read_text().splitlines() == ["venv --no-config", "pip install"] * 2
 
 

@@ -18,6 +18,7 @@ from tests.support import interpreter, tiny  # noqa: F401
 
 from llm.devices import kernel_check, kernels  # isort: skip
 
+pytestmark = [pytest.mark.slow, pytest.mark.interpreted]
 CPU = torch.device("cpu")
 FALCON = Heads(number=4, group=1, size=64, dtype=torch.bfloat16)
 GROUPED = Heads(number=6, group=3, size=32, dtype=torch.float16)

@@ -4,11 +4,7 @@ Without a GPU Triton interprets them, on tensors of the CPU: see conftest.py. Wh
 """
 
 import math
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +15,6 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from llm.engine.sampling import NOT_A_NUMBER, SamplingRows, penalize, sample
 from llm.engine.sequence import Sampling
-from llm.weights.settings import ROOT
 
 pytest.importorskip("triton")
 
@@ -29,7 +24,11 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float16, torch.bfloat16]
 
 no_gpu_nor_interpreter = DEVICE == "cpu" and not hasattr(kernels._norm, "rewrite")
-pytestmark = pytest.mark.skipif(no_gpu_nor_interpreter, reason="Triton has been imported without its interpreter")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.interpreted,
+    pytest.mark.skipif(no_gpu_nor_interpreter, reason="Triton has been imported without its interpreter"),
+]
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -394,18 +393,3 @@ def test_a_row_without_numbers_is_marked_and_its_history_has_an_id(width: int) -
 
 def test_the_id_of_no_number_is_that_of_sampling() -> None:
     assert kernels.NOT_A_NUMBER == NOT_A_NUMBER
-
-
-# Compilation
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("capability", [80, 86, 89, 90, 100])
-def test_every_kernel_compiles(capability: int, tmp_path: Path) -> None:
-    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
-    # in another process: here it interprets
-    environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, "-m", "tests.support.compile_kernels", str(capability)]
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    print(run.stdout)
-    assert run.returncode == 0, run.stderr

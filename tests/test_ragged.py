@@ -29,6 +29,7 @@ from tests.test_gpu import CONTEXT, Unread, Watch, model_of, network, put
 from llm.devices import kernels  # isort: skip
 from llm.engine import ragged  # isort: skip
 
+pytestmark = [pytest.mark.slow, pytest.mark.interpreted]
 NETWORKS = {
     "falcon": lambda: FalconForCausalLM(
         FalconConfig(
@@ -48,7 +49,7 @@ def ragged_model(folder: Path) -> Model:
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("falcon", {"capture": plain_call}), ("llama", {}), pytest.param("gpt2", {}, marks=pytest.mark.slow)],
+    [("falcon", {"capture": plain_call}), ("llama", {}), ("gpt2", {})],
     ids=[*NETWORKS],
 )
 def test_the_texts_are_generates(
