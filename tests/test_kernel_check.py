@@ -143,7 +143,7 @@ def without_compiler(*arguments: Any) -> None:
 @pytest.mark.parametrize(
     ("replaced", "ragged", "line"),
     [
-        ({"layers": without_compiler}, False, "Triton no funciona aquí (Failed to find C compiler."),
+        ({"layers": without_compiler}, False, "no se pudieron probar (Failed to find C compiler."),
         ({"layers": lambda network: (0, 6), "attention": lambda *_: False}, False, "Sin kernels propios: en esta GPU"),
         (
             {"layers": lambda network: (5, 6), "attention": lambda *_: False},

@@ -14,7 +14,6 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from llm.devices import activation, attention, gpu, linear, loading, memory
 from llm.devices.linear import PackedLinear
-from llm.devices.memory import is_out_of_memory
 from llm.devices.threads import use_physical_cores
 from llm.errors import UserError
 from llm.weights import checkpoint
@@ -199,13 +198,12 @@ class Model:
                 if config._attn_implementation == "sdpa":
                     has_bias = bool(getattr(config, "alibi", False))
                     self.ragged = kernel_check.attention(self._heads, self.context, has_bias, self.device)
-        except Exception as error:  # whatever Triton raises where it cannot compile
-            if is_out_of_memory(error):
-                raise
-            say(f"Sin kernels propios, cada paso va más despacio: Triton no funciona aquí ({first_line(error)})")
+        except Exception as error:  # whatever Triton raises where it cannot compile, or a lack of memory to try
+            say(f"Sin kernels propios, cada paso va más despacio: no se pudieron probar ({first_line(error)})")
             return
-        # the cache with which attention was tried
-        torch.cuda.empty_cache()
+        finally:
+            # the cache with which attention was tried
+            torch.cuda.empty_cache()
         if self.ragged:
             attention.intercept("cuda")
             attention.read_grouped_as_they_are(True)
