@@ -178,10 +178,10 @@ def _decode(heads: Heads, length: int, has_bias: bool, device: torch.device) -> 
         at = rows[:, None], slice(None), positions[:, None]
         cache.keys[at], cache.values[at] = key.permute(2, 0, 1, 3), value.permute(2, 0, 1, 3)
         # the heads that read the same keys as one head with more queries, as transformers has them
-        grouped = query.transpose(0, 2)[in_order].view(ROWS, -1, heads.group, heads.size)
-        mask = masks[in_order].view(ROWS, -1, heads.group if has_bias else 1, length)
+        grouped = query.transpose(0, 2)[in_order].reshape(ROWS, -1, heads.group, heads.size)
+        mask = masks[in_order].reshape(ROWS, -1, heads.group if has_bias else 1, length)
         attended = _attention(grouped, cache.keys, cache.values, mask, dtype)
-        return attended.view(ROWS, heads.number, 1, heads.size)[rows].transpose(0, 2)
+        return attended.reshape(ROWS, heads.number, 1, heads.size)[rows].transpose(0, 2)
 
     return Candidate(kernel, operations, lambda: operations(torch.float32))
 
