@@ -33,7 +33,8 @@ def imported(*paths: Path) -> set[str]:
     modules |= {str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)}
     third_party = {module.partition(".")[0] for module in modules} - sys.stdlib_module_names
     installed = packages_distributions()
-    return {canonicalize_name(installed[module][0]) for module in third_party if module in installed} - {"triton"}
+    third_party -= {"triton"}
+    return {canonicalize_name(installed[module][0]) for module in third_party if module in installed}
 
 
 @pytest.mark.parametrize(
