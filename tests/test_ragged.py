@@ -72,12 +72,14 @@ def test_a_kernel_that_chooses_the_same_and_is_faster_chooses(tmp_path: Path, mo
         assert engine.prove_choosing(lambda step: next(turns))
         assert engine.chooses_with_kernel
         assert not engine.prove_choosing(lambda step: 1.0)
-        draw = kernels.draw
+        choose = kernels.choose
 
-        def another(top: Tensor, ids: Tensor, *arguments: Any, **options: Any) -> None:
-            draw(top, ids.flip(-1) if options["width"] else ids, *arguments, **options)
+        def another(*arguments: Any, **options: Any) -> None:
+            choose(*arguments, **options)
+            chosen: Tensor = arguments[-1]
+            chosen[0] += 1
 
-        monkeypatch.setattr(kernels, "draw", another)
+        monkeypatch.setattr(kernels, "choose", another)
         assert not engine.prove_choosing(lambda step: next(turns))
         assert not engine.chooses_with_kernel
 

@@ -96,6 +96,19 @@ def avoid_cudnn_attention() -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
+def seconds(step: Callable[[], object], turns: int) -> list[float]:
+    """How long each turn of a step takes the GPU."""
+    taken: list[float] = []
+    for _ in range(turns):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        step()
+        end.record()
+        end.synchronize()
+        taken.append(start.elapsed_time(end) / 1000)
+    return taken
+
+
 @functools.cache
 def shared_capture() -> Capture:
     """The process' only capture: see `cuda_capture` on its stream."""

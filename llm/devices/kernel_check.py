@@ -59,20 +59,15 @@ def on_device(step: Callable[[], Tensor]) -> float:
     def run() -> None:
         step()
 
-    replay = gpu.shared_capture()(run)
-    seconds: list[float] = []
-    for _ in range(REPLAYS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        replay()
-        end.record()
-        end.synchronize()
-        seconds.append(start.elapsed_time(end) / 1000)
-    return statistics.median(seconds)
+    return statistics.median(gpu.seconds(gpu.shared_capture()(run), REPLAYS))
 
 
 def compile_at_once(candidates: list[Candidate], device: torch.device) -> None:
-    """Compile the kernels of all candidates, each on a thread: Triton holds no lock of Python's while it compiles."""
+    """Compile the kernels of all candidates, each on a thread: Triton holds no lock of Python's while it compiles.
+
+    Nothing on a CPU, where Triton's interpreter compiles none."""
+    if device.type != "cuda":
+        return
 
     def compile(candidate: Candidate) -> None:
         with torch.inference_mode(), torch.cuda.device(device):
@@ -93,8 +88,7 @@ def layers(network: nn.Module, seconds: Seconds = on_device) -> tuple[int, int]:
             shapes = tuple((name, tensor.shape) for name, tensor in module.named_parameters(recurse=False))
             kinds.setdefault((type(module), shapes), []).append(module)
     candidates = [[_of_layers(modules, tokens) for tokens in TOKENS] for modules in kinds.values()]
-    if seconds is on_device:
-        compile_at_once([*chain.from_iterable(candidates)], next(network.parameters()).device)
+    compile_at_once([*chain.from_iterable(candidates)], next(network.parameters()).device)
     proven = 0
     for modules, of_kind in zip(kinds.values(), candidates, strict=True):
         if all(candidate.earns_its_place(seconds) for candidate in of_kind):
@@ -152,8 +146,7 @@ def attention(heads: Heads, context: int, has_bias: bool, device: torch.device, 
     """
     length = min(context, LONGEST)
     decode, prefill = (candidate(heads, length, has_bias, device) for candidate in (_decode, _prefill))
-    if seconds is on_device:
-        compile_at_once([decode, prefill], device)
+    compile_at_once([decode, prefill], device)
     return decode.earns_its_place(seconds) and prefill.agrees()
 
 

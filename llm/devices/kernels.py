@@ -432,7 +432,7 @@ def choose(
     largest, likeliest = penalized.max(-1)
     # the temperature divides after it, and changes no order
     top, ids = penalized.topk(width, dim=-1) if width else (penalized, likeliest)
-    draw(
+    _draw[(len(chosen),)](
         top,
         ids,
         largest,
@@ -441,11 +441,15 @@ def choose(
         positions,
         active,
         chosen,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        seed=seed,
-        width=width,
+        temperature,
+        top_p,
+        top_k,
+        seed,
+        history.stride(0),
+        WIDTH=width,
+        BLOCK=triton.next_power_of_2(max(width, 1)),
+        # a row's 128 numbers are four a thread: to pass sums between warps would take longer
+        num_warps=1,
     )
 
 
@@ -480,48 +484,6 @@ def _penalize(logits, history, positions, penalty, out, vocabulary, history_stri
         tl.store(out + row * vocabulary + ids, scores, mask=known)
 
 
-def draw(
-    top: Tensor,
-    ids: Tensor,
-    largest: Tensor,
-    likeliest: Tensor,
-    history: Tensor,
-    positions: Tensor,
-    active: Tensor,
-    chosen: Tensor,
-    *,
-    temperature: Tensor,
-    top_p: Tensor,
-    top_k: Tensor,
-    seed: Tensor,
-    width: int,
-) -> None:
-    """All of `choose` that comes after the penalty and the sort.
-
-    top (rows, width) float32 and ids (rows, width) int64: the largest logits, from the likeliest down, and where they
-    are; not read where width is 0. largest (rows,) float32, likeliest (rows,) int64: the first of the largest logits.
-    """
-    _draw[(len(chosen),)](
-        top,
-        ids,
-        largest,
-        likeliest,
-        history,
-        positions,
-        active,
-        chosen,
-        temperature,
-        top_p,
-        top_k,
-        seed,
-        history.stride(0),
-        WIDTH=width,
-        BLOCK=triton.next_power_of_2(max(width, 1)),
-        # a row's 128 numbers are four a thread: to pass sums between warps would take longer
-        num_warps=1,
-    )
-
-
 @triton.jit
 def _draw(
     top,
@@ -540,7 +502,11 @@ def _draw(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program a row: `nucleus` and `gumbel` of llm.engine.sampling, and the end of its `sample`."""
+    """One program a row: `nucleus` and `gumbel` of llm.engine.sampling, and the end of its `sample`.
+
+    top (rows, WIDTH) float32 and ids (rows, WIDTH) int64: the largest logits, from the likeliest down, and where they
+    are; not read where WIDTH is 0. largest (rows,) float32, likeliest (rows,) int64: the first of the largest logits.
+    """
     row = tl.program_id(0).to(tl.int64)
     is_active = tl.load(active + row)
     after = tl.load(positions + row) + is_active.to(tl.int64)

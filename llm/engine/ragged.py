@@ -93,8 +93,7 @@ class RaggedRunner(Runner):
 
     def prove_choosing(self, seconds: kernel_check.Seconds = kernel_check.on_device) -> bool:
         candidates = [_choosing(self, width) for width in self._graph_widths() if width <= kernels.MOST_SORTED]
-        if seconds is kernel_check.on_device:
-            kernel_check.compile_at_once(candidates, self.model.device)
+        kernel_check.compile_at_once(candidates, self.model.device)
         self.chooses_with_kernel = all(candidate.earns_its_place(seconds) for candidate in candidates)
         return self.chooses_with_kernel
 
