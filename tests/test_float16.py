@@ -19,9 +19,13 @@ from transformers import (
     LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    OlmoConfig,
+    OlmoForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     XGLMConfig,
     XGLMForCausalLM,
 )
@@ -97,7 +101,17 @@ def llama() -> PreTrainedModel:
     return LlamaForCausalLM(LlamaConfig(**SIZE, num_key_value_heads=2))
 
 
-@pytest.mark.parametrize("make", [llama, gpt2, opt, gemma, mixtral, xglm])
+def qwen3() -> PreTrainedModel:
+    """Norms each head's queries and keys."""
+    return Qwen3ForCausalLM(Qwen3Config(**SIZE, num_key_value_heads=2, head_dim=32))
+
+
+def olmo() -> PreTrainedModel:
+    """Its norms have no weights: once its layers are packed no parameter is left."""
+    return OlmoForCausalLM(OlmoConfig(**SIZE))
+
+
+@pytest.mark.parametrize("make", [llama, qwen3, gpt2, opt, gemma, mixtral, xglm, olmo])
 def test_the_text_is_that_of_transformers_in_float32(make: Callable[[], PreTrainedModel], tmp_path: Path) -> None:
     torch.manual_seed(0)
     folder = save(tmp_path / "model", make().bfloat16())

@@ -252,14 +252,22 @@ def pack(network: PreTrainedModel, layout: type[PackedLinear]) -> bool:
         memory.trim()
         return whole
 
+    def values(group: tuple[nn.Module, list[str]]) -> int:
+        return sum(getattr(group[0], name).weight.numel() for name in group[1])
+
+    # the largest first, so that no thread is left alone with it at the end, beside all that is packed by then
+    groups = sorted(_groups(network), key=values, reverse=True)
     # packing computes on one thread
     pool = ThreadPoolExecutor(min(threads, PACKED_AT_ONCE), initializer=torch.set_num_threads, initargs=(1,))
     try:
         with pool:
-            layers = list(pool.map(lambda group: replace(*group), [*_groups(network)]))
+            layers = list(pool.map(lambda group: replace(*group), groups))
     finally:
         torch.set_num_threads(threads)
     _convert_all_else(network, layout.dtype)
+    if next(network.parameters(), None) is None:
+        # OLMo's norms have no weights: then nothing is left of which transformers reads the network's dtype
+        network.register_parameter("of_its_dtype", nn.Parameter(torch.empty(0, dtype=layout.dtype)))
 
     last = network.get_output_embeddings()
     first: dict[tuple[int, int], PackedLinear] = {}
@@ -285,6 +293,11 @@ def agree_now(network: PreTrainedModel) -> bool:
     """Whether as many threads as there are now give a packed network's layers the bits of the number at start."""
     layers = [module for module in network.modules() if isinstance(module, PackedLinear)]
     return all(padding.agrees_now() for padding in {p for layer in layers for p in (layer.decode, layer.prefill)})
+
+
+def decode_paddings(network: PreTrainedModel) -> list[RowPadding]:
+    """Those of a packed network's layers."""
+    return list({module.decode: None for module in network.modules() if isinstance(module, PackedLinear)})
 
 
 def _groups(network: nn.Module) -> Iterator[tuple[nn.Module, list[str]]]:
