@@ -153,6 +153,17 @@ def test_attention_that_depends_on_how_far_a_key_lies_reads_prompts_of_one_start
 
 
 @packed
+def test_a_layer_that_is_not_like_llamas_keeps_the_operations_of_transformers(tmp_path: Path) -> None:
+    model = Model.read(save(tmp_path / "model", llama().bfloat16()), torch.float32, layout=Float16Linear)
+    assert trial.agreeing(model, unsaid).mixes_starts
+    for layer in model.network.model.layers:
+        layer.mlp.register_forward_hook(lambda *args: 2 * args[-1])
+    lines: list[str] = []
+    assert trial.agreeing(model, lines.append).mixes_starts
+    assert lines == ["LlamaForCausalLM va con las operaciones de transformers, más despacio: si no, calcula otro texto"]
+
+
+@packed
 def test_a_model_that_changes_the_inputs_of_joined_layers_is_refused(tmp_path: Path) -> None:
     model = Model.read(save(tmp_path / "model", llama().bfloat16()), torch.float32, layout=Float16Linear)
 

@@ -46,9 +46,14 @@ def intercept(device: str) -> torch.library.Library:
         if pass_ is None or pass_.tile is None:
             return _torchs_attention(query, key, value, attn_mask, *args, **kwargs)
         if attn_mask is not None and attn_mask.dtype == torch.bool:
-            attn_mask = _additive(attn_mask, query.dtype, pass_)
+            attn_mask = additive(attn_mask, query.dtype, pass_)
         kwargs["prefill"] = pass_ if pass_.tokens else None
-        return attend(query, key, value, attn_mask, *args, **kwargs)
+        if not pass_.padding:
+            return attend(query, key, value, attn_mask, *args, **kwargs)
+        rows = len(key)
+        mask = attn_mask if attn_mask is None else attn_mask[:rows]
+        attended = attend(query[:rows], key, value, mask, *args, **kwargs)
+        return F.pad(attended, (0, 0, 0, 0, 0, 0, 0, pass_.padding))
 
     library = torch.library.Library("aten", "IMPL")
     library.impl("scaled_dot_product_attention", route, device.upper())
@@ -67,13 +72,14 @@ def _torchs_attention(*args: Any, **kwargs: Any) -> Tensor:
     return result
 
 
-def _additive(mask: Tensor, dtype: torch.dtype, pass_: forward.Pass) -> Tensor:
+def additive(mask: Tensor, dtype: torch.dtype, pass_: forward.Pass) -> Tensor:
     """0 where a boolean mask is true, minus infinity elsewhere; computed once in a pass."""
-    key = (mask.data_ptr(), *mask.shape, *mask.stride())
-    if key not in pass_.additive_masks:
+    key = ("mask", mask.data_ptr(), *mask.shape, *mask.stride())
+    if key not in pass_.memo:
         # the boolean one is remembered too, so that its place in memory stays its own
-        pass_.additive_masks[key] = mask, torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf)
-    return pass_.additive_masks[key][1]
+        pass_.memo[key] = mask, torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf)
+    result: Tensor = pass_.memo[key][1]
+    return result
 
 
 def attend(
@@ -144,17 +150,14 @@ def _in_tiles(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: fl
 def _weighted(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, block: int) -> Tensor:
     """block: how many values are summed at once."""
 
-    def grouped(x: Tensor) -> Tensor:
-        """The heads that read the same keys as one head with more queries."""
-        return x.reshape(*x.shape[:-3], key.shape[-3], -1, x.shape[-1])
-
-    scores = (grouped(query) @ key.transpose(-1, -2)).float().view(*query.shape[:-1], -1)
+    keys, values = (x.reshape(-1, *x.shape[-2:]) for x in (key, value))
+    # the heads that read the same keys as one head with more queries
+    scores = torch.bmm(query.reshape(len(keys), -1, query.shape[-1]), keys.mT).float().view(*query.shape[:-1], -1)
     scores = scores * scale if mask is None else torch.add(mask, scores, alpha=scale, out=scores)
-    weights = grouped(F.softmax(scores, -1).to(value.dtype))
-    result = weights[..., :block] @ value[..., :block, :]
-    for first in range(block, value.shape[-2], block):
-        part = weights[..., first : first + block], value[..., first : first + block, :]
-        torch.baddbmm(result, *part, out=result)
+    weights = F.softmax(scores, -1).to(value.dtype).view(len(values), -1, values.shape[1])
+    result = torch.bmm(weights[..., :block], values[:, :block])
+    for first in range(block, values.shape[1], block):
+        torch.baddbmm(result, weights[..., first : first + block], values[:, first : first + block], out=result)
     return result.view(*query.shape[:-1], -1)
 
 

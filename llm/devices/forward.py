@@ -1,10 +1,10 @@
 """What one pass of a model tells its layers beside their arguments: one object, set by one context manager."""
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -41,6 +41,9 @@ class Pass:
     """Of a prefill pass: each row's tokens without padding."""
     tokens: int = 0
     """Of a prefill pass, padding included."""
+    padding: int = 0
+    """Of a decode pass: rows that layers compute and nobody reads, after the others. With them all products have the
+    number of rows that makes them batch-invariant, and no layer has to pad its own."""
     shared: int = 0
     """Of a prefill pass: at so many first positions all of its rows hold the same keys and values."""
     prompt_tokens: Tensor | None = None
@@ -51,8 +54,8 @@ class Pass:
     """On a GPU with kernels for it, the pass is no rectangle but a list of tokens: the second dimension of what layers
     compute, the first is 1. For the model, which makes its mask for them, they follow on a whole context, so that
     the mask hides no key. Nothing else here than `start` and `length` counts then."""
-    additive_masks: dict[tuple[int, ...], tuple[Tensor, Tensor]] = field(default_factory=dict)
-    """Of that attention, what it made of boolean masks: all layers get the same."""
+    memo: dict[tuple[Hashable, ...], Any] = field(default_factory=dict)
+    """What its first layer computed for all that are like it."""
     product: tuple[nn.Module, Tensor, Tensor] | None = None
     """The last joined layer that computed, its inputs and its product, for the other layers that it stands for."""
 

@@ -3,6 +3,7 @@
 import time
 from bisect import bisect_right
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,8 +13,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from llm.devices import activation, attention, gpu, linear, loading, memory
+from llm.devices import activation, attention, gpu, linear, llama, loading, memory
 from llm.devices.linear import PackedLinear
+from llm.devices.padding import RowPadding
 from llm.devices.threads import use_physical_cores
 from llm.errors import UserError
 from llm.weights import checkpoint
@@ -78,6 +80,8 @@ class Model:
     """On a GPU with kernels for it, passes are ragged: see forward.Ragged."""
     mixes_starts: bool = False
     """Attention is the CPU's own, so that a prefill pass may read chunks that start at different positions."""
+    row_paddings: Sequence[RowPadding] = ()
+    """Those of its layers in a decode pass, where its attention knows of padding."""
     batch_invariant: bool = False
     """On this processor the bits of a row do not depend on the other rows of a pass."""
     seconds: dict[str, float] = field(default_factory=dict)
@@ -171,6 +175,7 @@ class Model:
         )
         if layout:
             activation.replace(network)
+            llama.replace(network)
             attention.intercept("cpu")
             attention.read_grouped_as_they_are(True)
             tile = attention.batch_invariant_tile(model._heads)
@@ -179,6 +184,7 @@ class Model:
             # of the attention of a model that does not call torch's nothing is known
             known = network.config._attn_implementation == "sdpa"
             model.mixes_starts = known
+            model.row_paddings = linear.decode_paddings(network) if known else ()
             model.batch_invariant = layers_agree and tile is not None and known
         if model.device.type == "cuda":
             gpu.fuse_biases(network)
@@ -234,6 +240,10 @@ class Model:
         size = getattr(config, "head_dim", None) or config.hidden_size // number
         sharing = getattr(config, "num_key_value_heads", None) or number
         return attention.Heads(number, number // sharing, size, self.network.dtype)
+
+    def padding(self, rows: int) -> int:
+        """How many rows a decode pass of so many computes beside them: see forward.Pass."""
+        return RowPadding.for_all(self.row_paddings, rows) - rows
 
     def prefill_chunk(self) -> int:
         """How many tokens of prompts one pass may read."""

@@ -47,6 +47,13 @@ class RowPadding:
                 self._padded[key] = enough[0]
         return self._padded[key]
 
+    @staticmethod
+    def for_all(paddings: Iterable["RowPadding"], rows: int) -> int:
+        """The least number of rows, from `rows` on, that none of these pads; `rows` itself where there is none."""
+        most = min((padding.most for padding in paddings), default=0)
+        numbers = range(rows, most + 1)
+        return next((n for n in numbers if all(padding[n] == n for padding in paddings)), rows)
+
     def agrees_now(self) -> bool:
         """Whether as many threads as there are now give the bits of the number of threads at start."""
         return self._agrees(self._numbers[0]) and self._agrees(self.most)

@@ -290,12 +290,13 @@ class Runner:
     def _forward(self, rows: int, length: int) -> None:
         """Logits of the next id of each of the first `rows` rows, which read `length` positions."""
         positions = self.positions[:rows, None]
-        self.logits[:rows] = self._logits(
-            forward.Pass(length, length - 1, slice(rows), positions, tile=self.model.tile),
-            self.history[:rows].gather(1, positions),
-            positions,
-            mask=self.columns[:length] <= positions,
-        )
+        ids = self.history[:rows].gather(1, positions)
+        padding = self.model.padding(rows)
+        pass_ = forward.Pass(length, length - 1, slice(rows), positions, padding=padding, tile=self.model.tile)
+        if padding:
+            ids, positions = (torch.nn.functional.pad(x, (0, 0, 0, padding)) for x in (ids, positions))
+        logits = self._logits(pass_, ids, positions, mask=self.columns[:length] <= positions)
+        self.logits[:rows] = logits[:rows]
 
     def _choose(self, rows: int, widths: list[int]) -> None:
         """From those logits the next id, into the history of each active row."""

@@ -56,16 +56,26 @@ class SlotLayer(CacheLayerMixin):
         device, length = key_states.device, pass_.length
         rows = pass_.rows if isinstance(pass_.rows, slice) else pass_.rows.to(device)
         if pass_.positions is not None:
-            numbers = self.slots.row_numbers[pass_.rows].to(device)
-            at = numbers[:, None], slice(None), pass_.positions.to(device)
-            self.keys[at] = key_states.transpose(1, 2)
-            self.values[at] = value_states.transpose(1, 2)
+            self._write(self.keys, key_states, pass_)
+            self._write(self.values, value_states, pass_)
         else:
             self.keys[rows, :, pass_.start : length] = key_states
             self.values[rows, :, pass_.start : length] = value_states
             if pass_.start == 0:
                 return key_states, value_states
         return self.keys[rows, :, :length], self.values[rows, :, :length]
+
+    def _write(self, cached: Tensor, states: Tensor, pass_: forward.Pass) -> None:
+        """Write each row's tokens at positions of its own. cached (rows, heads, capacity, head size)."""
+        assert pass_.positions is not None
+        _, heads, capacity, size = cached.shape
+        key = "places", heads, capacity, cached.device
+        if key not in pass_.memo:
+            rows = self.slots.row_numbers[pass_.rows]
+            first = (rows[:, None] * heads + torch.arange(heads, device=rows.device)) * capacity
+            pass_.memo[key] = (first[:, :, None] + pass_.positions[:, None]).flatten().to(cached.device)
+        written = states[: len(pass_.positions)].reshape(-1, size)
+        cached.view(-1, size).index_copy_(0, pass_.memo[key], written)
 
     def resize(self, rows: int, length: int) -> None:
         """Allocate `rows` rows of `length` positions, and copy what fits of the old ones."""

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llm.devices import llama
 from llm.devices.memory import is_out_of_memory
 from llm.devices.model import Model
 from llm.engine.runner import Runner
@@ -81,18 +82,7 @@ def agreeing(model: Model, say: Say) -> Model:
     try:
         with torch.inference_mode(), _first_layers(model):
             long = min(LONG, *(most - DECODED - 1 for most in (context, *boundaries)))
-            if model.ragged and (reason := _reason_against_ragged(model, long)):
-                say(f"{name} va sin kernels propios de atención: {reason}")
-                model = model.without_ragged()
-            agrees = _agree(model, long)
-            if model.mixes_starts and not agrees:
-                model = replace(model, mixes_starts=False)
-                agrees = _agree(model, long)
-            if not agrees:
-                raise UserError(
-                    f"{name} calcula otro texto cuando atiende varias preguntas a la vez: use otro modelo "
-                    "(Falcon, Llama...)"
-                )
+            model = _simplified(model, long, say)
             for boundary in boundaries:
                 reason = _reason_to_end_at(model, boundary)
                 if reason:
@@ -112,10 +102,44 @@ def agreeing(model: Model, say: Say) -> Model:
     return model
 
 
-def _reason_against_ragged(model: Model, long: int) -> str | None:
-    """Why the model is not served in ragged passes, in Spanish; None where they agree with its forward."""
+def _simplified(model: Model, long: int, say: Say) -> Model:
+    """The model without what keeps its passes from agreeing with its forward. Raises UserError, or what the model
+    raises, where they do not agree in the simplest way."""
+    name = type(model.network).__name__
+
+    def without_ragged(reason: str) -> Model:
+        say(f"{name} va sin kernels propios de atención: {reason}")
+        return model.without_ragged()
+
+    def with_transformers_layers(reason: str) -> Model:
+        say(f"{name} va con las operaciones de transformers, más despacio: {reason}")
+        llama.restore(model.network)
+        return model
+
+    def with_one_start(_: str) -> Model:
+        return replace(model, mixes_starts=False)
+
+    ways = [
+        (without_ragged, model.ragged),
+        (with_transformers_layers, llama.is_replaced(model.network)),
+        (with_one_start, model.mixes_starts),
+    ]
+    for simpler in (way for way, is_left in ways if is_left):
+        reason = _reason_against(model, long)
+        if reason is None:
+            return model
+        model = simpler(reason)
+    if not _agree(model, long):
+        raise UserError(
+            f"{name} calcula otro texto cuando atiende varias preguntas a la vez: use otro modelo (Falcon, Llama...)"
+        )
+    return model
+
+
+def _reason_against(model: Model, long: int) -> str | None:
+    """Why the model is not served as it is now, in Spanish; None where its passes agree with its forward."""
     try:
-        return None if _agree(model, long) else "con ellos calcula otro texto"
+        return None if _agree(model, long) else "si no, calcula otro texto"
     except Exception as error:  # a model may do anything with a pass that is no rectangle
         if is_out_of_memory(error):
             raise
