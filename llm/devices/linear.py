@@ -57,7 +57,7 @@ class PackedLinear(nn.Module, ABC):
         super().__init__()
         self.out_features = len(weight)
         self.bias = None if bias is None else bias.detach().to(self.dtype)
-        self.buffer = torch.zeros(self.prefill_rows[-1], 1, weight.shape[1], dtype=self.dtype)
+        self.buffer = torch.zeros(self.prefill_rows[-1], weight.shape[1], dtype=self.dtype)
         """Where rows are padded. The padding's values do not matter."""
         self.packed = self.pack(weight.contiguous())
 
@@ -100,10 +100,8 @@ class PackedLinear(nn.Module, ABC):
         padded = padding[rows]
         if padded == rows:
             return self.product(x.contiguous(), self.bias)
-        single = x.shape[1] == 1
-        self.buffer[:rows] = x if single else x.reshape(rows, 1, -1)
-        product = self.product(self.buffer[:padded], self.bias)[:rows]
-        return product if single else product.view(*x.shape[:-1], -1)
+        self.buffer[:rows] = x.reshape(rows, -1)
+        return self.product(self.buffer[:padded], self.bias)[:rows].view(*x.shape[:-1], -1)
 
 
 class JoinedLinear(nn.Module):

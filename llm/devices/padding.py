@@ -9,7 +9,7 @@ from torch import Tensor
 
 class Layer(Protocol):
     buffer: Tensor
-    """(rows, 1, in features), of the dtype of its inputs."""
+    """(rows, in features), of the dtype of its inputs."""
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor: ...
 
