@@ -23,8 +23,9 @@ KEY_BLOCK = 64
 """Keys that a program multiplies at once."""
 FEWEST_QUERIES = 16
 """Of a matrix product on a tensor core."""
-MOST_QUERIES = 64
-"""Of one program: more do not fit into its registers beside their sums."""
+MOST_QUERIES = 32
+"""Of one program. From 64 on Triton gives a Hopper's wgmma instructions several products at once, and programs that
+have those are known to read outside of their memory, or wrong numbers (triton#10486, #10573, #11366; 3.6 and 3.7)."""
 
 
 @triton.jit
