@@ -101,9 +101,11 @@ def _attend(
     is_number = is_query[:, None] & (number < SIZE)[None, :]
     if SPLIT:
         place = (token * tl.num_programs(1) * GROUP + head) * tl.num_programs(2) + split
-        tl.store(output + place[:, None] * SIZE + number[None, :], weighted, mask=is_number)
-        tl.store(sums + place, total, mask=is_query)
-        tl.store(largest + place, high, mask=is_query)
+        # a split beyond the position is never read: of a long context that has few tokens, nearly all are
+        is_read = start < end
+        tl.store(output + place[:, None] * SIZE + number[None, :], weighted, mask=is_number & is_read)
+        tl.store(sums + place, total, mask=is_query & is_read)
+        tl.store(largest + place, high, mask=is_query & is_read)
     else:
         # padding has seen no key
         attended = weighted / tl.where(total == 0.0, 1.0, total)[:, None]
