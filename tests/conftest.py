@@ -35,6 +35,9 @@ def pytest_configure(config: pytest.Config) -> None:
     if {"docker", "gpu"} & {*config.option.markexpr.split()}:
         # the reason of each skip
         config.option.reportchars += "s"
+    if "gpu" in config.option.markexpr.split():
+        # what each test printed: which kernels are used, and how fast they are
+        config.option.reportchars += "P"
     if not Path("/dev/nvidiactl").exists():
         # without a GPU Triton interprets kernels: it reads the variable when it is imported, by transformers too
         os.environ["TRITON_INTERPRET"] = "1"

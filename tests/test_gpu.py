@@ -1,10 +1,12 @@
 """The operations of the GPU path, without a GPU: meta tensors have a GPU's shapes and devices, and compute nothing."""
 
+import gc
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -245,7 +247,7 @@ def test_a_watch_records_what_would_wait(runner_on_gpu: Runner) -> None:
 
 
 def test_graphs_share_one_stream_and_a_failed_capture_leaves_none_current(monkeypatch: pytest.MonkeyPatch) -> None:
-    """cuBLAS keeps a workspace for each stream."""
+    """cuBLAS keeps a workspace for each stream. One graph of the pool stays: torch could not capture into it again."""
     streams: list[object] = []
     current = ["default"]
     fails = [False]
@@ -284,10 +286,20 @@ def test_graphs_share_one_stream_and_a_failed_capture_leaves_none_current(monkey
     monkeypatch.setattr(
         cuda, "set_stream", lambda chosen: current.__setitem__(0, "default" if chosen is default else "?")
     )
-    monkeypatch.setattr(cuda, "CUDAGraph", lambda: type("Graph", (), {"replay": None}))
+    graphs: WeakSet[Any] = WeakSet()
+
+    class Graph:
+        def __init__(self) -> None:
+            graphs.add(self)
+
+        def replay(self) -> None: ...
+
+    monkeypatch.setattr(cuda, "CUDAGraph", Graph)
     capture = gpu.cuda_capture()
     for _ in range(5):
         capture(lambda: None)
+        gc.collect()
+        assert len(graphs) == 1
     fails[0] = True
     with pytest.raises(RuntimeError, match="previous error"):
         capture(lambda: None)

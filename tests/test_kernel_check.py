@@ -14,6 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from llm.devices import attention
 from llm.devices.attention import Heads
 from llm.devices.model import Model
+from llm.errors import UserError
 from tests.support import interpreter, tiny  # noqa: F401
 
 from llm.devices import kernel_check, kernels  # isort: skip
@@ -136,7 +137,7 @@ def test_layers_whose_kernels_are_wrong_stay(monkeypatch: pytest.MonkeyPatch, ke
     assert kernel_check.layers(network(), first_is_faster()) == (proven, 6)
 
 
-def without_compiler(*arguments: Any) -> None:
+def without_compiler(*arguments: Any, **options: Any) -> None:
     raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.\nMore.")
 
 
@@ -144,14 +145,18 @@ def without_compiler(*arguments: Any) -> None:
     ("replaced", "ragged", "line"),
     [
         ({"layers": without_compiler}, False, "no se pudieron probar (Failed to find C compiler."),
-        ({"layers": lambda network: (0, 6), "attention": lambda *_: False}, False, "Sin kernels propios: en esta GPU"),
         (
-            {"layers": lambda network: (5, 6), "attention": lambda *_: False},
+            {"layers": lambda network, say: (0, 6), "attention": lambda *_, say: False},
+            False,
+            "Sin kernels propios: en esta GPU",
+        ),
+        (
+            {"layers": lambda network, say: (5, 6), "attention": lambda *_, say: False},
             False,
             "propios: 5 de 6 capas, probados",
         ),
         (
-            {"layers": lambda network: (5, 6), "attention": lambda *_: True},
+            {"layers": lambda network, say: (5, 6), "attention": lambda *_, say: True},
             True,
             "5 de 6 capas y la atención",
         ),
@@ -163,6 +168,7 @@ def test_one_line_says_which_kernels_are_used(
 ) -> None:
     model = Model.read(tiny.save(tmp_path, LlamaForCausalLM(LlamaConfig(**tiny.SIZE))), torch.bfloat16)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(attention, "intercept", lambda device: None)
     monkeypatch.setenv("TRANSFORMERS_SDPA_FORCE_GQA", "0")
     for name, function in replaced.items():
@@ -171,3 +177,46 @@ def test_one_line_says_which_kernels_are_used(
     model._use_kernels(lines.append)
     assert len(lines) == 1 and line in lines[0]
     assert model.ragged == ragged
+
+
+def test_a_kernel_that_breaks_the_gpu_ends_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything fails there from then on: it would look as if the weights did not fit."""
+
+    def lost(*arguments: Any, **options: Any) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nMore.")
+
+    model = Model.read(tiny.save(tmp_path, LlamaForCausalLM(LlamaConfig(**tiny.SIZE))), torch.bfloat16)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    monkeypatch.setattr(kernel_check, "layers", lost)
+    with pytest.raises(UserError, match=r"illegal memory access was encountered\): ponga KERNELS=0"):
+        model._use_kernels(lambda line: None)
+
+
+@torch.inference_mode()
+def test_a_kernel_that_fails_leaves_the_others_and_the_log_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*arguments: Any, **options: Any) -> Tensor:
+        raise RuntimeError("ptxas failed with error code 255\nMore.")
+
+    lines: list[str] = []
+    monkeypatch.setattr(kernels, "linear", broken)
+    assert kernel_check.layers(network(), first_is_faster(), lines.append) == (2, 6)
+    assert "Sin kernel para Linear de 96 x 64, tokens: 1: no se pudo probar (ptxas failed with error code 255)" in lines
+    assert any("ScaledRMSNorm de 64" in line and "su error es" in line for line in lines)
+
+
+def test_what_fails_while_kernels_compile_side_by_side_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread may meet a kernel that another one has compiled and not yet loaded."""
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    calls: list[None] = []
+
+    def kernel() -> Tensor:
+        calls.append(None)
+        if len(calls) == 1:
+            raise TypeError("'NoneType' object cannot be interpreted as an integer")
+        return torch.ones(1)
+
+    candidate = kernel_check.Candidate("una suma", kernel, lambda: torch.ones(1), lambda: torch.ones(1))
+    (failure,) = kernel_check.compile_at_once([candidate], torch.device("cuda"))
+    assert isinstance(failure, TypeError)
+    assert kernel_check.proven([candidate], first_is_faster())

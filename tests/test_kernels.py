@@ -114,6 +114,30 @@ def test_a_tokens_attention_has_the_same_bits_in_any_company(dtype: torch.dtype)
         assert (alone[0, :, 0] == together[0, :, token]).all()
 
 
+def test_a_split_beyond_the_position_is_neither_written_nor_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a long context that has few tokens, nearly all are."""
+    tokens = tokens_of(700, block=1)
+    query = randn(1, 4, 6, 64, dtype=torch.float16, seed=1)
+    keys, values = (randn(5, 4, 700, 64, dtype=torch.float16, seed=seed) for seed in (2, 3))
+    allocated: list[Tensor] = []
+    new_empty = torch.Tensor.new_empty
+
+    def not_a_number(like: Tensor, *shape: int, **options: Any) -> Tensor:
+        result = new_empty(like, *shape, **options)
+        if result.is_floating_point():
+            allocated.append(result.fill_(torch.nan))
+        return result
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.Tensor, "new_empty", not_a_number)
+        assert tokens.attend(query, keys, values, None, 0.125).isfinite().all()
+    _, weighted, (sums, largest) = allocated[:3]
+    for token, position in enumerate(tokens.positions):
+        splits = (position + kernels.SPLIT) // kernels.SPLIT
+        for partial in (weighted, sums, largest):
+            assert partial[token, :, :splits].isfinite().all() and partial[token, :, splits:].isnan().all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_keys_and_values_are_written_at_the_place_of_each_token(dtype: torch.dtype) -> None:
     tokens = tokens_of(300, block=16)

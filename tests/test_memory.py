@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from llm.devices import cgroups, memory
 from llm.weights.settings import ROOT
@@ -163,3 +164,11 @@ def test_the_limits_of_a_shell_bound_the_cache_and_the_threads(tmp_path: Path) -
     assert "Cargado en cpu con 1 hilos" in run.stderr
     size = re.search(r"Caché: \d+ peticiones a la vez de \d+ tokens, hasta (.*) GB", run.stderr)
     assert size and float(size[1].replace(",", ".")) < 1.6
+
+
+def test_torchs_refusal_after_a_failed_capture_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses() -> None:
+        raise RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED")
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", refuses)
+    memory.empty_cuda_cache()

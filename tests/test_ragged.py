@@ -69,9 +69,9 @@ def test_a_kernel_that_chooses_the_same_and_is_faster_chooses(tmp_path: Path, mo
     with torch.inference_mode():
         engine = ragged.RaggedRunner(model, 6, plain_call)
         turns = iter(range(1000))
-        assert engine.prove_choosing(lambda step: next(turns))
+        assert engine.prove_choosing(seconds=lambda step: next(turns))
         assert engine.chooses_with_kernel
-        assert not engine.prove_choosing(lambda step: 1.0)
+        assert not engine.prove_choosing(seconds=lambda step: 1.0)
         choose = kernels.choose
 
         def another(*arguments: Any, **options: Any) -> None:
@@ -80,7 +80,7 @@ def test_a_kernel_that_chooses_the_same_and_is_faster_chooses(tmp_path: Path, mo
             chosen[0] += 1
 
         monkeypatch.setattr(kernels, "choose", another)
-        assert not engine.prove_choosing(lambda step: next(turns))
+        assert not engine.prove_choosing(seconds=lambda step: next(turns))
         assert not engine.chooses_with_kernel
 
 

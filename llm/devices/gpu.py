@@ -120,6 +120,8 @@ def cuda_capture() -> Capture:
     pool = torch.cuda.graph_pool_handle()
     # one, for cuBLAS keeps a workspace for good for each that it meets; of the device of the thread that captures
     only_stream = functools.cache(torch.cuda.Stream)
+    # kept, for torch does not capture into a pool again once all of its graphs are gone
+    first: list[torch.cuda.CUDAGraph] = []
 
     def capture(step: Callable[[], None]) -> Replay:
         current, stream = torch.cuda.current_stream(), only_stream()
@@ -135,6 +137,7 @@ def cuda_capture() -> Capture:
         finally:
             # a capture that fails leaves its own stream as the current one
             torch.cuda.set_stream(current)
+        first[:] = first or [graph]
         return graph.replay
 
     return capture

@@ -2,7 +2,7 @@
 operations that it replaces, with the model's own shapes, and takes their place where its numbers agree and come sooner.
 """
 
-import statistics
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from llm.devices import gpu, kernels
 from llm.devices.attention import Heads
+from llm.words import Say, first_line, unsaid
 
 Seconds = Callable[[Callable[[], Tensor]], float]
 """Measures how long a step takes a device."""
@@ -24,6 +25,8 @@ Seconds = Callable[[Callable[[], Tensor]], float]
 ERROR = 2.0
 """A kernel's largest error may be so many times that of the operations."""
 REPLAYS = 9
+MEASURED = 0.03
+"""In seconds: for so long a step is repeated. A GPU that has waited for the host is slow at first."""
 COMPILERS = 8
 """Threads that compile."""
 TOKENS = (1, 8, 32)
@@ -36,48 +39,89 @@ ROWS, LONGEST, CHUNK = 8, 2048, 256
 class Candidate:
     """A kernel and what it replaces. Each of the three returns the same shape."""
 
+    name: str
+    """In the log, in Spanish."""
     kernel: Callable[[], Tensor]
     operations: Callable[[], Tensor]
     exact: Callable[[], Tensor]
     """The operations in float32."""
+    only_if_faster: bool = True
 
-    def agrees(self) -> bool:
-        """Whether the kernel's numbers are about as near to the exact ones as those of the operations."""
+    def errors(self) -> tuple[float, float]:
+        """The largest error of the kernel, and that of the operations."""
         exact = self.exact()
-        allowed = ERROR * (self.operations().float() - exact).abs().max()
-        # a comparison with NaN is false
-        return bool((self.kernel().float() - exact).abs().max() <= allowed)
+        kernel, operations = ((step().float() - exact).abs().max().item() for step in (self.kernel, self.operations))
+        return kernel, operations
 
-    def earns_its_place(self, seconds: Seconds) -> bool:
-        """Whether the kernel agrees, and is faster."""
-        return self.agrees() and seconds(self.kernel) < seconds(self.operations)
+    def agrees(self, say: Say = unsaid) -> bool:
+        """Whether the kernel's numbers are about as near to the exact ones as those of the operations; says if not."""
+        kernel, operations = self.errors()
+        # a comparison with NaN is false
+        if kernel <= ERROR * operations:
+            return True
+        say(f"Sin kernel para {self.name}: su error es {kernel:.2g}, y el de PyTorch {operations:.2g}")
+        return False
+
+    def earns_its_place(self, seconds: Seconds, say: Say = unsaid) -> bool:
+        """Whether the kernel agrees, and is faster where it has to be. Says why not."""
+        if not self.agrees(say):
+            return False
+        if not self.only_if_faster:
+            return True
+        kernel, operations = seconds(self.kernel), seconds(self.operations)
+        if kernel < operations:
+            return True
+        say(f"Sin kernel para {self.name}: tarda {kernel * 1e6:.1f} µs, y PyTorch {operations * 1e6:.1f}")
+        return False
+
+
+def proven(candidates: list[Candidate], seconds: Seconds, say: Say = unsaid) -> bool:
+    """Whether all of these kernels earn their place. Says why one does not."""
+    for candidate in candidates:
+        try:
+            if not candidate.earns_its_place(seconds, say):
+                return False
+        except Exception as error:  # whatever Triton raises where it cannot compile, or a lack of memory to try
+            say(f"Sin kernel para {candidate.name}: no se pudo probar ({first_line(error)})")
+            return False
+    return True
 
 
 def on_device(step: Callable[[], Tensor]) -> float:
-    """The seconds that a step takes the GPU in a CUDA graph, without its launches; the median of REPLAYS."""
+    """The seconds that a step takes the GPU in a CUDA graph, without its launches; the least of its turns."""
 
     def run() -> None:
         step()
 
-    return statistics.median(gpu.seconds(gpu.shared_capture()(run), REPLAYS))
+    replay, end = gpu.shared_capture()(run), time.perf_counter() + MEASURED
+    least = min(gpu.seconds(replay, REPLAYS))
+    while time.perf_counter() < end:
+        least = min(least, *gpu.seconds(replay, REPLAYS))
+    return least
 
 
-def compile_at_once(candidates: list[Candidate], device: torch.device) -> None:
+def compile_at_once(candidates: list[Candidate], device: torch.device) -> list[Exception | None]:
     """Compile the kernels of all candidates, each on a thread: Triton holds no lock of Python's while it compiles.
 
-    Nothing on a CPU, where Triton's interpreter compiles none."""
+    Returns what each raised. That counts for nothing yet: a thread may meet a kernel that another one has compiled and
+    not yet loaded, and what is wrong with a kernel is wrong again when it is tried, by one thread. Nothing on a CPU,
+    where Triton's interpreter compiles none."""
     if device.type != "cuda":
-        return
+        return []
 
-    def compile(candidate: Candidate) -> None:
-        with torch.inference_mode(), torch.cuda.device(device):
-            candidate.kernel()
+    def compile(candidate: Candidate) -> Exception | None:
+        try:
+            with torch.inference_mode(), torch.cuda.device(device):
+                candidate.kernel()
+        except Exception as error:
+            return error
+        return None
 
     with ThreadPoolExecutor(COMPILERS) as pool:
-        list(pool.map(compile, candidates))
+        return list(pool.map(compile, candidates))
 
 
-def layers(network: nn.Module, seconds: Seconds = on_device) -> tuple[int, int]:
+def layers(network: nn.Module, seconds: Seconds = on_device, say: Say = unsaid) -> tuple[int, int]:
     """Have the norms and the linear layers computed by kernels where those prove to be right and faster, kind by kind.
 
     Returns how many layers are, of how many of these sorts.
@@ -88,14 +132,16 @@ def layers(network: nn.Module, seconds: Seconds = on_device) -> tuple[int, int]:
             shapes = tuple((name, tensor.shape) for name, tensor in module.named_parameters(recurse=False))
             kinds.setdefault((type(module), shapes), []).append(module)
     candidates = [[_of_layers(modules, tokens) for tokens in TOKENS] for modules in kinds.values()]
-    compile_at_once([*chain.from_iterable(candidates)], next(network.parameters()).device)
-    proven = 0
+    failures = compile_at_once([*chain.from_iterable(candidates)], next(network.parameters()).device)
+    if (first := next(iter(failures), None)) and all(failures):
+        raise first  # nothing compiles here: one reason instead of one for each kind
+    use_kernels = 0
     for modules, of_kind in zip(kinds.values(), candidates, strict=True):
-        if all(candidate.earns_its_place(seconds) for candidate in of_kind):
-            proven += len(modules)
+        if proven(of_kind, seconds, say):
+            use_kernels += len(modules)
             for module in modules:
                 module.forward = partial(_with_kernel(module), module)
-    return proven, sum(map(len, kinds.values()))
+    return use_kernels, sum(map(len, kinds.values()))
 
 
 def _of_layers(modules: list[nn.Module], tokens: int) -> Candidate:
@@ -106,6 +152,7 @@ def _of_layers(modules: list[nn.Module], tokens: int) -> Candidate:
     x = torch.randn(1, tokens, width, generator=torch.Generator(weight.device).manual_seed(0), device=weight.device)
     x = x.to(weight.dtype)
     return Candidate(
+        f"{type(modules[0]).__name__} de {' x '.join(map(str, weight.shape))}, tokens: {tokens}",
         kernel=lambda: [with_kernel(module, x) for module in modules][-1],
         operations=lambda: [module(x) for module in modules][-1],
         exact=lambda: deepcopy(modules[-1]).float()(x.float()),
@@ -139,7 +186,14 @@ def _is_norm(module: nn.Module) -> bool:
     return type(module).__name__.endswith("RMSNorm") and has_eps and getattr(module, "weight", None) is not None
 
 
-def attention(heads: Heads, context: int, has_bias: bool, device: torch.device, seconds: Seconds = on_device) -> bool:
+def attention(
+    heads: Heads,
+    context: int,
+    has_bias: bool,
+    device: torch.device,
+    seconds: Seconds = on_device,
+    say: Say = unsaid,
+) -> bool:
     """Whether ragged passes attend as they should on this device, and a decode step does so sooner than before.
 
     A pass over a prompt only has to agree: in a graph it saves the host more than a kernel could lose.
@@ -147,7 +201,7 @@ def attention(heads: Heads, context: int, has_bias: bool, device: torch.device, 
     length = min(context, LONGEST)
     decode, prefill = (candidate(heads, length, has_bias, device) for candidate in (_decode, _prefill))
     compile_at_once([decode, prefill], device)
-    return decode.earns_its_place(seconds) and prefill.agrees()
+    return proven([decode, prefill], seconds, say)
 
 
 def _decode(heads: Heads, length: int, has_bias: bool, device: torch.device) -> Candidate:
@@ -176,7 +230,7 @@ def _decode(heads: Heads, length: int, has_bias: bool, device: torch.device) -> 
         attended = _attention(grouped, cache.keys, cache.values, mask, dtype)
         return attended.reshape(ROWS, heads.number, 1, heads.size)[rows].transpose(0, 2)
 
-    return Candidate(kernel, operations, lambda: operations(torch.float32))
+    return Candidate("la atención al escribir", kernel, operations, lambda: operations(torch.float32))
 
 
 def _prefill(heads: Heads, length: int, has_bias: bool, device: torch.device) -> Candidate:
@@ -198,7 +252,7 @@ def _prefill(heads: Heads, length: int, has_bias: bool, device: torch.device) ->
         keys, values = (x[1:2].repeat_interleave(heads.group, 1) for x in (cache.keys, cache.values))
         return _attention(query, keys, values, cache.mask(positions[None]), dtype)
 
-    return Candidate(kernel, operations, lambda: operations(torch.float32))
+    return Candidate("la atención al leer", kernel, operations, lambda: operations(torch.float32), only_if_faster=False)
 
 
 class _Cache:

@@ -23,8 +23,9 @@ KEY_BLOCK = 64
 """Keys that a program multiplies at once."""
 FEWEST_QUERIES = 16
 """Of a matrix product on a tensor core."""
-MOST_QUERIES = 64
-"""Of one program: more do not fit into its registers beside their sums."""
+MOST_QUERIES = 32
+"""Of one program. From 64 on Triton gives a Hopper's wgmma instructions several products at once, and programs that
+have those are known to read outside of their memory, or wrong numbers (triton#10486, #10573, #11366; 3.6 and 3.7)."""
 
 
 @triton.jit
@@ -100,9 +101,11 @@ def _attend(
     is_number = is_query[:, None] & (number < SIZE)[None, :]
     if SPLIT:
         place = (token * tl.num_programs(1) * GROUP + head) * tl.num_programs(2) + split
-        tl.store(output + place[:, None] * SIZE + number[None, :], weighted, mask=is_number)
-        tl.store(sums + place, total, mask=is_query)
-        tl.store(largest + place, high, mask=is_query)
+        # a split beyond the position is never read: of a long context that has few tokens, nearly all are
+        is_read = start < end
+        tl.store(output + place[:, None] * SIZE + number[None, :], weighted, mask=is_number & is_read)
+        tl.store(sums + place, total, mask=is_query & is_read)
+        tl.store(largest + place, high, mask=is_query & is_read)
     else:
         # padding has seen no key
         attended = weighted / tl.where(total == 0.0, 1.0, total)[:, None]

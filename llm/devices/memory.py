@@ -9,6 +9,7 @@ import math
 import mmap
 import resource
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -67,6 +68,13 @@ def is_out_of_memory(error: Exception) -> bool:
     if isinstance(error, OSError) and error.errno == errno.ENOMEM:
         return True
     return any(words in str(error).lower() for words in _NO_MEMORY)
+
+
+def empty_cuda_cache() -> None:
+    """Give the memory that torch keeps for later back to the GPUs, where torch does: until 2.12 it raises an error here
+    once a capture has failed (pytorch#180395). What is wrong with a device, its next operation says too."""
+    with suppress(RuntimeError):
+        torch.cuda.empty_cache()
 
 
 def trim() -> None:

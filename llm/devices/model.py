@@ -110,8 +110,6 @@ class Model:
         if not weights.verified:
             say(f"Sin verificar: {checkpoint.shown(weights.folder)} no tiene manifest.json")
         say(f"Cargado en {where}{cores} en {decimal(model.seconds['load'])} s")
-        if model.device.type == "cuda":
-            gpu.avoid_cudnn_attention()
         if model.spread:
             say("El modelo está repartido entre varios dispositivos: cada paso va sin grafos CUDA, más despacio")
         if model.packed:
@@ -187,6 +185,8 @@ class Model:
             model.row_paddings = linear.decode_paddings(network) if known else ()
             model.batch_invariant = layers_agree and tile is not None and known
         if model.device.type == "cuda":
+            # before kernels are tried beside the operations: on a Hopper, cuDNN's would be taken first
+            gpu.avoid_cudnn_attention()
             gpu.fuse_biases(network)
             if kernels and not model.spread and gpu.has_kernels(model.device, network.dtype):
                 model._use_kernels(say)
@@ -200,16 +200,15 @@ class Model:
             from llm.devices import kernel_check  # imports Triton, which a computer without a GPU may lack
 
             with torch.inference_mode(), torch.cuda.device(self.device):
-                proven, of = kernel_check.layers(self.network)
+                proven, of = kernel_check.layers(self.network, say=say)
                 if config._attn_implementation == "sdpa":
                     has_bias = bool(getattr(config, "alibi", False))
-                    self.ragged = kernel_check.attention(self._heads, self.context, has_bias, self.device)
+                    self.ragged = kernel_check.attention(self._heads, self.context, has_bias, self.device, say=say)
         except Exception as error:  # whatever Triton raises where it cannot compile, or a lack of memory to try
             say(f"Sin kernels propios, cada paso va más despacio: no se pudieron probar ({first_line(error)})")
             return
         finally:
-            # the cache with which attention was tried
-            torch.cuda.empty_cache()
+            self._give_back_memory()
         if self.ragged:
             attention.intercept("cuda")
             attention.read_grouped_as_they_are(True)
@@ -219,6 +218,17 @@ class Model:
             return
         also = " y la atención" if self.ragged else ""
         say(f"Kernels propios: {proven} de {of} capas{also}, probados en {decimal(self.seconds['kernels'])} s")
+
+    def _give_back_memory(self) -> None:
+        """That of the cache with which attention was tried. Raises UserError where a kernel has broken the GPU, which
+        then fails at whatever comes next."""
+        try:
+            torch.cuda.synchronize(self.device)
+        except RuntimeError as error:
+            raise UserError(
+                f"La GPU falló al probar los kernels propios ({first_line(error)}): ponga KERNELS=0"
+            ) from error
+        memory.empty_cuda_cache()
 
     def without_ragged(self) -> "Model":
         """The model with passes that are rectangles."""

@@ -21,6 +21,7 @@ from llm.engine.runner import Runner
 from llm.engine.sampling import SamplingRows, sample
 from llm.engine.scheduler import Chunk, PassShape, Ragged
 from llm.engine.sequence import Sampling
+from llm.words import Say, unsaid
 
 BLOCK = 16
 """Tokens of a prompt that read their keys together: as many as a tensor core multiplies at once."""
@@ -91,10 +92,10 @@ class RaggedRunner(Runner):
         of_rows = (x[:rows] for x in (self.logits, self.history, self.positions, self.active, self.chosen))
         kernels.choose(*of_rows, **vars(self.sampling[:rows]), width=widths[0])
 
-    def prove_choosing(self, seconds: kernel_check.Seconds = kernel_check.on_device) -> bool:
+    def prove_choosing(self, say: Say = unsaid, seconds: kernel_check.Seconds = kernel_check.on_device) -> bool:
         candidates = [_choosing(self, width) for width in self._graph_widths() if width <= kernels.MOST_SORTED]
         kernel_check.compile_at_once(candidates, self.model.device)
-        self.chooses_with_kernel = all(candidate.earns_its_place(seconds) for candidate in candidates)
+        self.chooses_with_kernel = kernel_check.proven(candidates, seconds, say)
         return self.chooses_with_kernel
 
     def capture_graphs(self) -> int:
@@ -140,4 +141,4 @@ def _choosing(runner: RaggedRunner, width: int) -> kernel_check.Candidate:
     def operations() -> Tensor:
         return sample(logits, padded, sampling, positions + 1, width)
 
-    return kernel_check.Candidate(kernel, operations, exact=operations)
+    return kernel_check.Candidate(f"la elección del token entre {width}", kernel, operations, exact=operations)

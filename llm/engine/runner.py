@@ -24,6 +24,7 @@ from llm.engine.sampling import SamplingRows, sample_each, sampling_width
 from llm.engine.scheduler import Chunk, PassShape, Rectangle
 from llm.engine.sequence import Sampling, Sequence
 from llm.engine.slots import KeyValues, Slots
+from llm.words import Say, unsaid
 
 MULTIPLE = 8
 """A GPU's attention pads the length that it reads to a multiple of this, once in every layer unless it is one."""
@@ -267,7 +268,7 @@ class Runner:
     def empty_cache(self) -> None:
         """Return to the device the memory that torch keeps for later."""
         if self.cuda:
-            torch.cuda.empty_cache()
+            memory.empty_cuda_cache()
 
     def _to_device(self, numbers: list[int] | list[list[int]]) -> Tensor:
         """Integers as an int64 tensor on the device, on CUDA without waiting for it."""
@@ -346,8 +347,9 @@ class Runner:
 
     # CUDA graphs
 
-    def prove_choosing(self) -> bool:
-        """From now on choose with a kernel, if this GPU then chooses the same, and sooner. Returns whether it does."""
+    def prove_choosing(self, say: Say = unsaid) -> bool:
+        """From now on choose with a kernel, if this GPU then chooses the same, and sooner. Returns whether it does, and
+        says why not."""
         return False
 
     def capture_graphs(self) -> int:

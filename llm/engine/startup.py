@@ -60,7 +60,7 @@ def warm_up(runner: Runner, prefix: list[int], chunk: int, say: Say) -> dict[str
     say(f"Caché: {rows} peticiones a la vez de {model.context} tokens, hasta {decimal(size / 1e9)} GB")
     say(f"Primeros tokens de prueba en {decimal(seconds['warm_up'])} s")
     start = time.perf_counter()
-    if runner.cuda and runner.prove_choosing():
+    if runner.cuda and runner.prove_choosing(say):
         say("El token siguiente lo elige un kernel propio")
     try:
         if graphs := runner.capture_graphs():

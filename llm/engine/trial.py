@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from llm.devices import llama
-from llm.devices.memory import is_out_of_memory
+from llm.devices.memory import empty_cuda_cache, is_out_of_memory
 from llm.devices.model import Model
 from llm.engine.runner import Runner
 from llm.engine.scheduler import Chunk
@@ -98,7 +98,7 @@ def agreeing(model: Model, say: Say) -> Model:
     finally:
         if model.device.type == "cuda":
             gc.collect()  # a cache and its layers refer to each other
-            torch.cuda.empty_cache()
+            empty_cuda_cache()
     return model
 
 

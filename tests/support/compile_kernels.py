@@ -87,7 +87,8 @@ def _compile_attention(capability: int, dtype: str) -> None:
                 "SPLIT": split,
                 "BLOCK": kernels.KEY_BLOCK,
             }
-            compile_one(capability, kernels._attend, of_attend, constants, num_warps=4, num_stages=2)
+            assembly = compile_one(capability, kernels._attend, of_attend, constants, num_warps=4, num_stages=2)
+            assert "wgmma" not in assembly, "see MOST_QUERIES"
 
 
 def compile_one(capability: int, kernel: Any, types: dict[str, str], constants: dict[str, Any], **options: int) -> str:
