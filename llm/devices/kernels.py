@@ -1,7 +1,7 @@
 """Triton kernels for an NVIDIA GPU: a decode step is many small operations, and each kernel of one costs its launch.
 
 A kernel's tiles and the order of its sums depend on the model's shapes alone: never on how many rows are computed
-together, nor on timings, as tuning at start would. So a row has the same bits in any company and after any start.
+together, nor on timings, as tuning at start would. So where a kernel is used, a row has the same bits in any company.
 
 Whether a kernel is right and fast on this card, and so whether it is used, is asked at start: see kernel_check.py.
 """
