@@ -39,8 +39,8 @@ class Answer:
 
 
 @pytest.fixture(scope="module")
-def model(falcon: Path) -> Model:
-    return Model.read(falcon, torch.float32)
+def model(small_falcon: Path) -> Model:
+    return Model.read(small_falcon, torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def alone(model: Model, *prompts: list[int], max_tokens: int = 8) -> list[list[i
 
 
 def text(tokens: int, seed: int = 0) -> list[int]:
-    return random.Random(seed).choices(range(checkpoints.TOKENS), k=tokens)
+    return random.Random(seed).choices(range(checkpoints.FEW), k=tokens)
 
 
 def test_a_question_about_a_text_that_was_read_reads_only_the_rest(model: Model, read: list[int]) -> None:
@@ -306,7 +306,7 @@ def conversations(engine: Engine, count: int, most: int) -> list[Asked]:
         if asked and draw.random() < 0.3:
             before = draw.choice(asked)
             beginning = [*before.request.prompt, *before.tokens]
-        ids = [*beginning, *draw.choices(range(checkpoints.TOKENS), k=draw.choice([1, 5, 40]))]
+        ids = [*beginning, *draw.choices(range(checkpoints.FEW), k=draw.choice([1, 5, 40]))]
         return ids[-most:] if len(ids) > most else ids
 
     def ask(seed: int) -> None:
@@ -336,7 +336,7 @@ def conversations(engine: Engine, count: int, most: int) -> list[Asked]:
 
 
 @slow
-@pytest.mark.parametrize(("kind", "count"), [("layout", 200), ("plain", 80), ("graphs", 80)])
+@pytest.mark.parametrize(("kind", "count"), [("layout", 100), ("plain", 80), ("graphs", 80)])
 def test_requests_that_share_leave_and_fail_get_the_texts_that_each_gets_alone(
     request: pytest.FixtureRequest, model: Model, monkeypatch: pytest.MonkeyPatch, kind: str, count: int
 ) -> None:
