@@ -52,6 +52,14 @@ with_and_without_graphs = pytest.mark.parametrize(
 )
 
 
+def each(name: str, plain: list[Any], graphs: list[Any]) -> pytest.MarkDecorator:
+    """Parametrize `name` with these values where there are no graphs, and with those where there are."""
+    slow = pytest.mark.slow
+    cases = [pytest.param({}, value, id=f"plain-{value!r:.20}") for value in plain]
+    cases += [pytest.param({"capture": plain_call}, value, id=f"graphs-{value!r:.20}", marks=slow) for value in graphs]
+    return pytest.mark.parametrize(("options", name), cases)
+
+
 CPU_OUT_OF_MEMORY = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8388608 bytes.")
 
 
@@ -391,7 +399,7 @@ def test_a_prefix_is_read_once_and_changes_no_text(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("chunk", [13, 32, 100])
+@pytest.mark.parametrize("chunk", [13, 100])
 def test_no_pass_computes_more_than_a_chunk(falcon_model: Model, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
     """Padding included: a pass over one long prompt and many short ones once ended every stream."""
     engine = Engine(falcon_model, 8, prefill_chunk=chunk, capture=plain_call)
@@ -426,8 +434,10 @@ def failing(step: Callable[..., Any], *errors: BaseException | None) -> Callable
 
 
 @with_and_without_graphs
-@pytest.mark.parametrize("name", ["put", "prefill", "decode", "_move"])
-@pytest.mark.parametrize("error", [RuntimeError, ValueError])
+@pytest.mark.parametrize(
+    ("name", "error"),
+    [("put", RuntimeError), ("prefill", ValueError), ("decode", RuntimeError), ("_move", ValueError)],
+)
 def test_a_step_that_fails_ends_its_requests_and_the_engine_goes_on(
     falcon_model: Model,
     monkeypatch: pytest.MonkeyPatch,
@@ -453,8 +463,7 @@ def test_a_step_that_fails_ends_its_requests_and_the_engine_goes_on(
     assert engine.lost is None and not engine.running and not engine._runner.rows
 
 
-@with_and_without_graphs
-@pytest.mark.parametrize("max_tokens", [1, 2, 10])
+@each("max_tokens", plain=[10], graphs=[1, 2, 10])
 def test_ids_that_cannot_be_read_end_their_request_also_at_the_last_token(
     falcon_model: Model, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], max_tokens: int
 ) -> None:
@@ -597,8 +606,7 @@ def test_prompts_that_lack_memory_are_read_again_alone_and_in_smaller_chunks(
     assert max(map(max, passes)) == 256
 
 
-@with_and_without_graphs
-@pytest.mark.parametrize("error", [out_of_memory(), CPU_OUT_OF_MEMORY, MemoryError()], ids=["gpu", "cpu", "python"])
+@each("error", plain=[out_of_memory(), CPU_OUT_OF_MEMORY, MemoryError()], graphs=[out_of_memory()])
 def test_a_prompt_that_never_finds_memory_fails_and_the_others_go_on(
     falcon_model: Model,
     falcon_reference: Reference,
@@ -643,8 +651,7 @@ def test_where_rows_grow_a_prompt_without_memory_waits_until_another_sequence_en
     assert [tokens_of(g) for g in generations] == [falcon_reference(prompt, 20) for prompt in chosen]
 
 
-@with_and_without_graphs
-@pytest.mark.parametrize("error", [out_of_memory(), CPU_OUT_OF_MEMORY], ids=["gpu", "cpu"])
+@each("error", plain=[CPU_OUT_OF_MEMORY], graphs=[out_of_memory()])
 def test_a_decode_step_without_memory_ends_the_longest_sequence_and_the_others_go_on(
     falcon_model: Model,
     falcon_reference: Reference,
@@ -696,8 +703,7 @@ def test_a_cache_that_cannot_grow_fails_only_the_request_that_needs_it(
     assert generated(engine, next_, 20) == falcon_reference(next_, 20)
 
 
-@with_and_without_graphs
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@each("bad", plain=[torch.nan], graphs=[torch.inf])
 def test_logits_that_are_no_numbers_fail_only_their_request(
     falcon_model: Model,
     falcon_reference: Reference,
