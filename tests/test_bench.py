@@ -291,7 +291,8 @@ def test_generate_computes_every_token_without_our_settings_and_ends_with_the_be
     # as where the bench has been killed
     process.stdin.close()
     assert process.wait(FINALLY) == 0
-    turns.close()
+    with pytest.raises(UserError):
+        next(turns)
 
 
 @pytest.mark.parametrize(

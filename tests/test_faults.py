@@ -158,7 +158,7 @@ def answer(predictor: Predictor, pregunta: str, **inputs: Any) -> Iterator[str]:
     """What Cog runs for a prediction: the answer's chunks. Raises UserError where it is refused before it begins."""
     defaults = {"max_tokens": 2, "top_p": 1.0, "top_k": 0, "stop_sequences": None, "seed": 1, "prompt_template": None}
     plain = {"temperature": 0.0, "repetition_penalty": 1.0}
-    chunks: Any = asyncio.run(predictor.predict(pregunta, **{**defaults, **plain, **inputs}))  # type: ignore[arg-type]
+    chunks: Any = asyncio.run(predictor.predict(pregunta, **{**defaults, **plain, **inputs}))
     return iter(chunks)
 
 

@@ -19,6 +19,7 @@ SHORT = {**LONG, "max_tokens": 8}
 SSE = {"Accept": "text/event-stream"}
 """The headers that ask for a stream."""
 _SECONDS_BETWEEN = 0.005
+"""Before a request that found no place is repeated."""
 
 
 class Client:
