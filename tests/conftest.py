@@ -10,7 +10,6 @@ import pytest
 
 from cli import demo, server
 from tests.support.client import Client
-from tests.support.gateway import Gateway
 from tests.support.processes import FINALLY, Marked
 from tests.support.registry import Registry
 
@@ -79,12 +78,21 @@ def falcon(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def small_falcon(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny falcon with checkpoints.FEW ids, for tests of what the engine does with them."""
+    from tests.support import checkpoints
+
+    return checkpoints.falcon(tmp_path_factory.mktemp("weights") / "falcon", vocabulary=checkpoints.FEW)
+
+
+@pytest.fixture(scope="session")
 def bfloat16_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A falcon whose logits in bfloat16 are compared."""
     from tests.support import checkpoints
 
+    folder = tmp_path_factory.mktemp("bfloat16") / "falcon"
     # heads of 64, as falcon-rw-1b's: a division by their square root, 8, does not round ALiBi
-    return checkpoints.falcon(tmp_path_factory.mktemp("bfloat16") / "falcon", layers=3, width=256, heads=4)
+    return checkpoints.falcon(folder, layers=3, width=256, heads=4, vocabulary=checkpoints.FEW)
 
 
 @pytest.fixture(scope="session")
@@ -110,14 +118,6 @@ def falcon_server(falcon_environment: dict[str, str]) -> Iterator[Client]:
 def demo_server(demo_folder: Path) -> Iterator[Client]:
     """The server with the embedded model."""
     yield from _client({"MODEL_ID": demo.MODEL_ID, "MODEL_REVISION": "", "WEIGHTS_DIR": str(demo_folder.parent)})
-
-
-@pytest.fixture(scope="session")
-def demo_gateway(demo_server: Client) -> Iterator[Gateway]:
-    """A stand-in for Replicate to which the embedded model was pushed."""
-    with Gateway(demo_server.server.url) as gateway:
-        gateway.publish()
-        yield gateway
 
 
 @pytest.fixture

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from cli.audit import audit
+from cli.audit import audit, main
 from llm.errors import UserError
+from tests.support.command import run_here
 from tests.support.project import copied
 
 pytestmark = pytest.mark.slow
@@ -52,30 +53,40 @@ def _service(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         service.shutdown()
 
 
-def script_audit(folder: Path) -> subprocess.CompletedProcess[str]:
-    """The command in a copy of the project whose image has one package."""
-    (copied(folder) / "requirements.txt").write_text("python-dotenv==1.2.4\n")
-    return subprocess.run([sys.executable, "-m", "cli.audit"], cwd=folder, capture_output=True, text=True)
+@pytest.fixture
+def package(tmp_path: Path) -> Path:
+    """A folder with one package, uno."""
+    metadata = tmp_path / "site" / "uno-1.0.dist-info" / "METADATA"
+    metadata.parent.mkdir(parents=True)
+    metadata.write_text("Metadata-Version: 2.1\nName: uno\nVersion: 1.0\n")
+    return tmp_path / "site"
 
 
-def test_known_vulnerabilities_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Service, "known", {"python-dotenv": {"PRUEBA-1": "9.9"}, "pytest": {"PRUEBA-2": None}})
-    result = script_audit(tmp_path / "project")
-    assert (result.returncode, result.stderr) == (1, "")
-    lines = result.stdout.splitlines()
-    assert f".venv: pytest {pytest.__version__} tiene PRUEBA-2, sin corregir" in lines
-    assert any(line.startswith(".venv: 2 fallos conocidos en ") for line in lines)
-    assert lines[-2:] == [
+def test_known_vulnerabilities_are_named(
+    package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Service, "known", {"python-dotenv": {"PRUEBA-1": "9.9"}, "uno": {"PRUEBA-2": None}})
+    (tmp_path / "requirements.txt").write_text("python-dotenv==1.2.4\n")
+    monkeypatch.setattr("cli.audit.ROOT", tmp_path)
+    assert audit("aquí", "--path", str(package)) == 1
+    assert audit("requirements.txt", "--requirement", "requirements.txt") == 1
+    assert capsys.readouterr().out.splitlines() == [
+        "aquí: uno 1.0 tiene PRUEBA-2, sin corregir",
+        "aquí: 1 fallos conocidos en 1 paquetes",
         "requirements.txt: python-dotenv 1.2.4 tiene PRUEBA-1, corregido en 9.9",
         "requirements.txt: 1 fallos conocidos en 1 paquetes",
     ]
 
 
-def test_no_known_vulnerabilities_is_a_success(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    metadata = tmp_path / "uno-1.0.dist-info" / "METADATA"
-    metadata.parent.mkdir()
-    metadata.write_text("Metadata-Version: 2.1\nName: uno\nVersion: 1.0\n")
-    assert audit("aquí", "--path", str(tmp_path)) == 0
+@pytest.mark.parametrize(("faults", "status"), [([0, 0], 0), ([0, 1], 1), ([2, 0], 1)])
+def test_a_vulnerability_anywhere_is_a_failure(monkeypatch: pytest.MonkeyPatch, faults: list[int], status: int) -> None:
+    remaining = iter(faults)
+    monkeypatch.setattr("cli.audit.audit", lambda *_: next(remaining))
+    assert run_here(main, variables={}).returncode == status
+
+
+def test_no_known_vulnerabilities_is_a_success(package: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert audit("aquí", "--path", str(package)) == 0
     assert capsys.readouterr().out == "aquí: 0 fallos conocidos en 1 paquetes\n"
 
 
@@ -86,7 +97,9 @@ def test_a_service_that_knows_no_package_is_an_error(tmp_path: Path) -> None:
 
 def test_a_service_that_does_not_answer_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Service, "do_POST", lambda self: None)
-    result = script_audit(tmp_path / "project")
+    (copied(tmp_path / "project") / "requirements.txt").write_text("python-dotenv==1.2.4\n")
+    command = [sys.executable, "-m", "cli.audit"]
+    result = subprocess.run(command, cwd=tmp_path / "project", capture_output=True, text=True)
     assert result.returncode == 1
     (line,) = result.stderr.splitlines()
     assert line.startswith("No se pudo preguntar por los paquetes de .venv: compruebe la red y repita (")

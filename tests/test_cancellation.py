@@ -2,6 +2,7 @@
 
 import asyncio
 import ctypes
+import os
 import re
 import threading
 import uuid
@@ -19,6 +20,7 @@ from llm import cancellation
 from llm.cancellation import follow_cancels, on_cancel
 from llm.engine import sequence as sequence_module
 from predict import Predictor
+from tests.support import words
 from tests.support.client import GREEDY, SSE, Client
 from tests.support.processes import FINALLY
 
@@ -97,15 +99,15 @@ def test_a_cancel_is_no_failure_however_early_it_arrives(falcon_server: Client) 
     def cancelled_at_once(number: int) -> str:
         url = f"{falcon_server.server.url}/predictions/{uuid.uuid4().hex}"
         headers = SSE if number % 2 else {}
-        with ThreadPoolExecutor(1) as thread, httpx.Client(timeout=FINALLY, trust_env=False) as http:
-            asking = thread.submit(http.put, url, json={"input": inputs}, headers=headers)
-            while not asking.done() and not http.post(f"{url}/cancel").is_success:
-                continue
-            answer = asking.result()
+        asking = thread.submit(http.put, url, json={"input": inputs}, headers=headers)
+        while not asking.done() and not http.post(f"{url}/cancel").is_success:
+            continue
+        answer = asking.result()
         *_, (_, end) = events.read([answer.content]) if number % 2 else [("", answer.json())]
         return str(end["status"])
 
-    ends = [cancelled_at_once(number) for number in range(40)]
+    with ThreadPoolExecutor(1) as thread, httpx.Client(timeout=FINALLY, trust_env=False) as http:
+        ends = [cancelled_at_once(number) for number in range(40)]
     # Cog itself loses a cancel that arrives before its worker has read the prediction
     assert {*ends} <= {"canceled", "succeeded"}
     assert "canceled" in ends
@@ -122,11 +124,12 @@ def test_a_cog_that_cancels_in_another_way_is_reported_once(
 
 
 @pytest.mark.slow
-def test_a_cog_that_submits_in_another_way_still_serves_predictions(
-    falcon_environment: dict[str, str], tmp_path: Path
-) -> None:
+def test_a_cog_that_submits_in_another_way_still_serves_predictions(tmp_path: Path) -> None:
+    variables = words.write(tmp_path)
+    # beside predict.py, where Python finds it at its start
     (tmp_path / "sitecustomize.py").write_text(OTHER_COG)
-    with server.running(environment=falcon_environment | {"PYTHONPATH": str(tmp_path)}) as running:
+    variables["PYTHONPATH"] += f"{os.pathsep}{tmp_path}"
+    with server.running(folder=tmp_path, environment=variables) as running:
         running.wait_until_ready()
         client = Client(running)
         answers = [client.predict(pregunta="Once", max_tokens=4, **GREEDY).json() for _ in range(2)]

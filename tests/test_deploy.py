@@ -1,5 +1,5 @@
 """deploy/: its files against their schemas, its probes against a real server, and HAProxy, with the configuration
-that ships, in front of real servers that it finds by name. Docker runs in tests/test_docker.py, Kubernetes nowhere.
+that ships, in front of Cog's servers that it finds by name. Docker runs in tests/test_docker.py, Kubernetes nowhere.
 """
 
 import http.client
@@ -15,7 +15,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -30,6 +30,7 @@ from dnslib.server import BaseResolver, DNSLogger, DNSServer
 from cli import events, schema, server
 from cli.events import Event
 from llm.weights.settings import ROOT
+from tests.support import words
 from tests.support.client import LONG, SHORT, SSE
 from tests.support.processes import FINALLY, Marked
 
@@ -203,7 +204,7 @@ def probe(command: list[str], port: int) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-def test_the_probes_follow_the_servers_status(falcon_environment: dict[str, str], processes: Marked) -> None:
+def test_the_probes_follow_the_servers_status(tmp_path: Path, processes: Marked) -> None:
     (container,) = resource("Deployment", "falcon-cog")["template"]["spec"]["containers"]
     (kubernetes,) = {
         tuple(container[f"{name}Probe"]["exec"]["command"]) for name in ("startup", "readiness", "liveness")
@@ -216,11 +217,14 @@ def test_the_probes_follow_the_servers_status(falcon_environment: dict[str, str]
         passes = probe(list(kubernetes), running.port).returncode == 0
         return running.health()["status"], passes, composed.returncode == 0, composed.stdout
 
-    one_place = {"COG_MAX_CONCURRENCY": "1"}
-    with server.running(environment=falcon_environment | processes.environment | one_place) as running:
+    variables = words.write(tmp_path) | processes.environment | {"COG_MAX_CONCURRENCY": "1"}
+    waits = "import os\n        while not os.path.exists('ready'): time.sleep(0.01)"
+    (tmp_path / "predict.py").write_text(words.source().replace(words.SETUP, f"{words.SETUP}; {waits}"))
+    with server.running(folder=tmp_path, environment=variables) as running:
         while not running.port:
             time.sleep(0.01)
         assert observed() == ("STARTING", False, False, "")
+        (tmp_path / "ready").touch()
         running.wait_until_ready()
         assert observed() == ("READY", True, True, "")
         with httpx.stream("POST", f"{running.url}/predictions", json={"input": LONG}, headers=SSE) as stream:
@@ -275,7 +279,7 @@ class Site:
 
     def metric(self, name: str) -> int:
         """HAProxy's metric of the backend for predictions."""
-        text = httpx.get(self._metrics, trust_env=False).text
+        text = self.client.get(self._metrics).text
         (value,) = re.findall(rf'^haproxy_backend_{name}{{proxy="predictions"}} (\d+)$', text, re.MULTILINE)
         return int(value)
 
@@ -351,18 +355,6 @@ def haproxy(folder: Path, servers: str = "_cog._tcp.test") -> Iterator[Site]:
         assert process.poll() is None, log.read_text()
 
 
-@contextmanager
-def before_two_servers(folder: Path, variables: dict[str, str]) -> Iterator[tuple[Site, list[server.Server]]]:
-    with ExitStack() as stack:
-        servers = [stack.enter_context(server.running(environment=variables | ENVIRONMENT)) for _ in range(2)]
-        for each in servers:
-            each.wait_until_ready()
-        site = stack.enter_context(haproxy(folder))
-        site.names.ports = [each.port for each in servers]
-        site.wait("active_servers", 2)
-        yield site, servers
-
-
 @pytest.fixture(scope="module")
 def marked() -> Marked:
     """The processes of the servers behind HAProxy."""
@@ -370,11 +362,28 @@ def marked() -> Marked:
 
 
 @pytest.fixture(scope="module")
+def start(
+    marked: Marked, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[], AbstractContextManager[server.Server]]:
+    """Starts one of them: Cog's, without a model, for HAProxy sees no texts."""
+    folder = tmp_path_factory.mktemp("words")
+    # an answer of 2,048 words lasts a minute
+    variables = words.write(folder, seconds=0.03) | marked.environment | ENVIRONMENT
+    return lambda: server.running(folder=folder, environment=variables)
+
+
+@pytest.fixture(scope="module")
 def started(
-    falcon_environment: dict[str, str], marked: Marked, tmp_path_factory: pytest.TempPathFactory
+    start: Callable[[], AbstractContextManager[server.Server]], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Site, list[server.Server]]]:
-    with before_two_servers(tmp_path_factory.mktemp("haproxy"), falcon_environment | marked.environment) as both:
-        yield both
+    with ExitStack() as stack:
+        servers = [stack.enter_context(start()) for _ in range(2)]
+        for each in servers:
+            each.wait_until_ready()
+        site = stack.enter_context(haproxy(tmp_path_factory.mktemp("haproxy")))
+        site.names.ports = [each.port for each in servers]
+        site.wait("active_servers", 2)
+        yield site, servers
 
 
 @pytest.fixture
@@ -556,17 +565,19 @@ def test_a_client_that_leaves_before_its_answer_ends_its_prediction(site: Site) 
 @needs_haproxy
 @pytest.mark.slow
 def test_servers_may_die_and_come_back(
-    site: Site, servers: list[server.Server], falcon_environment: dict[str, str], marked: Marked
+    site: Site,
+    servers: list[server.Server],
+    start: Callable[[], AbstractContextManager[server.Server]],
+    marked: Marked,
 ) -> None:
     """The last of the site's tests: afterwards there is no server behind it."""
-    variables = falcon_environment | marked.environment
     with ThreadPoolExecutor(96) as clients:
 
-        def start(prefix: str, count: int, max_tokens: int) -> dict[str, "Future[str]"]:
-            ids = [f"{prefix}-{number}" for number in range(count)]
-            return {name: clients.submit(site.end_of, name, max_tokens) for name in ids}
+        def ask_all(prefix: str) -> dict[str, "Future[str]"]:
+            ids = [f"{prefix}-{number}" for number in range(96)]
+            return {name: clients.submit(site.end_of, name, 64) for name in ids}
 
-        running = start("antes", 96, 64)
+        running = ask_all("antes")
         site.wait("current_queue", 1, 32)
         os.killpg(os.getpgid(http_process(marked, servers[0]).pid), signal.SIGKILL)
         ends = {name: future.result() for name, future in running.items()}
@@ -576,7 +587,7 @@ def test_servers_may_die_and_come_back(
         assert len(failed) <= 64 and {ends[name] for name in failed} <= {"cut", "502"}
         assert len({site.logged(name)[0] for name in failed}) == 1
 
-        with server.running(environment=variables | ENVIRONMENT) as restarted:
+        with start() as restarted:
             while not restarted.port:
                 assert site.end_of("sin-ella", 8) == "succeeded"
             # HAProxy finds the server while it loads, as it does a container
@@ -585,7 +596,7 @@ def test_servers_may_die_and_come_back(
                 assert site.end_of("mientras", 8) == "succeeded"
             site.wait("active_servers", 2)
 
-            running = start("luego", 96, 64)
+            running = ask_all("luego")
             site.wait("current_queue", 1, 32)
             # the signal goes to this process alone, as from tini: the server ends what it runs
             stopped = http_process(marked, servers[1])

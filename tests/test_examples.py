@@ -1,4 +1,4 @@
-"""The programs of examples/, unmodified and as a user runs them, against the gateway with the embedded model.
+"""The programs of examples/, unmodified and as a user runs them, against the gateway.
 
 Those in JavaScript need node, and `npm ci` in a copy of their folder, which fetches the npm package `replicate` that
 package-lock.json names. Where node is missing, or that package cannot be fetched, they are skipped with a line.
@@ -10,14 +10,16 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from cli import server
 from llm.weights.settings import ROOT
+from tests.support import words
 from tests.support.gateway import MODEL, Gateway
 from tests.support.network import free_port
 from tests.support.prediction import signature
@@ -42,28 +44,39 @@ globalThis.fetch = (address, options) => fetch(here(address), options);
 Answer = Callable[[str], str]
 
 
+@pytest.fixture(scope="module")
+def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+    """A stand-in for Replicate to which a predictor with our inputs, and without a model, was pushed."""
+    folder = tmp_path_factory.mktemp("words")
+    with server.running(folder=folder, environment=words.write(folder)) as running:
+        running.wait_until_ready()
+        with Gateway(running.url) as gateway:
+            gateway.publish()
+            yield gateway
+
+
 @pytest.fixture
-def folder(tmp_path: Path, demo_gateway: Gateway) -> Path:
+def folder(tmp_path: Path, gateway: Gateway) -> Path:
     """A copy of examples/, with the token in .env beside it."""
     shutil.copytree(EXAMPLES, tmp_path / "examples", ignore=shutil.ignore_patterns("node_modules"))
-    (tmp_path / ".env").write_text(f"REPLICATE_API_TOKEN={demo_gateway.token}\n")
+    (tmp_path / ".env").write_text(f"REPLICATE_API_TOKEN={gateway.token}\n")
     return tmp_path / "examples"
 
 
 @pytest.fixture
-def environment(demo_gateway: Gateway) -> dict[str, str]:
-    variables = {**os.environ, "REPLICATE_BASE_URL": demo_gateway.url}
+def environment(gateway: Gateway) -> dict[str, str]:
+    variables = {**os.environ, "REPLICATE_BASE_URL": gateway.url}
     variables.pop("REPLICATE_API_TOKEN", None)
     return variables
 
 
 @pytest.fixture
-def answer(demo_gateway: Gateway) -> Answer:
+def answer(gateway: Gateway) -> Answer:
     """The service's answer to a question that the test asked once."""
-    before = set(demo_gateway.predictions)
+    before = set(gateway.predictions)
 
     def answer(question: str) -> str:
-        asked = [prediction.shown() for id, prediction in demo_gateway.predictions.items() if id not in before]
+        asked = [prediction.shown() for id, prediction in gateway.predictions.items() if id not in before]
         (text,) = ("".join(shown["output"]) for shown in asked if shown["input"]["pregunta"] == question)
         assert text
         return text
@@ -91,7 +104,7 @@ def test_many_answers_at_once(folder: Path, environment: dict[str, str], answer:
     assert shown == "".join(f"{question}\n{answer(question)}\n\n" for question in questions)
 
 
-def test_a_webhook_is_checked(folder: Path, environment: dict[str, str], demo_gateway: Gateway, answer: Answer) -> None:
+def test_a_webhook_is_checked(folder: Path, environment: dict[str, str], gateway: Gateway, answer: Answer) -> None:
     port = free_port()
     forged: list[int] = []
 
@@ -102,7 +115,7 @@ def test_a_webhook_is_checked(folder: Path, environment: dict[str, str], demo_ga
     def tunnel(headers: Headers, body: str) -> int:
         unsigned = {name: value for name, value in headers.items() if name != "webhook-signature"}
         timestamp = str(int(headers["webhook-timestamp"]) - 301)
-        signed = signature(demo_gateway.webhook_secret, headers["webhook-id"], timestamp, body)
+        signed = signature(gateway.webhook_secret, headers["webhook-id"], timestamp, body)
         old = {**headers, "webhook-timestamp": timestamp, "webhook-signature": signed}
         forged.extend([post(headers, body.replace("a", "e")), post(unsigned, body), post(old, body)])
         return post(headers, body)
@@ -126,10 +139,10 @@ def test_the_webhook_example_asks_for_its_address() -> None:
     assert result.stderr == "Falta la dirección en la que Replicate encuentra este ordenador, https://…\n"
 
 
-def test_an_answer_with_curl(folder: Path, environment: dict[str, str], demo_gateway: Gateway, answer: Answer) -> None:
+def test_an_answer_with_curl(folder: Path, environment: dict[str, str], gateway: Gateway, answer: Answer) -> None:
     refused = subprocess.run([folder / "curl.sh"], env=environment, capture_output=True, text=True)
     assert refused.returncode and "export REPLICATE_API_TOKEN=r8_..." in refused.stderr
-    shown = json.loads(printed([folder / "curl.sh"], {**environment, **demo_gateway.environment}, folder))
+    shown = json.loads(printed([folder / "curl.sh"], {**environment, **gateway.environment}, folder))
     assert shown["status"] == "succeeded" and "".join(shown["output"]) == answer(QUESTION)
 
 

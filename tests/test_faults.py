@@ -1,5 +1,6 @@
-"""A fault of one client, or in one answer, costs no other client: on the real server."""
+"""A fault of one client, or in one answer, costs no other client."""
 
+import asyncio
 import json
 import socket
 import threading
@@ -13,7 +14,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from cli import schema, server
+from llm.errors import UserError
 from llm.weights.settings import ROOT
+from predict import Predictor
 from tests.support import checkpoints
 from tests.support.client import GREEDY, Client
 from tests.support.processes import FINALLY
@@ -67,7 +70,7 @@ def test_clients_that_read_a_byte_a_second_delay_no_other(falcon_server: Client)
 
     with ExitStack() as connections, ThreadPoolExecutor(places) as threads:
         connections.callback(finished.set)
-        opened = threads.map(lambda _: slow_stream(falcon_server, 100), range(places))
+        opened = threads.map(lambda _: slow_stream(falcon_server, 40), range(places))
         slow_streams = [connections.enter_context(slow) for slow in opened]
         reading = threads.submit(read_slowly)
         assert list(threads.map(answered, range(4))) == [alone] * 4
@@ -77,15 +80,12 @@ def test_clients_that_read_a_byte_a_second_delay_no_other(falcon_server: Client)
         # their own answers are whole
         for slow in slow_streams:
             remainder = slow.makefile("r", encoding="utf-8").read()
-            assert '"output_token_count":100' in remainder
+            assert '"output_token_count":40' in remainder
             assert '"status":"succeeded"' in remainder
 
 
-def served(folder: Path) -> Iterator[Client]:
-    environment = {"MODEL_ID": folder.name, "WEIGHTS_DIR": str(folder.parent), "DTYPE": "float32"}
-    with server.running(environment=environment) as running:
-        running.wait_until_ready()
-        yield Client(running)
+def environment(folder: Path) -> dict[str, str]:
+    return {"MODEL_ID": folder.name, "WEIGHTS_DIR": str(folder.parent), "DTYPE": "float32"}
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,9 @@ def parrot(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
     silent = ("dense.weight", "dense.bias", "dense_4h_to_h.weight", "dense_4h_to_h.bias")
     weights = {name: t.zero_() if name.endswith(silent) else t for name, t in load_file(file).items()}
     save_file(weights, file, {"format": "pt"})
-    yield from served(folder)
+    with server.running(environment=environment(folder)) as running:
+        running.wait_until_ready()
+        yield Client(running)
 
 
 # the second may begin at each token and never ends; of the third, the first text matches at once
@@ -135,28 +137,63 @@ def test_an_empty_answer_is_a_success_without_text(parrot: Client, end: str, sto
     assert names[-1] == "completed"
 
 
-@pytest.fixture(scope="module")
-def mismatched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
-    """A server whose tokenizer has a token more than its model, and whose chat template needs a system message."""
-    folder = checkpoints.llama(tmp_path_factory.mktemp("weights") / "mismatched")
+@pytest.fixture
+def mismatched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Predictor:
+    """predict.py's own class, whose tokenizer has a token more than its model and a chat template that needs a system
+    message."""
+    folder = checkpoints.llama(tmp_path / "mismatched")
     tokenizer = checkpoints.tokenizer()
     tokenizer.add_tokens(["zapatófono"])
     tokenizer.chat_template = "{{ raise_exception('First message must be system') }}"
     tokenizer.save_pretrained(folder)
-    yield from served(folder)
+    for name, value in environment(folder).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(asyncio, "run_coroutine_threadsafe", asyncio.run_coroutine_threadsafe)
+    predictor = Predictor()
+    predictor.setup()
+    return predictor
 
 
-def test_a_chat_template_that_fails_is_reported_in_setup_and_where_it_is_needed(mismatched: Client) -> None:
+def answer(predictor: Predictor, pregunta: str, **inputs: Any) -> Iterator[str]:
+    """What Cog runs for a prediction: the answer's chunks. Raises UserError where it is refused before it begins."""
+    defaults = {"max_tokens": 2, "top_p": 1.0, "top_k": 0, "stop_sequences": None, "seed": 1, "prompt_template": None}
+    plain = {"temperature": 0.0, "repetition_penalty": 1.0}
+    chunks: Any = asyncio.run(predictor.predict(pregunta, **{**defaults, **plain, **inputs}))
+    return iter(chunks)
+
+
+def test_a_chat_template_that_fails_is_reported_in_setup_and_where_it_is_needed(
+    capsys: pytest.CaptureFixture[str], mismatched: Predictor
+) -> None:
     line = "La plantilla de chat de este modelo falla (First message must be system): indique prompt_template"
-    assert line in mismatched.get("/health-check")["setup"]["logs"]
-    assert server.error_text(mismatched.predict(pregunta="hola").json()["error"]) == line
-    text_of(mismatched.predict(pregunta="hola", max_tokens=2, **GREEDY).json())
+    assert f"Sin prompt_template ninguna pregunta tendrá respuesta. {line}\n" in capsys.readouterr().out
+    with pytest.raises(UserError) as error:
+        answer(mismatched, "hola")
+    assert str(error.value) == line
+    assert "".join(answer(mismatched, "hola", prompt_template="{pregunta}"))
 
 
-def test_a_token_that_the_model_lacks_fails_only_its_request(mismatched: Client) -> None:
-    with mismatched.stream(pregunta="Once", max_tokens=100, **GREEDY) as events:
-        assert any(name == "output" for name, _ in events)
-        refused = mismatched.predict(pregunta="Mi zapatófono", **GREEDY).json()
-        *_, (_, end) = events
-    assert server.error_text(refused["error"]).startswith("El modelo no tiene el token «zapatófono» de su tokenizador")
-    assert (end["status"], end["metrics"]["output_token_count"]) == ("succeeded", 100)
+def test_a_token_that_the_model_lacks_fails_only_its_request(
+    mismatched: Predictor, capsys: pytest.CaptureFixture[str]
+) -> None:
+    template = "{pregunta}"
+    chunks = answer(mismatched, "Once", max_tokens=100, prompt_template=template)
+    assert next(chunks)
+    with pytest.raises(UserError, match=r"^El modelo no tiene el token «zapatófono» de su tokenizador"):
+        answer(mismatched, "Mi zapatófono", prompt_template=template)
+    assert list(chunks)
+    assert " 100 de salida" in capsys.readouterr().out
+
+
+def test_the_health_check_of_a_lost_engine_says_why(mismatched: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone() -> None:
+        raise SystemExit("fuera")
+
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    monkeypatch.setattr(mismatched.engine, "_step", gone)
+    line = r"^El motor se detuvo \(fuera\): hay que reiniciar el servidor$"
+    assert asyncio.run(mismatched.healthcheck())
+    with pytest.raises(UserError, match=line):
+        list(answer(mismatched, "hola", prompt_template="{pregunta}"))
+    with pytest.raises(UserError, match=line):
+        asyncio.run(mismatched.healthcheck())

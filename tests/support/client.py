@@ -1,6 +1,7 @@
 """An HTTP client of the running server."""
 
 import json
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +18,8 @@ LONG = {"pregunta": "Once upon a time", "temperature": 0, "max_tokens": 2048, "p
 SHORT = {**LONG, "max_tokens": 8}
 SSE = {"Accept": "text/event-stream"}
 """The headers that ask for a stream."""
+_SECONDS_BETWEEN = 0.005
+"""Before a request that found no place is repeated."""
 
 
 class Client:
@@ -36,7 +39,7 @@ class Client:
     def predict(self, **inputs: Any) -> httpx.Response:
         """The prediction, once it is over."""
         while (response := self.predict_if_free(**inputs)).status_code == httpx.codes.CONFLICT:
-            continue
+            time.sleep(_SECONDS_BETWEEN)
         return response
 
     def predict_if_free(self, **inputs: Any) -> httpx.Response:
@@ -58,3 +61,4 @@ class Client:
                     assert response.status_code == httpx.codes.OK, response.read()
                     yield events.read(response.iter_bytes())
                     return
+            time.sleep(_SECONDS_BETWEEN)

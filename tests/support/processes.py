@@ -17,6 +17,8 @@ class Marked:
 
     def __init__(self) -> None:
         self._mark = uuid.uuid4().hex
+        # a system rounds the times at which processes start
+        self._began = time.time() - 5
         self.environment = {"TEST_MARK": self._mark}
 
     def alive(self, command: str = "") -> list[psutil.Process]:
@@ -24,6 +26,9 @@ class Marked:
         alive = []
         for process in psutil.process_iter():
             with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+                # known once it has been asked for; a process's environment is read anew each time
+                if process.create_time() < self._began:
+                    continue
                 if process.environ().get("TEST_MARK") == self._mark and command in " ".join(process.cmdline()):
                     alive.append(process)
         return alive
