@@ -407,13 +407,17 @@ def test_a_vocabulary_may_be_smaller_than_the_width() -> None:
     assert rows.chosen.tolist() == expected.tolist()
 
 
+@pytest.mark.parametrize("largest", [0, 100])
 @pytest.mark.parametrize("seed", range(3))
-def test_a_row_that_draws_from_the_whole_vocabulary_changes_no_other(seed: int) -> None:
-    """Nor does the number of rows change what it draws."""
+def test_a_row_that_draws_from_the_whole_vocabulary_changes_no_other(
+    seed: int, largest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where more tokens tie than the others sort. Nor does the number of rows change what it draws."""
+    monkeypatch.setattr(kernels, "MANY_BLOCK", 128)
     of_all = [Sampling(0.8, 0.9, 0), Sampling(1.2, 1.0, 100), Sampling(temperature=1.5, top_k=65)]
     samplings = [replace(each, seed=7 * seed + row) for row, each in enumerate((SAMPLINGS + of_all) * 2)]
     rows = Rows(samplings, seed)
-    rows.logits = rows.logits.bfloat16().float()
+    rows.logits = rows.logits.bfloat16().float().clamp(max=largest)
     positions, history = rows.positions.clone(), rows.history.clone()
     own = [VOCABULARY if each in of_all else 128 for each in (SAMPLINGS + of_all) * 2]
     after = rows.positions + rows.active
