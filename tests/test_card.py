@@ -19,7 +19,7 @@ from llm.devices.model import Model
 from llm.engine.engine import Engine
 from llm.engine.sequence import Request, Sampling
 from llm.words import Say
-from tests.support import checkpoints, tiny
+from tests.support import checkpoints, company, tiny
 from tests.support.answers import tokens_of
 from tests.support.processes import until
 
@@ -133,6 +133,29 @@ def test_the_same_seed_gives_the_same_text_and_cancels_leave_no_row(tmp_path: Pa
                 tokens_of(generation)
     until(lambda: not engine.running)
     assert [tokens_of(engine.generate(request)) for request in requests] == alone
+
+
+@pytest.mark.parametrize("name", ["falcon", "llama"])
+def test_where_it_is_asked_for_tokens_and_logits_do_not_depend_on_company(tmp_path: Path, name: str) -> None:
+    """200 requests of 1 to 1,500 tokens, alone, then arriving at random beside others that are cancelled."""
+    if not is_ampere(GPU):
+        pytest.skip("this GPU has no kernels")
+    # heads, layers and outputs as of falcon-rw-1b and of a Llama with as many parameters, with fewer layers
+    if name == "falcon":
+        folder = checkpoints.falcon(tmp_path / name, layers=4, width=2048, heads=32)
+    else:
+        size = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 4, "num_attention_heads": 32}
+        sizes = tiny.SIZE | size | {"max_position_embeddings": 2048, "initializer_range": 0.02}
+        torch.manual_seed(0)
+        llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_key_value_heads=4))
+        folder = tiny.save(tmp_path / name, llama)
+    lines: list[str] = []
+    model = Model.read(folder, torch.bfloat16, say=lines.append, batch_invariant=True)
+    assert model.batch_invariant, lines
+    model.stop_ids = frozenset()
+    lengths = (1, 2, 15, 16, 17, 33, 64, 100, 257, 700, 1500)
+    compared = company.compare(model, count=200, most_tokens=60, context=1600, lengths=lengths)
+    assert compared == {"tokens": 200, "logits": 200, "requests": 200}
 
 
 @pytest.mark.parametrize("gigabytes", [15.8, 23.6])

@@ -5,6 +5,7 @@ Without a GPU Triton interprets them, on tensors of the CPU: see conftest.py. Wh
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from llm.engine.sampling import NOT_A_NUMBER, SamplingRows, penalize, sample
+from llm.engine.sampling import NOT_A_NUMBER, SamplingRows, penalize, sample, sample_each
 from llm.engine.sequence import Sampling
 
 pytest.importorskip("triton")
@@ -139,6 +140,35 @@ def test_a_split_beyond_the_position_is_neither_written_nor_read(monkeypatch: py
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "key_heads"), [(2, 2), (6, 2), (8, 1)])
+def test_a_prompts_attention_has_the_same_bits_however_it_is_cut(
+    dtype: torch.dtype, heads: int, key_heads: int
+) -> None:
+    length, block = 100, 16
+    queries = randn(1, heads, length, 64, dtype=dtype, seed=1)
+    keys, values = (randn(3, key_heads, 200, 64, dtype=dtype, seed=seed) for seed in (2, 3))
+    bias = randn(1, heads, 1, 400, dtype=dtype, seed=4)
+
+    def attended(*chunks: tuple[int, int, int]) -> Tensor:
+        """Chunks of a row each, from one position to another, in one pass; of the last of them."""
+        places = [
+            (row, position if position < end else -1)
+            for row, start, end in chunks
+            for position in range(start, end + -(end - start) % block)
+        ]
+        rows, positions = torch.tensor(places, device=DEVICE).T.contiguous()
+        tokens = kernels.RaggedTokens(rows, positions, block)
+        _, start, end = chunks[-1]
+        first = len(places) - (end - start) - -(end - start) % block
+        return tokens.attend(queries[:, :, positions], keys, values, bias, 0.125)[:, :, first : first + end - start]
+
+    whole = attended((1, 0, length))
+    for cuts in ([0, 1, 20, 100], [0, 63, 81, 100]):
+        parts = [attended((2, 5, 30), (0, 0, end), (1, start, end)) for start, end in pairwise(cuts)]
+        assert torch.equal(torch.cat(parts, 2), whole), cuts
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_keys_and_values_are_written_at_the_place_of_each_token(dtype: torch.dtype) -> None:
     tokens = tokens_of(300, block=16)
     keys, values = (randn(1, 48, 2, 80, dtype=dtype, seed=seed).transpose(1, 2) for seed in (1, 2))
@@ -198,25 +228,10 @@ SHAPES = [(2048, 16, 512), (2048, 50, 700), (6144, 48, 24), (6144, 70, 300), (81
 
 @pytest.fixture(autouse=True)
 def interpreted_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the interpreter: it takes the bits of bfloat16 for integers, and numpy's sums are in another order for more
-    rows."""
-    if DEVICE == "cuda":
-        return
-    np = pytest.importorskip("numpy")
+    if DEVICE == "cpu":
+        from tests.support import interpreter
 
-    def numbers(values: Any) -> Any:
-        values = (values.astype(np.uint32) << 16).view(np.float32) if values.dtype == np.uint16 else values
-        return values.astype(np.float32)
-
-    def matmul(a: Any, b: Any, dtype: Any) -> Any:
-        """One in feature after the other."""
-        a, b = numbers(a), numbers(b)
-        sums = np.zeros((*a.shape[:-1], b.shape[-1]), np.float32)
-        for k in range(a.shape[-1]):
-            sums += a[..., k, None] * b[..., k, None, :]
-        return sums
-
-    monkeypatch.setattr(np, "matmul", matmul)
+        interpreter.sum_in_one_order(monkeypatch)
 
 
 def of_tile(outs: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,6 +282,39 @@ def test_a_tokens_product_has_the_same_bits_in_any_company(
     for count in (5, 16, 17, 32):
         same = kernels.linear(x[:1].repeat(count, 1), weight, None)
         assert (same == together[:1]).all(), count
+
+
+# Linear layers of many tokens
+
+# out and in: whole tiles and not, and in features that are fewer than a tile's
+SHAPES_OF_MANY = [(128, 128), (130, 200), (40, 24)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("outs", "ins"), SHAPES_OF_MANY)
+@pytest.mark.parametrize("tokens", [1, 64, 150])
+def test_a_product_of_many_tokens_is_that_of_torch(dtype: torch.dtype, outs: int, ins: int, tokens: int) -> None:
+    x, weight = randn(1, tokens, ins, dtype=dtype, seed=1), randn(outs, ins, dtype=dtype, seed=2)
+    bias = randn(outs, dtype=dtype, seed=3) if tokens > 1 else None
+    result = kernels.prefill_linear(x, weight, bias)
+    exact = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    assert result.dtype == dtype and result.shape == (1, tokens, outs)
+    assert ((result.double() - exact).abs() <= rounding(exact, dtype) + 1e-6 * math.sqrt(ins)).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("outs", "ins"), SHAPES_OF_MANY)
+def test_a_tokens_product_has_the_same_bits_among_any_number(dtype: torch.dtype, outs: int, ins: int) -> None:
+    x, weight = randn(150, ins, dtype=dtype, seed=1), randn(outs, ins, dtype=dtype, seed=2)
+    # less the rounded product of one token: what remains of its own shows bits that are rounded away
+    bias = -kernels.prefill_linear(x[:1], weight, None)[0]
+    together = kernels.prefill_linear(x, weight, bias)
+    for count in (1, 16, 65, 149):
+        for start in (0, 3, 150 - count):
+            part = slice(start, start + count)
+            assert torch.equal(kernels.prefill_linear(x[part], weight, bias), together[part]), (count, start)
+    same = kernels.prefill_linear(x[:1].repeat(130, 1), weight, bias)
+    assert (same == together[:1]).all()
 
 
 # The next ids
@@ -382,6 +430,32 @@ def test_a_vocabulary_may_be_smaller_than_the_width() -> None:
     expected = rows.expected(100)
     rows.choose(100)
     assert rows.chosen.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("largest", [0, 100])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_row_that_draws_from_the_whole_vocabulary_changes_no_other(
+    seed: int, largest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where more tokens tie than the others sort. Nor does the number of rows change what it draws."""
+    monkeypatch.setattr(kernels, "MANY_BLOCK", 128)
+    of_all = [Sampling(0.8, 0.9, 0), Sampling(1.2, 1.0, 100), Sampling(temperature=1.5, top_k=65)]
+    samplings = [replace(each, seed=7 * seed + row) for row, each in enumerate((SAMPLINGS + of_all) * 2)]
+    rows = Rows(samplings, seed)
+    rows.logits = rows.logits.bfloat16().float().clamp(max=largest)
+    positions, history = rows.positions.clone(), rows.history.clone()
+    own = [VOCABULARY if each in of_all else 128 for each in (SAMPLINGS + of_all) * 2]
+    after = rows.positions + rows.active
+    expected = sample_each(rows.logits, rows.padded, rows.sampling, after, own)
+    rows.choose(VOCABULARY)
+    assert rows.chosen.tolist() == expected.tolist()
+    assert torch.equal(rows.positions, after)
+    for row, width in enumerate(own):
+        alone = Rows(samplings[row : row + 1], seed)
+        alone.logits, alone.history = rows.logits[row : row + 1], history[row : row + 1]
+        alone.positions, alone.active = positions[row : row + 1].clone(), rows.active[row : row + 1]
+        alone.choose(width)
+        assert alone.chosen.tolist() == expected[row : row + 1].tolist()
 
 
 def test_a_token_that_the_temperature_makes_tie_with_the_last_of_top_k_may_be_drawn() -> None:

@@ -22,6 +22,7 @@ NAMES = (
     "MAX_CONTEXT",
     "SHARE_PREFIXES",
     "KERNELS",
+    "BATCH_INVARIANT",
     "REPLICATE_API_TOKEN",
 )
 
@@ -115,6 +116,7 @@ def test_an_env_that_is_no_file_is_named(tmp_path: Path, make: Callable[[Path], 
         ("SHARE_PREFIXES", "no", "SHARE_PREFIXES=no no vale: ponga 1 o 0"),
         ("SHARE_PREFIXES", "00", "SHARE_PREFIXES=00 no vale"),
         ("KERNELS", "2", "KERNELS=2 no vale: ponga 1 o 0"),
+        ("BATCH_INVARIANT", "sí", "BATCH_INVARIANT=sí no vale: ponga 1 o 0"),
         ("MODEL_REVISION", "uno\ndos", "MODEL_REVISION lleva caracteres que no se ven"),
         ("WEIGHTS_DIR", "~nadie-asi/x", "WEIGHTS_DIR=~nadie-asi/x no lleva a ninguna carpeta"),
         ("HF_TOKEN", "hf_uno dos", "HF_TOKEN lleva espacios"),
@@ -168,6 +170,15 @@ def test_a_switch_is_on_unless_switched_off(tmp_path: Path, monkeypatch: pytest.
     for value in ("1", ""):
         monkeypatch.setenv(name, value)
         assert is_on()
+
+
+def test_batch_invariance_is_off_unless_switched_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not Settings.read(tmp_path).batch_invariant
+    (tmp_path / ".env").write_text("BATCH_INVARIANT=1\n")
+    assert Settings.read(tmp_path).batch_invariant
+    for value in ("0", ""):
+        monkeypatch.setenv("BATCH_INVARIANT", value)
+        assert not Settings.read(tmp_path).batch_invariant
 
 
 @pytest.mark.parametrize("model_id", ["MiModelo", "alguien/MiModelo"])

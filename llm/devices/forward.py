@@ -12,6 +12,9 @@ from torch import Tensor, nn
 class Ragged(Protocol):
     """The tokens of a ragged pass, each with a row of the cache and a position of its own: see kernels.py."""
 
+    block: int
+    """So many tokens in line are of one row: 1 in a decode pass, more in a prefill pass."""
+
     def write(self, keys: Tensor, values: Tensor, cached_keys: Tensor, cached_values: Tensor) -> None:
         """Write each token's key and value to the cache of a layer."""
 

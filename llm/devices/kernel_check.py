@@ -1,21 +1,23 @@
 """Which kernels a GPU uses. Nothing is trusted that this card has not shown: at start each kernel runs beside the
 operations that it replaces, with the model's own shapes, and takes their place where its numbers agree and come sooner.
+Whoever asks that a text does not depend on its company asks for bits, not for speed: see make_batch_invariant.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain
+from itertools import chain, pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llm.devices import gpu, kernels
+from llm.devices import forward, gpu, kernels
 from llm.devices.attention import Heads
 from llm.words import Say, first_line, unsaid
 
@@ -33,6 +35,9 @@ TOKENS = (1, 8, 32)
 """Of a pass with which layers are tried."""
 ROWS, LONGEST, CHUNK = 8, 2048, 256
 """Rows, positions of each, and tokens of a prompt, with which attention is tried."""
+DECODED = range(1, kernels.MOST_TOKENS + 1)
+PREFILLED = (1, 16, 48, 64, 80, 256, 272)
+"""Tokens of a pass in which a token's bits are compared."""
 
 
 @dataclass(frozen=True)
@@ -126,37 +131,50 @@ def layers(network: nn.Module, seconds: Seconds = on_device, say: Say = unsaid) 
 
     Returns how many layers are, of how many of these sorts.
     """
+    kinds = _kinds(network)
+    candidates = [[_of_layers(modules, tokens, _with_kernel(modules[0])) for tokens in TOKENS] for modules in kinds]
+    failures = compile_at_once([*chain.from_iterable(candidates)], next(network.parameters()).device)
+    if (first := next(iter(failures), None)) and all(failures):
+        raise first  # nothing compiles here: one reason instead of one for each kind
+    use_kernels = 0
+    for modules, of_kind in zip(kinds, candidates, strict=True):
+        if proven(of_kind, seconds, say):
+            use_kernels += len(modules)
+            for module in modules:
+                module.forward = partial(_with_kernel(module), module)
+    return use_kernels, sum(map(len, kinds))
+
+
+def _kinds(network: nn.Module) -> list[list[nn.Module]]:
+    """The norms and the linear layers, those of one type and shape together."""
     kinds: dict[tuple[object, ...], list[nn.Module]] = {}
     for module in network.modules():
         if type(module) is nn.Linear or _is_norm(module):
             shapes = tuple((name, tensor.shape) for name, tensor in module.named_parameters(recurse=False))
             kinds.setdefault((type(module), shapes), []).append(module)
-    candidates = [[_of_layers(modules, tokens) for tokens in TOKENS] for modules in kinds.values()]
-    failures = compile_at_once([*chain.from_iterable(candidates)], next(network.parameters()).device)
-    if (first := next(iter(failures), None)) and all(failures):
-        raise first  # nothing compiles here: one reason instead of one for each kind
-    use_kernels = 0
-    for modules, of_kind in zip(kinds.values(), candidates, strict=True):
-        if proven(of_kind, seconds, say):
-            use_kernels += len(modules)
-            for module in modules:
-                module.forward = partial(_with_kernel(module), module)
-    return use_kernels, sum(map(len, kinds.values()))
+    return [*kinds.values()]
 
 
-def _of_layers(modules: list[nn.Module], tokens: int) -> Candidate:
+def _of_layers(modules: list[nn.Module], tokens: int, with_kernel: Callable[[Any, Tensor], Tensor]) -> Candidate:
     """One layer after another of the same kind, so that no weight is still in the GPU's cache from the last turn."""
-    with_kernel = _with_kernel(modules[0])
-    weight: Any = modules[0].weight
-    width = weight.shape[-1]
-    x = torch.randn(1, tokens, width, generator=torch.Generator(weight.device).manual_seed(0), device=weight.device)
-    x = x.to(weight.dtype)
+    x = _inputs(modules[0], tokens)
     return Candidate(
-        f"{type(modules[0]).__name__} de {' x '.join(map(str, weight.shape))}, tokens: {tokens}",
+        f"{type(modules[0]).__name__} de {_shape(modules[0])}, tokens: {tokens}",
         kernel=lambda: [with_kernel(module, x) for module in modules][-1],
         operations=lambda: [module(x) for module in modules][-1],
         exact=lambda: deepcopy(modules[-1]).float()(x.float()),
     )
+
+
+def _shape(layer: Any) -> str:
+    return " x ".join(map(str, layer.weight.shape))
+
+
+def _inputs(layer: Any, tokens: int) -> Tensor:
+    """Random ones, (1, tokens, in features)."""
+    device, width = layer.weight.device, layer.weight.shape[-1]
+    x = torch.randn(1, tokens, width, generator=torch.Generator(device).manual_seed(0), device=device)
+    return x.to(layer.weight.dtype)
 
 
 def _with_kernel(layer: nn.Module) -> Callable[[Any, Tensor], Tensor]:
@@ -184,6 +202,91 @@ def _is_norm(module: nn.Module) -> bool:
         return module.weight is not None and len(module.normalized_shape) == 1
     has_eps = hasattr(module, "variance_epsilon") or hasattr(module, "eps")
     return type(module).__name__.endswith("RMSNorm") and has_eps and getattr(module, "weight", None) is not None
+
+
+def make_batch_invariant(
+    network: nn.Module, heads: Heads, context: int, has_bias: bool, device: torch.device, say: Say = unsaid
+) -> int:
+    """Have kernels compute every layer that sums, where each of them, and attention, is right and gives a token the
+    same bits whatever else a ragged pass computes.
+
+    Returns how many layers; 0 where not all of them can be computed so: then none is, and a line says why.
+    """
+    kinds = _kinds(network)
+    replaced = {*chain.from_iterable(kinds)}
+    others = (module for module in network.modules() if module not in replaced)
+    if module := next(filter(_may_sum, others), None):
+        say(f"Sin kernel para {type(module).__name__}")
+        return 0
+    length = min(context, LONGEST)
+    of_pass: list[tuple[int, Sequence[int]]] = [(1, DECODED), (kernels.FEWEST_QUERIES, PREFILLED)]
+    candidates = [make(heads, length, has_bias, device) for make in (_decode, _prefill)]
+    for modules in kinds:
+        for block, numbers in of_pass:
+            computed = _in_pass(modules[0], block)
+            candidates += [_of_layers(modules[:1], tokens, computed) for tokens in (numbers[0], numbers[-1])]
+    compile_at_once(candidates, device)
+    if not proven([replace(candidate, only_if_faster=False) for candidate in candidates], on_device, say):
+        return 0
+    for modules in kinds:
+        if not all(_keeps_bits(modules[0], *each) for each in of_pass):
+            say(f"El kernel para {type(modules[0]).__name__} de {_shape(modules[0])} cambia de bits en compañía")
+            return 0
+    if not _attention_keeps_bits(heads, length, has_bias, device):
+        say("El kernel para la atención cambia de bits en compañía")
+        return 0
+    for module in replaced:
+        module.forward = partial(_linear_of_current_pass if type(module) is nn.Linear else _norm, module)
+    return len(replaced)
+
+
+def _may_sum(module: nn.Module) -> bool:
+    """Whether what no kernel replaces may compute a sum: it has weights, as a mixture of experts or Conv1D has, and is
+    no table of them, or it is a norm without."""
+    has_weights = next(module.parameters(recurse=False), None) is not None
+    return not isinstance(module, nn.Embedding) and (has_weights or "Norm" in type(module).__name__)
+
+
+def _in_pass(layer: nn.Module, block: int) -> Callable[[Any, Tensor], Tensor]:
+    """The forward of such a layer in a ragged pass of this block: a function of the layer and its input.
+
+    All tokens of a prompt but the last are read by prefill passes, of whatever size, and the others by decode passes.
+    Each of the two has a kernel, which may sum in another order than the other: which one computes a token must not
+    depend on the number of tokens, and so on company.
+    """
+    if type(layer) is not nn.Linear:
+        return _norm
+    product = kernels.linear if block == 1 else kernels.prefill_linear
+    return lambda layer, x: product(x.contiguous(), layer.weight, layer.bias)
+
+
+def _linear_of_current_pass(layer: Any, x: Tensor) -> Tensor:
+    """A linear layer's forward where it is batch-invariant in ragged passes."""
+    pass_ = forward.current()
+    if pass_ is None or pass_.ragged is None:
+        return _linear(layer, x)
+    return _in_pass(layer, pass_.ragged.block)(layer, x)
+
+
+def _keeps_bits(layer: nn.Module, block: int, numbers: Sequence[int]) -> bool:
+    """Whether a token has the same bits in passes of so many tokens, at any place among them."""
+    computed = _in_pass(layer, block)
+    x = _inputs(layer, max(numbers))
+    token = x[:, :1].clone()
+    tried: list[Any] = [layer]
+    if type(layer) is nn.Linear:
+        # less the rounded product: what remains shows the bits of the sum that are rounded away
+        product = computed(SimpleNamespace(weight=layer.weight, bias=None), token)
+        tried.append(SimpleNamespace(weight=layer.weight, bias=-product[0, 0]))
+    for each in tried:
+        alone = computed(each, token)
+        for tokens in numbers:
+            for first in range(min(3, tokens)):
+                company = x[:, :tokens].clone()
+                company[:, first::3] = token
+                if not (computed(each, company)[:, first::3] == alone).all():
+                    return False
+    return True
 
 
 def attention(
@@ -253,6 +356,34 @@ def _prefill(heads: Heads, length: int, has_bias: bool, device: torch.device) ->
         return _attention(query, keys, values, cache.mask(positions[None]), dtype)
 
     return Candidate("la atención al leer", kernel, operations, lambda: operations(torch.float32), only_if_faster=False)
+
+
+def _attention_keeps_bits(heads: Heads, length: int, has_bias: bool, device: torch.device) -> bool:
+    """Whether a token's attention has the same bits however its prompt is cut, and whatever other rows a pass has."""
+    cache = _Cache(heads, length, has_bias, device)
+    queries, _, _ = cache.tokens(length)
+
+    def attended(block: int, *chunks: tuple[int, int, int]) -> list[Tensor]:
+        """Chunks of a row each, from one position to another, in one pass. Returns (1, heads, tokens, head size) of
+        each."""
+        padded = [[*range(start, end), *[-1] * (-(end - start) % block)] for _, start, end in chunks]
+        rows = [row for (row, _, _), its in zip(chunks, padded, strict=True) for _ in its]
+        positions = torch.tensor([*chain.from_iterable(padded)], device=device)
+        tokens = kernels.RaggedTokens(torch.tensor(rows, device=device), positions, block)
+        query = queries[:, :, positions]
+        output = tokens.attend(query, cache.keys, cache.values, cache.bias, heads.size**-0.5)
+        parts = output.split([*map(len, padded)], dim=2)
+        return [part[:, :, : end - start] for part, (_, start, end) in zip(parts, chunks, strict=True)]
+
+    block, end = kernels.FEWEST_QUERIES, min(CHUNK, length)
+    (whole,) = attended(block, (1, 0, end))
+    cuts = [0, 1, end // 3, end // 2 + 1, end]
+    parts = [attended(block, (0, 0, cut), (1, first, cut), (2, first, end))[1] for first, cut in pairwise(cuts)]
+    places = [(row, length * row // ROWS, length * row // ROWS + 1) for row in range(ROWS)]
+    together = attended(1, *places)
+    alone = [attended(1, place)[0] for place in places]
+    turned = attended(1, *reversed(places))[::-1]
+    return torch.equal(torch.cat(parts, 2), whole) and all(map(torch.equal, together + together, alone + turned))
 
 
 class _Cache:

@@ -393,15 +393,90 @@ def _sum_of_parts(sums, PARTS: tl.constexpr):
     return first + second
 
 
+# Linear layers of many tokens, where a token's bits may not depend on their number
+
+TILE_TOKENS, TILE_OUTS, TILE_INS = 64, 128, 64
+"""Tokens, outputs and in features of a tile. Four steps over the in features take 96 KiB of shared memory."""
+
+
+def prefill_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The product of a linear layer, for any number of tokens.
+
+    Shapes and dtypes are those of `linear`, and so is the promise: a token's bits are the same whatever the number of
+    the others and wherever it is among them. They are not those of `linear`, which may use other instructions.
+    """
+    out_features, in_features = weight.shape
+    tokens = x.numel() // in_features
+    result = x.new_empty(*x.shape[:-1], out_features)
+    # all tokens of a block of outputs, then those of the next: each weight comes from memory once
+    _prefill_linear[(triton.cdiv(tokens, TILE_TOKENS), triton.cdiv(out_features, TILE_OUTS))](
+        x,
+        weight,
+        weight if bias is None else bias,
+        result,
+        tokens,
+        in_features,
+        out_features,
+        HAS_BIAS=bias is not None,
+        TOKENS=TILE_TOKENS,
+        OUTS=TILE_OUTS,
+        INS=TILE_INS,
+        num_warps=4,
+        num_stages=4,
+    )
+    return result
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _prefill_linear(
+    x,
+    weight,
+    bias,
+    result,
+    tokens,
+    in_features,
+    out_features,
+    HAS_BIAS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    OUTS: tl.constexpr,
+    INS: tl.constexpr,
+):
+    """One program a tile: TOKENS tokens and OUTS outputs, INS in features after the other."""
+    rows = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
+    outs = (tl.program_id(1) * OUTS + tl.arange(0, OUTS)).to(tl.int64)
+    ins = tl.arange(0, INS)
+    # (TOKENS, INS) and (INS, OUTS)
+    inputs = x + rows[:, None] * in_features + ins[None, :]
+    weights = weight + outs[None, :] * in_features + ins[:, None]
+    is_token = (rows < tokens)[:, None]
+    is_out = (outs < out_features)[None, :]
+    sums = tl.zeros((TOKENS, OUTS), tl.float32)
+    for start in range(0, in_features, INS):
+        is_in = start + ins < in_features
+        some_inputs = tl.load(inputs + start, mask=is_token & is_in[None, :], other=0.0)
+        some_weights = tl.load(weights + start, mask=is_in[:, None] & is_out, other=0.0)
+        sums = tl.dot(some_inputs, some_weights, sums)
+    if HAS_BIAS:
+        sums += tl.load(bias + outs, mask=outs < out_features, other=0.0).to(tl.float32)[None, :]
+    tl.store(
+        result + rows[:, None] * out_features + outs[None, :],
+        sums.to(result.dtype.element_ty),
+        mask=is_token & is_out,
+    )
+
+
 # The next ids
 
 MOST_SORTED = 128
-"""Of the likeliest tokens of a row."""
+"""Of the likeliest tokens of a row, by one warp."""
+MANY_BLOCK = 1024
+"""Of more than these, so many after the other."""
 NOT_A_NUMBER = -1
 """That of llm.engine.sampling."""
 
 # what a kernel may read of its module
 _NOT_A_NUMBER = tl.constexpr(NOT_A_NUMBER)
+_MOST_SORTED = tl.constexpr(MOST_SORTED)
 _GAMMA = tl.constexpr(0x9E3779B97F4A7C15)
 _FIRST = tl.constexpr(0xBF58476D1CE4E5B9)
 _SECOND = tl.constexpr(0x94D049BB133111EB)
@@ -425,35 +500,44 @@ def choose(
 
     logits (rows, vocabulary) float32; history (rows, context) int64; positions (rows,) int64, those of the rows' last
     ids; active (rows,) bool; chosen (rows,) int64. The others are the fields of SamplingRows, (rows,) each. Chooses
-    what llm.engine.sampling.sample chooses at the same width.
+    what llm.engine.sampling.sample chooses at the same width, but for the order of sums over more than MOST_SORTED.
 
-    width: how many of the likeliest tokens are sorted, 0 where all rows are greedy, up to 128. To draw from a whole
-    vocabulary, width after width in one program, is for that function.
+    width: how many of the likeliest tokens are sorted, 0 where all rows are greedy; more than MOST_SORTED only for the
+    rows that need them. That function is faster then, but sums in an order that depends on the number of rows.
     """
     penalized = torch.empty_like(logits)
     penalize(logits, history, positions, repetition_penalty, penalized)
     largest, likeliest = penalized.max(-1)
-    # the temperature divides after it, and changes no order
-    top, ids = penalized.topk(width, dim=-1) if width else (penalized, likeliest)
-    _draw[(len(chosen),)](
-        top,
-        ids,
-        largest,
-        likeliest,
-        history,
-        positions,
-        active,
-        chosen,
-        temperature,
-        top_p,
-        top_k,
-        seed,
-        history.stride(0),
-        WIDTH=width,
-        BLOCK=triton.next_power_of_2(max(width, 1)),
-        # a row's 128 numbers are four a thread: to pass sums between warps would take longer
-        num_warps=1,
-    )
+    few = min(width, MOST_SORTED)
+    for its_width in sorted({few, width}):
+        # the temperature divides after it, and changes no order
+        top, ids = penalized.topk(its_width, dim=-1) if its_width else (penalized, likeliest)
+        _draw[(len(chosen),)](
+            top,
+            ids,
+            largest,
+            likeliest,
+            history,
+            positions,
+            active,
+            chosen,
+            temperature,
+            top_p,
+            top_k,
+            seed,
+            history.stride(0),
+            WIDTH=its_width,
+            **_draw_options(its_width),
+            OF_FEW=its_width == few,
+            OF_MANY=its_width == width,
+        )
+
+
+def _draw_options(width: int) -> dict[str, int]:
+    if width > MOST_SORTED:
+        return {"BLOCK": MANY_BLOCK, "num_warps": 4}
+    # a row's 128 numbers are four a thread: to pass sums between warps would take longer
+    return {"BLOCK": triton.next_power_of_2(max(width, 1)), "num_warps": 1}
 
 
 def penalize(logits: Tensor, history: Tensor, positions: Tensor, penalty: Tensor, out: Tensor) -> None:
@@ -504,25 +588,36 @@ def _draw(
     history_stride,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
+    OF_FEW: tl.constexpr,
+    OF_MANY: tl.constexpr,
 ):
     """One program a row: `nucleus` and `gumbel` of llm.engine.sampling, and the end of its `sample`.
 
     top (rows, WIDTH) float32 and ids (rows, WIDTH) int64: the largest logits, from the likeliest down, and where they
     are; not read where WIDTH is 0. largest (rows,) float32, likeliest (rows,) int64: the first of the largest logits.
+    OF_FEW, OF_MANY: whether it chooses for rows that need up to MOST_SORTED of them, and for those that need more.
     """
     row = tl.program_id(0).to(tl.int64)
     is_active = tl.load(active + row)
     after = tl.load(positions + row) + is_active.to(tl.int64)
     choice = tl.load(likeliest + row)
     heat = tl.load(temperature + row)
-    if WIDTH > 0:  # noqa: SIM102 - decided when it is compiled, the other by each row
-        if heat != 0:
+    kept_k = tl.load(top_k + row)
+    # see `sampling_width` there
+    needs_many = (heat != 0) & ((kept_k == 0) | (2 * kept_k > _MOST_SORTED))
+    mine = tl.where(needs_many, OF_MANY, OF_FEW)
+    # the widths are known when it is compiled, what each row needs is not
+    if WIDTH > _MOST_SORTED:
+        if mine & (heat != 0):
+            at, p = row * WIDTH, tl.load(top_p + row)
+            choice = _drawn_of_many(top + at, ids + at, heat, p, kept_k, tl.load(seed + row), after, WIDTH, BLOCK)
+    elif WIDTH > 0:  # noqa: SIM102
+        if mine & (heat != 0):
             columns = tl.arange(0, BLOCK)
             inside = columns < WIDTH
             row_ids = tl.load(ids + row * WIDTH + columns, mask=inside, other=0)
             logits = tl.load(top + row * WIDTH + columns, mask=inside, other=-float("inf"))
             # where the division makes a tie with the last of top_k, both are kept
-            kept_k = tl.load(top_k + row)
             last = tl.where((kept_k > 0) & (kept_k < WIDTH), kept_k, WIDTH) - 1
             divisor = tl.maximum(heat, 1e-4)
             logits = tl.div_rn(logits, divisor)
@@ -536,10 +631,57 @@ def _draw(
             choice = tl.load(ids + row * WIDTH + tl.argmax(scores, 0))
     # a NaN is the largest of any, and no comparison with one is true
     is_number = tl.abs(tl.load(largest + row)) < float("inf")
-    tl.store(chosen + row, tl.where(is_number, choice, _NOT_A_NUMBER))
+    tl.store(chosen + row, tl.where(is_number, choice, _NOT_A_NUMBER), mask=mine)
     # NOT_A_NUMBER is for the host to see; the embedding needs an id
-    tl.store(history + row * history_stride + after, tl.where(is_number, choice, 0), mask=is_active)
-    tl.store(positions + row, after)
+    tl.store(history + row * history_stride + after, tl.where(is_number, choice, 0), mask=is_active & mine)
+    tl.store(positions + row, after, mask=mine)
+
+
+@triton.jit
+def _drawn_of_many(top, ids, heat, top_p, top_k, seed, position, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """The id that a row draws from more tokens than a program sorts at once: as _draw, block after block.
+
+    top (WIDTH,) float32 and ids (WIDTH,) int64, from the likeliest down.
+    """
+    divisor = tl.maximum(heat, 1e-4)
+    high = tl.div_rn(tl.load(top), divisor)
+    last = tl.where((top_k > 0) & (top_k < WIDTH), top_k, WIDTH) - 1
+    least = tl.div_rn(tl.load(top + last), divisor)
+    columns = tl.arange(0, BLOCK)
+    total = 0.0
+    for start in range(0, WIDTH, BLOCK):
+        total += tl.sum(_powers(top, start + columns, divisor, high, least, WIDTH))
+    # how many are not cut, from the unlikeliest block up
+    kept = 0
+    tail = 0.0
+    for start in range((WIDTH - 1) // BLOCK * BLOCK, -1, -BLOCK):
+        shares = tl.div_rn(_powers(top, start + columns, divisor, high, least, WIDTH), total)
+        tails = tail + tl.cumsum(shares, 0, reverse=True)
+        kept += tl.sum(((tails > 1 - top_p) & (start + columns < WIDTH)).to(tl.int32))
+        tail += tl.sum(shares)
+    kept = tl.maximum(kept, 1)
+    total = 0.0
+    for start in range(0, kept, BLOCK):
+        total += tl.sum(_powers(top, start + columns, divisor, high, least, kept))
+    best = -float("inf")
+    choice = tl.load(ids)
+    for start in range(0, kept, BLOCK):
+        at = start + columns
+        its_ids = tl.load(ids + at, mask=at < kept, other=0)
+        shares = tl.div_rn(_powers(top, at, divisor, high, least, kept), total)
+        scores = tl.where(at < kept, tl.log(shares) + _gumbel(seed, position, its_ids), -float("inf"))
+        score = tl.max(scores)
+        winner = tl.load(ids + start + tl.argmax(scores, 0))
+        choice = tl.where(score > best, winner, choice)
+        best = tl.maximum(best, score)
+    return choice
+
+
+@triton.jit
+def _powers(top, at, divisor, high, least, end):
+    """The softmax's numerators of the tokens `at` (BLOCK,), 0 from `end` on and below top_k's last."""
+    logits = tl.div_rn(tl.load(top + at, mask=at < end, other=-float("inf")), divisor)
+    return tl.where((at < end) & (logits >= least), tl.exp(logits - high), 0.0)
 
 
 @triton.jit

@@ -38,6 +38,10 @@ RAGGED_PREFILL_CHUNK = 2048
 for attention with grouped queries: what torch does instead takes a gigabyte for each 1,024 tokens and 32 heads."""
 
 
+MAY_CHANGE = "En esta GPU un texto puede cambiar según qué otras preguntas haya a la vez"
+"""Where the user asked that it does not."""
+
+
 @dataclass(frozen=True)
 class Room:
     """What the memory holds of the key/value cache."""
@@ -83,7 +87,8 @@ class Model:
     row_paddings: Sequence[RowPadding] = ()
     """Those of its layers in a decode pass, where its attention knows of padding."""
     batch_invariant: bool = False
-    """On this processor the bits of a row do not depend on the other rows of a pass."""
+    """On this processor the bits of a row do not depend on the other rows of a pass. On a GPU only where the user asked
+    for that, and passes are ragged."""
     seconds: dict[str, float] = field(default_factory=dict)
     """What each part of getting ready took: here `load`, `pack` and `kernels`."""
 
@@ -100,7 +105,13 @@ class Model:
         threads = use_physical_cores()
         chosen = getattr(torch, settings.dtype) if settings.dtype else None
         model = cls.read(
-            weights.folder, chosen or best_dtype(), settings.max_context, say, linear.layout(chosen), settings.kernels
+            weights.folder,
+            chosen or best_dtype(),
+            settings.max_context,
+            say,
+            linear.layout(chosen),
+            settings.kernels,
+            settings.batch_invariant,
         )
         where = ", ".join(sorted({str(device) for device in model.token_bytes}))
         cores = f" con {threads} hilos" if model.device.type == "cpu" else ""
@@ -127,12 +138,13 @@ class Model:
         say: Say = unsaid,
         layout: type[PackedLinear] | None = None,
         kernels: bool = True,
+        batch_invariant: bool = False,
     ) -> "Model":
         """Read a folder onto one GPU, or onto the devices that accelerate chooses.
 
         dtype: what the model computes in. max_context: tokens of prompt and answer together, where the model's own
         context is longer. layout: of the linear layers, for a model on the CPU, where the layout holds the weights.
-        kernels: whether a GPU may use those of this project.
+        kernels: whether a GPU may use those of this project. batch_invariant: whether a GPU has to be that, if it can.
         Raises UserError where the folder does not hold a whole causal language model that this project can
         serve.
         """
@@ -189,21 +201,30 @@ class Model:
             gpu.avoid_cudnn_attention()
             gpu.fuse_biases(network)
             if kernels and not model.spread and gpu.has_kernels(model.device, network.dtype):
-                model._use_kernels(say)
+                model._use_kernels(say, batch_invariant)
+            if batch_invariant and not model.batch_invariant:
+                say(MAY_CHANGE)
         return model
 
-    def _use_kernels(self, say: Say) -> None:
-        """Use the kernels that prove to be right and faster on this GPU, and say which."""
+    def _use_kernels(self, say: Say, batch_invariant: bool = False) -> None:
+        """Use the kernels that prove to be right and faster on this GPU, and say which. batch_invariant: all that are
+        right, whatever their speed, if the model then is."""
         start = time.perf_counter()
         config = self.network.config.get_text_config()
         try:
             from llm.devices import kernel_check  # imports Triton, which a computer without a GPU may lack
 
             with torch.inference_mode(), torch.cuda.device(self.device):
-                proven, of = kernel_check.layers(self.network, say=say)
-                if config._attn_implementation == "sdpa":
-                    has_bias = bool(getattr(config, "alibi", False))
-                    self.ragged = kernel_check.attention(self._heads, self.context, has_bias, self.device, say=say)
+                proven = of = 0
+                if is_known := config._attn_implementation == "sdpa":
+                    of_attention = self._heads, self.context, bool(getattr(config, "alibi", False)), self.device
+                    if batch_invariant:
+                        proven = of = kernel_check.make_batch_invariant(self.network, *of_attention, say=say)
+                if proven:
+                    self.ragged = self.batch_invariant = True
+                else:
+                    proven, of = kernel_check.layers(self.network, say=say)
+                    self.ragged = is_known and kernel_check.attention(*of_attention, say=say)
         except Exception as error:  # whatever Triton raises where it cannot compile, or a lack of memory to try
             say(f"Sin kernels propios, cada paso va más despacio: no se pudieron probar ({first_line(error)})")
             return
@@ -238,9 +259,9 @@ class Model:
     def bits_agree(self, threads: int) -> bool:
         """Whether as many threads as there are now give the bits of `threads` threads, where the model is
         batch-invariant."""
-        if not self.batch_invariant:
+        # a GPU's kernels have no threads of the host's
+        if not (self.batch_invariant and self.tile):
             return True
-        assert self.tile
         return attention.agrees(self.tile, self._heads, threads) and linear.agree_now(self.network)
 
     @property

@@ -8,6 +8,7 @@ To import this imports Triton, which a computer without a GPU may lack.
 """
 
 from bisect import bisect_left
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,7 +19,7 @@ from llm.devices import forward, kernel_check, kernels
 from llm.devices.gpu import Replay
 from llm.devices.model import RAGGED_PREFILL_CHUNK, Model
 from llm.engine.runner import Runner
-from llm.engine.sampling import SamplingRows, sample
+from llm.engine.sampling import SamplingRows, sample_each, sampling_width
 from llm.engine.scheduler import Chunk, PassShape, Ragged
 from llm.engine.sequence import Sampling
 from llm.words import Say, unsaid
@@ -85,15 +86,36 @@ class RaggedRunner(Runner):
         """Each token reads as many positions as it sees."""
         return self.slots.context
 
+    def _widths(self, samplings: list[Sampling]) -> list[int]:
+        widths = super()._widths(samplings)
+        if self.model.batch_invariant:
+            # as in a graph: the kernel chooses a row's own of these
+            return [next(width for width in self._graph_widths() if width >= max(widths))]
+        return widths
+
     def _choose(self, rows: int, widths: list[int]) -> None:
-        if not (self.chooses_with_kernel and widths[0] <= kernels.MOST_SORTED):
+        if not (self.chooses_with_kernel and widths[0] <= self._most_sorted):
             super()._choose(rows, widths)
             return
         of_rows = (x[:rows] for x in (self.logits, self.history, self.positions, self.active, self.chosen))
         kernels.choose(*of_rows, **vars(self.sampling[:rows]), width=widths[0])
 
+    @property
+    def _most_sorted(self) -> int:
+        """The largest width at which the kernel may choose.
+
+        Where a text must not depend on company, it is the only one that chooses: torch sums the probabilities of rows
+        in an order that depends on their number, and one row that draws from the whole vocabulary would have the
+        others of its step drawn at that width too, where tokens that tie, and sums, may be cut off elsewhere.
+        """
+        return self.model.vocabulary if self.model.batch_invariant else kernels.MOST_SORTED
+
     def prove_choosing(self, say: Say = unsaid, seconds: kernel_check.Seconds = kernel_check.on_device) -> bool:
-        candidates = [_choosing(self, width) for width in self._graph_widths() if width <= kernels.MOST_SORTED]
+        widths = [width for width in self._graph_widths() if width <= self._most_sorted]
+        candidates = [_choosing(self, width) for width in widths]
+        if self.model.batch_invariant:
+            candidates += [_choosing(self, width, alone=True) for width in widths]
+            candidates = [replace(candidate, only_if_faster=False) for candidate in candidates]
         kernel_check.compile_at_once(candidates, self.model.device)
         self.chooses_with_kernel = kernel_check.proven(candidates, seconds, say)
         return self.chooses_with_kernel
@@ -110,35 +132,40 @@ class RaggedRunner(Runner):
         super().drop_graphs()
 
 
-def _choosing(runner: RaggedRunner, width: int) -> kernel_check.Candidate:
-    """The choice of the next ids of rows with different parameters and lengths."""
+def _choosing(runner: RaggedRunner, width: int, alone: bool = False) -> kernel_check.Candidate:
+    """The choice of the next ids of rows with different parameters and lengths. alone: the kernel chooses for one row
+    after another, from logits that tie, as those of 16 bits do."""
     rows, context = runner.history.shape
     device, vocabulary = runner.model.device, runner.model.vocabulary
     generator = torch.Generator(device).manual_seed(0)
     logits = 4 * torch.randn(rows, vocabulary, generator=generator, device=device)
+    if alone:
+        logits = logits.bfloat16().float()
     positions = torch.linspace(0, context - 2, rows, device=device).long()
     history = torch.randint(vocabulary, (rows, context), generator=generator, device=device)
     padded = torch.where(runner.columns[:context] <= positions[:, None], history, history[:, :1])
-    sampling = SamplingRows.empty(rows, device)
+    sampling, widths = SamplingRows.empty(rows, device), []
     for row in range(rows):
-        sampling.put(
-            row,
-            Sampling(
-                temperature=0.5 * (row % 4),
-                top_p=1 - 0.1 * (row % 3),
-                top_k=5 * row % (width // 2 + 1),
-                repetition_penalty=1 + row / rows,
-                seed=row,
-            ),
+        of_row = Sampling(
+            temperature=0.5 * (row % 4),
+            top_p=1 - 0.1 * (row % 3),
+            top_k=5 * row % (width // 2 + 1) if row % 3 else 0,
+            repetition_penalty=1 + row / rows,
+            seed=row,
         )
+        sampling.put(row, of_row)
+        needs_many = sampling_width(of_row, vocabulary) > kernels.MOST_SORTED
+        widths.append(width if needs_many else min(width, kernels.MOST_SORTED))
 
     def kernel() -> Tensor:
-        chosen = torch.empty_like(positions)
+        chosen, after = torch.empty_like(positions), positions.clone()
         active = torch.ones_like(positions, dtype=torch.bool)
-        kernels.choose(logits, history, positions.clone(), active, chosen, **vars(sampling), width=width)
+        for part in [slice(row, row + 1) for row in range(rows)] if alone else [slice(rows)]:
+            of_rows = (x[part] for x in (logits, history, after, active, chosen))
+            kernels.choose(*of_rows, **vars(sampling[part]), width=width)
         return chosen
 
     def operations() -> Tensor:
-        return sample(logits, padded, sampling, positions + 1, width)
+        return sample_each(logits, padded, sampling, positions + 1, widths)
 
     return kernel_check.Candidate(f"la elección del token entre {width}", kernel, operations, exact=operations)

@@ -78,7 +78,7 @@ class Runner:
         self.cuda = device.type == "cuda"
         self.rows: dict[int, Sequence] = {}
         # whole steps of the CPU's attention, also at the end of a context that is none
-        longest = in_steps(model.context) if model.batch_invariant else model.context
+        longest = in_steps(model.context) if model.batch_invariant and model.tile else model.context
         self.prefixes = Prefixes() if prefixes is None else prefixes
         grows = device.type == "cpu" and not model.ragged
         self.slots = Slots(model.layers, rows, longest, device, grows, self.prefixes, spare)
@@ -126,12 +126,12 @@ class Runner:
     def share(self, sequence: Sequence) -> None:
         """Hold what its row has for other sequences that begin with the same tokens.
 
-        Where the model is batch-invariant, without the answer: a decode step sums in another order than the pass that
-        would read these tokens as a prompt.
+        Where the model is batch-invariant, only what a prefill pass read: a decode step sums in another order than the
+        pass that would read these tokens as a prompt.
         """
         if not self._has_row(sequence):
             return
-        known = len(sequence.prompt) if self.model.batch_invariant else count(sequence.ids)
+        known = sequence.prefill_end if self.model.batch_invariant else count(sequence.ids)
         ids = beginning(sequence.ids, min(sequence.cached, known))
         self.prefixes.add(ids, partial(self.slots.block, sequence.place))
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from llm.devices.memory import is_out_of_memory
-from llm.devices.model import Model, Room
+from llm.devices.model import MAY_CHANGE, Model, Room
 from llm.engine import trial
 from llm.engine.runner import Runner
 from llm.engine.scheduler import Chunk
@@ -62,6 +62,8 @@ def warm_up(runner: Runner, prefix: list[int], chunk: int, say: Say) -> dict[str
     start = time.perf_counter()
     if runner.cuda and runner.prove_choosing(say):
         say("El token siguiente lo elige un kernel propio")
+    elif runner.cuda and model.batch_invariant:
+        say(MAY_CHANGE)
     try:
         if graphs := runner.capture_graphs():
             seconds["capture"] = time.perf_counter() - start

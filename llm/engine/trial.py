@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from llm.devices import llama
 from llm.devices.memory import empty_cuda_cache, is_out_of_memory
-from llm.devices.model import Model
+from llm.devices.model import MAY_CHANGE, Model
 from llm.engine.runner import Runner
 from llm.engine.scheduler import Chunk
 from llm.engine.sequence import Request, Sampling, Sequence
@@ -72,7 +72,8 @@ def _recording(model: Model, rows: int) -> Any:
 
 def agreeing(model: Model, say: Say) -> Model:
     """The model with the longest context in which the engine's passes agree with the model's forward, and without
-    ragged passes, or passes of chunks that start at different positions, where those do not agree.
+    ragged passes, or passes of chunks that start at different positions, where those do not agree. On a GPU it is
+    batch-invariant only where these passes are.
 
     Says so where the context is shorter. Raises UserError where there is none. Computes on the thread that calls: see
     Model.load.
@@ -82,7 +83,11 @@ def agreeing(model: Model, say: Say) -> Model:
     try:
         with torch.inference_mode(), _first_layers(model):
             long = min(LONG, *(most - DECODED - 1 for most in (context, *boundaries)))
+            wanted = model.ragged and model.batch_invariant
             model = _simplified(model, long, say)
+            if wanted and not (model.ragged and _keeps_bits(model, long)):
+                say(MAY_CHANGE)
+                model = replace(model, batch_invariant=False)
             for boundary in boundaries:
                 reason = _reason_to_end_at(model, boundary)
                 if reason:
@@ -231,6 +236,31 @@ def _agree(model: Model, long: int) -> bool:
         tried.append(_errors(torch.stack(logits[again]), plain[:1]))
     # the median: where a mixture of experts has a tie, rounding alone sends a token to another expert
     return all(median_low(some) <= allowed for some in tried)
+
+
+def _keeps_bits(model: Model, long: int) -> bool:
+    """Whether the logits after a prompt have the same bits where it is read at once, alone, and where it is read in two
+    chunks beside another one. This shows what a layer computes that no kernel replaced."""
+    model = replace(model, context=min(model.context, long + DECODED + SPARE))
+    prompt, another = _prompts(model, long, SHORT)
+
+    def logits(*prompts: list[int]) -> Tensor:
+        """After the last of these prompts, (steps, vocabulary)."""
+        runner = runner_class(model)(model, rows=2)
+        *others, ours = (Sequence(Request(each, 1, Sampling(temperature=0)), budget=1) for each in prompts)
+        for sequence in (*others, ours):
+            runner.put(sequence)
+        cut = ours.prefill_end // 2 if others else ours.prefill_end
+        runner.prefill([Chunk(ours, 0, cut), *(Chunk(other, 0, other.prefill_end) for other in others)])
+        if others:
+            runner.prefill([Chunk(ours, cut, ours.prefill_end - cut)])
+        steps = []
+        for _ in range(1 + DECODED):
+            runner.decode()
+            steps.append(runner.logits[ours.place].clone())
+        return torch.stack(steps)
+
+    return torch.equal(logits(prompt), logits(another, prompt))
 
 
 def _prompts(model: Model, *lengths: int) -> Iterator[list[int]]:

@@ -26,8 +26,8 @@ SHORTEST_CONTEXT = 16
 # How many threads, and how many in each level of parallel regions below.
 _OPENMP_THREADS = re.compile(r"\s*\+?0*([1-9]\d*)\s*(,\s*\+?0*[1-9]\d*\s*)*", re.ASCII)
 _MODEL_ID = re.compile(r"(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*", re.ASCII)
-SWITCHES = ("SHARE_PREFIXES", "KERNELS")
-"""Variables that are 1, as if they were not set, or 0."""
+SWITCHES = ("SHARE_PREFIXES", "KERNELS", "BATCH_INVARIANT")
+"""Variables that are 1 or 0; the last one is 0 where it is not set, the others 1."""
 _NUMBER = re.compile(r"\d{1,18}", re.ASCII)
 _TOKEN = re.compile(r"[!-~]+")
 
@@ -50,6 +50,8 @@ class Settings:
     """Requests that begin alike read their common beginning once, whoever asks."""
     kernels: bool = True
     """A GPU uses the kernels of this project that prove to be right and faster there."""
+    batch_invariant: bool = False
+    """On a GPU too a text depends on its own inputs alone, where that can be, at whatever cost."""
 
     @property
     def folder(self) -> Path:
@@ -116,6 +118,7 @@ class Settings:
             max_context=int(max_context) if max_context else None,
             share_prefixes=written.get("SHARE_PREFIXES") != "0",
             kernels=written.get("KERNELS") != "0",
+            batch_invariant=written.get("BATCH_INVARIANT") == "1",
         )
 
 

@@ -8,6 +8,7 @@ import random
 import sys
 import time
 import zlib
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -20,9 +21,9 @@ from llm.devices.model import Model
 from llm.engine import engine
 from llm.engine import sequence as sequence_module
 from llm.engine.engine import Engine
-from llm.engine.runner import PendingIds, Runner
+from llm.engine.runner import PendingIds
 from llm.engine.scheduler import Chunk
-from llm.engine.sequence import Request, Sampling, Sequence
+from llm.engine.sequence import Request, Sampling
 
 LENGTHS = (1, 2, 5, 20, 31, 32, 33, 60, 100, 257, 600)
 PREFIX = 25
@@ -37,14 +38,15 @@ OTHERS = 1
 Checksums = dict[int, list[int]]
 
 
-def random_requests(model: Model, count: int, most_tokens: int) -> list[Request]:
-    """Greedy and drawn, their prompts of 1 to 600 tokens, many of which begin alike; each has a seed of its own."""
+def random_requests(model: Model, count: int, most_tokens: int, lengths: Sequence[int]) -> list[Request]:
+    """Greedy and drawn, their prompts of such lengths and longer, many of which begin alike; each has a seed of its
+    own."""
     rng = random.Random(0)
     prefix = [rng.randrange(model.vocabulary) for _ in range(PREFIX)]
     text = [rng.randrange(model.vocabulary) for _ in range(TEXT)]
     requests = []
     for seed in range(OTHERS + 1, OTHERS + 1 + count):
-        prompt = [rng.randrange(model.vocabulary) for _ in range(rng.choice(LENGTHS))]
+        prompt = [rng.randrange(model.vocabulary) for _ in range(rng.choice(lengths))]
         sampling = Sampling(
             temperature=rng.choice([0, 0, 0.7, 1.2]),
             top_p=rng.choice([1, 0.95]),
@@ -53,18 +55,20 @@ def random_requests(model: Model, count: int, most_tokens: int) -> list[Request]
             seed=seed,
         )
         beginning = rng.choice([[], prefix, text[: rng.randrange(TEXT)]])
-        prompt = (beginning + prompt)[: CONTEXT - most_tokens]
+        prompt = (beginning + prompt)[: model.context - most_tokens]
         requests.append(Request(prompt, rng.randint(1, most_tokens), sampling))
     return requests
 
 
-def compare(model: Model, count: int, most_tokens: int) -> dict[str, int]:
+def compare(
+    model: Model, count: int, most_tokens: int, context: int = CONTEXT, lengths: Sequence[int] = LENGTHS
+) -> dict[str, int]:
     """How many of so many requests get the same tokens, and the same logits in every bit, alone and in company.
 
     In company prompts are cut into smaller chunks too, what they have in common is read once, and threads come and go.
     """
-    model = replace(model, context=CONTEXT)
-    requests = random_requests(model, count, most_tokens)
+    model = replace(model, context=context)
+    requests = random_requests(model, count, most_tokens, lengths)
     alone, expected = _answers(model, requests, workers=1)
     together, found = _answers(model, requests, workers=24, prefix=requests[0].prompt[:PREFIX], chunk=80)
     return {
@@ -79,27 +83,29 @@ def _answers(
 ) -> tuple[list[list[int]], Checksums]:
     checksums: Checksums = {}
 
-    class Recording(Runner):
+    class Recording(engine.runner_class(model)):  # type: ignore[misc]
         def prefill(self, chunks: list[Chunk]) -> PendingIds | None:
-            ids = super().prefill(chunks)
+            ids: PendingIds | None = super().prefill(chunks)
             for index, chunk in enumerate(chunks):
-                if chunk.is_last:
-                    self._record(chunk.sequence, index)
+                if ids and chunk.is_last:
+                    self._record(chunk.sequence, self.seen[index])
             return ids
 
         def decode(self) -> PendingIds:
-            ids = super().decode()
+            ids: PendingIds = super().decode()
             for sequence in self.rows.values():
                 if sequence.prefilled:
-                    self._record(sequence, sequence.place)
+                    # what a graph computes too
+                    self._record(sequence, self.logits[sequence.place])
             return ids
 
         def _logits(self, *args: object, **kwargs: object) -> torch.Tensor:
-            self.seen = super()._logits(*args, **kwargs)  # type: ignore[arg-type]
-            return self.seen
+            logits: torch.Tensor = super()._logits(*args, **kwargs)
+            self.seen = logits
+            return logits
 
-        def _record(self, sequence: Sequence, index: int) -> None:
-            checksum = zlib.crc32(self.seen[index].numpy().tobytes())
+        def _record(self, sequence: sequence_module.Sequence, logits: torch.Tensor) -> None:
+            checksum = zlib.crc32(logits.cpu().numpy().tobytes())
             checksums.setdefault(sequence.sampling.seed, []).append(checksum)
 
         def fit_threads(self) -> None:

@@ -26,8 +26,11 @@ def compile_all(capability: int) -> None:
     }
     of_penalize = dict.fromkeys(["logits", "penalty", "out"], "*fp32")
     of_penalize |= {"history": "*i64", "positions": "*i64", "vocabulary": "i32", "history_stride": "i32"}
-    for width, block in ((0, 1), (128, 128), (100, 128)):
-        compile_one(capability, kernels._draw, of_draw, {"WIDTH": width, "BLOCK": block}, num_warps=1)
+    for width in (0, 100, 128, 50_257, 262_144):
+        options = kernels._draw_options(width)
+        constants = {"WIDTH": width, "BLOCK": options["BLOCK"], "OF_MANY": True}
+        constants["OF_FEW"] = width <= kernels.MOST_SORTED
+        compile_one(capability, kernels._draw, of_draw, constants, num_warps=options["num_warps"])
     compile_one(capability, kernels._penalize, of_penalize, {"BLOCK": 512}, num_warps=4)
     for dtype in ("fp16", "bf16"):
         of_norm = dict.fromkeys(["x", "weight", "bias", "result"], f"*{dtype}")
@@ -39,6 +42,11 @@ def compile_all(capability: int) -> None:
             )
         _compile_attention(capability, f"*{dtype}")
         of_linear = of_norm | dict.fromkeys(["tokens", "in_features", "out_features"], "i32")
+        of_tile = {"TOKENS": kernels.TILE_TOKENS, "OUTS": kernels.TILE_OUTS, "INS": kernels.TILE_INS}
+        for has_bias in (True, False):
+            constants = of_tile | {"HAS_BIAS": has_bias}
+            assembly = compile_one(capability, kernels._prefill_linear, of_linear, constants, num_warps=4, num_stages=4)
+            assert "cp.async.cg.shared.global" in assembly
         for outs in (2048, 6144, 8192):
             tile = kernels._tile(outs)
             for tokens, ahead in zip((16, 32), tile.steps_ahead, strict=True):

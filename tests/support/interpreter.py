@@ -29,4 +29,16 @@ def _products_of_bfloat16() -> None:
     interpreter.InterpreterBuilder.create_dot = create_dot_of_floats
 
 
+def sum_in_one_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have products sum one in feature after the other: numpy's sums are in another order for more rows."""
+
+    def matmul(a: Any, b: Any, dtype: Any) -> Any:
+        sums = np.zeros((*a.shape[:-1], b.shape[-1]), np.float32)
+        for k in range(a.shape[-1]):
+            sums += a[..., k, None].astype(np.float32) * b[..., k, None, :].astype(np.float32)
+        return sums
+
+    monkeypatch.setattr(np, "matmul", matmul)
+
+
 _products_of_bfloat16()
