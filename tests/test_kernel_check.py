@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, FalconConfig, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from llm.devices import attention
+from llm.devices import attention, gpu
 from llm.devices.attention import Heads
 from llm.devices.model import Model
 from llm.errors import UserError
@@ -203,6 +203,35 @@ def test_a_kernel_that_fails_leaves_the_others_and_the_log_says_why(monkeypatch:
     assert kernel_check.layers(network(), first_is_faster(), lines.append) == (2, 6)
     assert "Sin kernel para Linear de 96 x 64, tokens: 1: no se pudo probar (ptxas failed with error code 255)" in lines
     assert any("ScaledRMSNorm de 64" in line and "su error es" in line for line in lines)
+
+
+@pytest.mark.parametrize("name", ["falcon", "llama"])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of weights that nobody wrote
+def test_what_compiles_while_weights_are_read_is_what_is_tried_then(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a network without weights, in the same dtype."""
+    config: Any = {
+        "falcon": FalconConfig(**tiny.SIZE, alibi=True, bias=True, multi_query=False, new_decoder_architecture=False),
+        "llama": LlamaConfig(**tiny.SIZE, num_key_value_heads=2),
+    }[name]
+    has_bias, heads = name == "falcon", Heads(number=4, group=2, size=16, dtype=torch.bfloat16)
+    compiled: list[kernel_check.Candidate] = []
+
+    def noted(candidates: list[kernel_check.Candidate], device: torch.device) -> list[Exception | None]:
+        compiled.extend(candidates)
+        return []
+
+    monkeypatch.setattr(kernel_check, "compile_at_once", noted)
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    kernel_check.compile_ahead(empty, heads, 100, has_bias, CPU)
+    ahead, compiled[:] = [*compiled], []
+    network = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    gpu.fuse_biases(network)
+    with torch.inference_mode():
+        kernel_check.layers(network, lambda step: 1.0)
+        kernel_check.attention(heads, 100, has_bias, CPU, lambda step: 1.0)
+    assert [candidate.name for candidate in ahead] == [candidate.name for candidate in compiled]
+    assert [candidate.kernel().shape for candidate in ahead] == [candidate.kernel().shape for candidate in compiled]
 
 
 def test_what_fails_while_kernels_compile_side_by_side_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,6 +67,11 @@ def reserve(network: PreTrainedModel, chunk: int, rows: int, context: int, fused
     )
 
 
+def size(network: PreTrainedModel) -> int:
+    """Of its weights and tables, in bytes."""
+    return sum(tensor.nbytes for tensor in (*network.parameters(), *network.buffers()))
+
+
 def roomiest(size: int) -> torch.device | None:
     """The GPU with the most free memory, if weights of `size` bytes fit on it."""
     free, index = max((torch.cuda.mem_get_info(index)[0], -index) for index in range(torch.cuda.device_count()))

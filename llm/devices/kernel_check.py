@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from llm.devices import forward, gpu, kernels
 from llm.devices.attention import Heads
@@ -143,6 +144,15 @@ def layers(network: nn.Module, seconds: Seconds = on_device, say: Say = unsaid) 
             for module in modules:
                 module.forward = partial(_with_kernel(module), module)
     return use_kernels, sum(map(len, kinds))
+
+
+def compile_ahead(network: PreTrainedModel, heads: Heads, context: int, has_bias: bool, device: torch.device) -> None:
+    """Compile what `layers` and `attention` try, for a network on the meta device whose weights are on their way."""
+    gpu.fuse_biases(network)
+    kinds = [[deepcopy(modules[0]).to_empty(device=device)] for modules in _kinds(network)]
+    candidates = [_of_layers(modules, tokens, _with_kernel(modules[0])) for modules in kinds for tokens in TOKENS]
+    candidates += [make(heads, min(context, LONGEST), has_bias, device) for make in (_decode, _prefill)]
+    compile_at_once(candidates, device)
 
 
 def _kinds(network: nn.Module) -> list[list[nn.Module]]:

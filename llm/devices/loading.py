@@ -1,6 +1,6 @@
 """A checkpoint's folder to a tokenizer and a network on its devices: all of its weights, or one line on why not."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
@@ -27,10 +27,13 @@ from llm.weights.checkpoint import shown
 from llm.words import first_line, one_line
 
 
-def load(folder: Path, dtype: torch.dtype | None) -> tuple[PreTrainedTokenizerFast, PreTrainedModel]:
+def load(
+    folder: Path, dtype: torch.dtype | None, before: Callable[[PreTrainedModel], None] | None = None
+) -> tuple[PreTrainedTokenizerFast, PreTrainedModel]:
     """Load a causal language model onto one GPU, or onto the devices that accelerate chooses.
 
     dtype: None for the checkpoint's own, unless a table that the model computes for itself would lose precision.
+    before: called with the network on the meta device, before its weights are read.
     Raises UserError where a part of the model is missing, and all that transformers raises: see `explained`.
     """
     formats.check_folder(shown(folder), folder)
@@ -59,6 +62,8 @@ def load(folder: Path, dtype: torch.dtype | None) -> tuple[PreTrainedTokenizerFa
         _check_weights(folder, network, report=loaded[1])
         return network
 
+    if before and dtype:
+        before(_without_weights(config, dtype))
     network = network_in(dtype or _stored_dtype(folder))
     if dtype is None and not all(buffer.dtype == torch.float32 for buffer in _made_when_loaded(network)):
         network = network_in(torch.float32)
@@ -89,9 +94,13 @@ def device_map(config: PreTrainedConfig, dtype: torch.dtype) -> str | torch.devi
     """
     if torch.cuda.device_count() < 2:
         return "auto"
+    return gpu.roomiest(gpu.size(_without_weights(config, dtype))) or "auto"
+
+
+def _without_weights(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-    return gpu.roomiest(sum(tensor.nbytes for tensor in (*empty.parameters(), *empty.buffers()))) or "auto"
+        network: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    return network
 
 
 def _check_weights(folder: Path, network: PreTrainedModel, report: dict[str, Any]) -> None:

@@ -149,8 +149,13 @@ class Model:
         serve.
         """
         start = time.perf_counter()
-        with loading.explained(folder):
-            tokenizer, network = loading.load(folder, layout.read_as if layout else dtype)
+        with loading.explained(folder), ThreadPoolExecutor(1) as thread:
+
+            def compile_meanwhile(network: PreTrainedModel) -> None:
+                thread.submit(_compile_kernels, network, max_context)
+
+            before = compile_meanwhile if kernels and torch.cuda.is_available() else None
+            tokenizer, network = loading.load(folder, layout.read_as if layout else dtype, before)
             loaded, layers_agree = time.perf_counter(), False
             parameters = network.num_parameters()
             if layout:
@@ -217,7 +222,7 @@ class Model:
             with torch.inference_mode(), torch.cuda.device(self.device):
                 proven = of = 0
                 if is_known := config._attn_implementation == "sdpa":
-                    of_attention = self._heads, self.context, bool(getattr(config, "alibi", False)), self.device
+                    of_attention = self._heads, self.context, _has_bias(self.network), self.device
                     if batch_invariant:
                         proven = of = kernel_check.make_batch_invariant(self.network, *of_attention, say=say)
                 if proven:
@@ -266,11 +271,7 @@ class Model:
 
     @property
     def _heads(self) -> attention.Heads:
-        config = self.network.config.get_text_config()
-        number = config.num_attention_heads
-        size = getattr(config, "head_dim", None) or config.hidden_size // number
-        sharing = getattr(config, "num_key_value_heads", None) or number
-        return attention.Heads(number, number // sharing, size, self.network.dtype)
+        return _heads(self.network)
 
     def padding(self, rows: int) -> int:
         """How many rows a decode pass of so many computes beside them: see forward.Pass."""
@@ -355,6 +356,34 @@ def best_dtype() -> torch.dtype:
         every = all(gpu.is_ampere(torch.device("cuda", i)) for i in range(torch.cuda.device_count()))
         return torch.bfloat16 if every else torch.float16
     return torch.bfloat16 if torch.backends.mps.is_available() or linear.BFloat16Linear.is_fast() else torch.float32
+
+
+def _heads(network: PreTrainedModel) -> attention.Heads:
+    config = network.config.get_text_config()
+    number = config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // number
+    sharing = getattr(config, "num_key_value_heads", None) or number
+    return attention.Heads(number, number // sharing, size, network.dtype)
+
+
+def _has_bias(network: PreTrainedModel) -> bool:
+    """Whether its attention adds a bias of each head to the scores."""
+    return bool(getattr(network.config.get_text_config(), "alibi", False))
+
+
+def _compile_kernels(network: PreTrainedModel, max_context: int | None) -> None:
+    """For a network on the meta device, while its weights are read. What fails here fails again, and is said, where the
+    kernels are tried."""
+    # by far: the weights for which kernels are compiled shall not take the place of the model's own
+    device = gpu.roomiest(2 * gpu.size(network))
+    if device and gpu.has_kernels(device, network.dtype):
+        from llm.devices import kernel_check  # imports Triton, which a computer without a GPU may lack
+
+        context = max_context or getattr(network.config.get_text_config(), "max_position_embeddings", None)
+        kernel_check.compile_ahead(
+            network, _heads(network), context or kernel_check.LONGEST, _has_bias(network), device
+        )
+        torch.cuda.empty_cache()
 
 
 def _mega(size: int) -> str:

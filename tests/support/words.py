@@ -48,8 +48,8 @@ def source(seconds: float = 0.01) -> str:
     """The text of a predict.py with the inputs of ours, and so many seconds for each word."""
     ours = (ROOT / "predict.py").read_text(encoding="utf-8")
     docstring = '        """Responde a una pregunta, palabra a palabra."""\n'
-    inputs, found, _ = ours[ours.index("    @streaming\n") :].partition(docstring)
-    assert found
+    inputs, separator, _ = ours[ours.index("    @streaming\n") :].partition(docstring)
+    assert separator
     return _BEGINNING + inputs + docstring + _BODY.replace("SECONDS", str(seconds))
 
 
