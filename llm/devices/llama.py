@@ -47,20 +47,20 @@ class LlamaLayer:
     """The forward of a decoder layer."""
 
     def __init__(self, layer: Any):
-        its = layer.self_attn
+        self_attn, mlp = layer.self_attn, layer.mlp
         self.transformers: Callable[..., Tensor] = layer.forward
-        self.index = its.layer_idx
-        self.head_size = its.head_dim
-        self.scale = its.scaling
-        self.query_heads = its.q_proj.outputs // its.head_dim
-        self.key_heads = its.k_proj.outputs // its.head_dim
+        self.index = self_attn.layer_idx
+        self.head_size = self_attn.head_dim
+        self.scale = self_attn.scaling
+        self.query_heads = self_attn.q_proj.outputs // self_attn.head_dim
+        self.key_heads = self_attn.k_proj.outputs // self_attn.head_dim
         self.before_attention, self.before_mlp = _Norm(layer.input_layernorm), _Norm(layer.post_attention_layernorm)
-        self.head_norms = (_Norm(its.q_norm), _Norm(its.k_norm)) if hasattr(its, "q_norm") else None
-        self.queries_keys_values: Function = its.q_proj.whole
-        self.output: Function = its.o_proj
-        self.gate_and_up: Function = layer.mlp.gate_proj.whole
-        self.activation: Function = layer.mlp.act_fn
-        self.down: Function = layer.mlp.down_proj
+        self.head_norms = (_Norm(self_attn.q_norm), _Norm(self_attn.k_norm)) if hasattr(self_attn, "q_norm") else None
+        self.queries_keys_values: Function = self_attn.q_proj.whole
+        self.output: Function = self_attn.o_proj
+        self.gate_and_up: Function = mlp.gate_proj.whole
+        self.activation: Function = mlp.act_fn
+        self.down: Function = mlp.down_proj
 
     def __call__(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         """hidden_states (rows, tokens, width). Returns the same shape."""
