@@ -199,7 +199,7 @@ def test_a_network_with_a_layer_that_no_kernel_replaces_stays_as_it_is(unknown: 
 @pytest.fixture
 def read_invariant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, torch.dtype], Model]:
     """Makes a tiny model as Model.read has it on a GPU, whose kernels are believed."""
-    monkeypatch.setattr(kernel_check.Candidate, "agrees", lambda _: True)
+    monkeypatch.setattr(kernel_check.Candidate, "agrees", lambda *_: True)
     monkeypatch.setattr(kernel_check, "_keeps_bits", lambda *_: True)
     monkeypatch.setattr(kernel_check, "_attention_keeps_bits", lambda *_: True)
 
@@ -311,9 +311,10 @@ def test_all_kernels_are_used_where_they_show_it_else_those_that_are_faster(
     model = Model.read(tiny.save(tmp_path, NETWORKS["llama"]()), torch.bfloat16)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(attention, "intercept", lambda device: None)
-    monkeypatch.setattr(kernel_check, "make_batch_invariant", lambda *_: shown)
-    monkeypatch.setattr(kernel_check, "layers", lambda network: (5, 7))
-    monkeypatch.setattr(kernel_check, "attention", lambda *_: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(kernel_check, "make_batch_invariant", lambda *_, **options: shown)
+    monkeypatch.setattr(kernel_check, "layers", lambda *_, **options: (5, 7))
+    monkeypatch.setattr(kernel_check, "attention", lambda *_, **options: True)
     lines: list[str] = []
     model._use_kernels(lines.append, batch_invariant=True)
     assert model.batch_invariant == bool(shown)
