@@ -37,15 +37,8 @@ CPU = torch.device("cpu")
 GROUPED = Heads(number=2, group=2, size=32, dtype=torch.float16)
 # torch's functions of a CPU compute what is no whole vector in another way
 SIZE = tiny.SIZE | {"intermediate_size": 128, "num_attention_heads": 2}
-FALCON: dict[str, Any] = {
-    "alibi": True,
-    "bias": True,
-    "multi_query": False,
-    "parallel_attn": False,
-    "new_decoder_architecture": False,
-}
 NETWORKS: dict[str, Callable[[], PreTrainedModel]] = {
-    "falcon": lambda: FalconForCausalLM(FalconConfig(**SIZE, **FALCON)),
+    "falcon": lambda: FalconForCausalLM(FalconConfig(**SIZE, **tiny.FALCON)),
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZE, num_key_value_heads=1)),
 }
 

@@ -210,7 +210,7 @@ def test_a_kernel_that_fails_leaves_the_others_and_the_log_says_why(monkeypatch:
 def test_what_compiles_while_weights_are_read_is_what_is_tried_then(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a network without weights, in the same dtype."""
     config: Any = {
-        "falcon": FalconConfig(**tiny.SIZE, alibi=True, bias=True, multi_query=False, new_decoder_architecture=False),
+        "falcon": FalconConfig(**tiny.SIZE, **tiny.FALCON),
         "llama": LlamaConfig(**tiny.SIZE, num_key_value_heads=2),
     }[name]
     has_bias, heads = name == "falcon", Heads(number=4, group=2, size=16, dtype=torch.bfloat16)

@@ -31,11 +31,7 @@ from llm.engine import ragged  # isort: skip
 
 pytestmark = [pytest.mark.slow, pytest.mark.interpreted]
 NETWORKS = {
-    "falcon": lambda: FalconForCausalLM(
-        FalconConfig(
-            **tiny.SIZE, alibi=True, bias=True, multi_query=False, parallel_attn=False, new_decoder_architecture=False
-        )
-    ),
+    "falcon": lambda: FalconForCausalLM(FalconConfig(**tiny.SIZE, **tiny.FALCON)),
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**tiny.SIZE, num_key_value_heads=2)),
     "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**tiny.SIZE)),
 }

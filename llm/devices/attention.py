@@ -48,12 +48,9 @@ def intercept(device: str) -> torch.library.Library:
         if attn_mask is not None and attn_mask.dtype == torch.bool:
             attn_mask = additive(attn_mask, query.dtype, pass_)
         kwargs["prefill"] = pass_ if pass_.tokens else None
-        if not pass_.padding:
-            return attend(query, key, value, attn_mask, *args, **kwargs)
-        rows = len(key)
-        mask = attn_mask if attn_mask is None else attn_mask[:rows]
-        attended = attend(query[:rows], key, value, mask, *args, **kwargs)
-        return F.pad(attended, (0, 0, 0, 0, 0, 0, 0, pass_.padding))
+        if pass_.padding:
+            query, attn_mask = query[: len(key)], None if attn_mask is None else attn_mask[: len(key)]
+        return pass_.with_padding(attend(query, key, value, attn_mask, *args, **kwargs))
 
     library = torch.library.Library("aten", "IMPL")
     library.impl("scaled_dot_product_attention", route, device.upper())

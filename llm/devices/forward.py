@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -61,6 +62,10 @@ class Pass:
     """What its first layer computed for all that are like it."""
     product: tuple[nn.Module, Tensor, Tensor] | None = None
     """The last joined layer that computed, its inputs and its product, for the other layers that it stands for."""
+
+    def with_padding(self, x: Tensor) -> Tensor:
+        """x (rows, ...) with the rows of the padding, zeros, after its own."""
+        return F.pad(x, (0, 0) * (x.dim() - 1) + (0, self.padding)) if self.padding else x
 
 
 class _Current(threading.local):

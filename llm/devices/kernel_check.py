@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain, pairwise
 from types import SimpleNamespace
@@ -68,11 +68,11 @@ class Candidate:
         say(f"Sin kernel para {self.name}: su error es {kernel:.2g}, y el de PyTorch {operations:.2g}")
         return False
 
-    def earns_its_place(self, seconds: Seconds, say: Say = unsaid) -> bool:
-        """Whether the kernel agrees, and is faster where it has to be. Says why not."""
+    def earns_its_place(self, seconds: Seconds | None, say: Say = unsaid) -> bool:
+        """Whether the kernel agrees, and is faster where it has to be: nowhere without `seconds`. Says why not."""
         if not self.agrees(say):
             return False
-        if not self.only_if_faster:
+        if seconds is None or not self.only_if_faster:
             return True
         kernel, operations = seconds(self.kernel), seconds(self.operations)
         if kernel < operations:
@@ -81,7 +81,7 @@ class Candidate:
         return False
 
 
-def proven(candidates: list[Candidate], seconds: Seconds, say: Say = unsaid) -> bool:
+def proven(candidates: list[Candidate], seconds: Seconds | None, say: Say = unsaid) -> bool:
     """Whether all of these kernels earn their place. Says why one does not."""
     for candidate in candidates:
         try:
@@ -100,10 +100,10 @@ def on_device(step: Callable[[], Tensor]) -> float:
         step()
 
     replay, end = gpu.shared_capture()(run), time.perf_counter() + MEASURED
-    least = min(gpu.seconds(replay, REPLAYS))
-    while time.perf_counter() < end:
-        least = min(least, *gpu.seconds(replay, REPLAYS))
-    return least
+    taken: list[float] = []
+    while not taken or time.perf_counter() < end:
+        taken += gpu.seconds(replay, REPLAYS)
+    return min(taken)
 
 
 def compile_at_once(candidates: list[Candidate], device: torch.device) -> list[Exception | None]:
@@ -133,7 +133,7 @@ def layers(network: nn.Module, seconds: Seconds = on_device, say: Say = unsaid) 
     Returns how many layers are, of how many of these sorts.
     """
     kinds = _kinds(network)
-    candidates = [[_of_layers(modules, tokens, _with_kernel(modules[0])) for tokens in TOKENS] for modules in kinds]
+    candidates = [_of_kind(modules) for modules in kinds]
     failures = compile_at_once([*chain.from_iterable(candidates)], next(network.parameters()).device)
     if (first := next(iter(failures), None)) and all(failures):
         raise first  # nothing compiles here: one reason instead of one for each kind
@@ -149,10 +149,8 @@ def layers(network: nn.Module, seconds: Seconds = on_device, say: Say = unsaid) 
 def compile_ahead(network: PreTrainedModel, heads: Heads, context: int, has_bias: bool, device: torch.device) -> None:
     """Compile what `layers` and `attention` try, for a network on the meta device whose weights are on their way."""
     gpu.fuse_biases(network)
-    kinds = [[deepcopy(modules[0]).to_empty(device=device)] for modules in _kinds(network)]
-    candidates = [_of_layers(modules, tokens, _with_kernel(modules[0])) for modules in kinds for tokens in TOKENS]
-    candidates += [make(heads, min(context, LONGEST), has_bias, device) for make in (_decode, _prefill)]
-    compile_at_once(candidates, device)
+    of_kinds = [_of_kind([deepcopy(modules[0]).to_empty(device=device)]) for modules in _kinds(network)]
+    compile_at_once([*chain.from_iterable(of_kinds), *_of_attention(heads, context, has_bias, device)], device)
 
 
 def _kinds(network: nn.Module) -> list[list[nn.Module]]:
@@ -163,6 +161,10 @@ def _kinds(network: nn.Module) -> list[list[nn.Module]]:
             shapes = tuple((name, tensor.shape) for name, tensor in module.named_parameters(recurse=False))
             kinds.setdefault((type(module), shapes), []).append(module)
     return [*kinds.values()]
+
+
+def _of_kind(modules: list[nn.Module]) -> list[Candidate]:
+    return [_of_layers(modules, tokens, _with_kernel(modules[0])) for tokens in TOKENS]
 
 
 def _of_layers(modules: list[nn.Module], tokens: int, with_kernel: Callable[[Any, Tensor], Tensor]) -> Candidate:
@@ -230,13 +232,13 @@ def make_batch_invariant(
         return 0
     length = min(context, LONGEST)
     of_pass: list[tuple[int, Sequence[int]]] = [(1, DECODED), (kernels.FEWEST_QUERIES, PREFILLED)]
-    candidates = [make(heads, length, has_bias, device) for make in (_decode, _prefill)]
+    candidates = _of_attention(heads, context, has_bias, device)
     for modules in kinds:
         for block, numbers in of_pass:
             computed = _in_pass(modules[0], block)
             candidates += [_of_layers(modules[:1], tokens, computed) for tokens in (numbers[0], numbers[-1])]
     compile_at_once(candidates, device)
-    if not proven([replace(candidate, only_if_faster=False) for candidate in candidates], on_device, say):
+    if not proven(candidates, None, say):
         return 0
     for modules in kinds:
         if not all(_keeps_bits(modules[0], *each) for each in of_pass):
@@ -311,10 +313,13 @@ def attention(
 
     A pass over a prompt only has to agree: in a graph it saves the host more than a kernel could lose.
     """
-    length = min(context, LONGEST)
-    decode, prefill = (candidate(heads, length, has_bias, device) for candidate in (_decode, _prefill))
-    compile_at_once([decode, prefill], device)
-    return proven([decode, prefill], seconds, say)
+    candidates = _of_attention(heads, context, has_bias, device)
+    compile_at_once(candidates, device)
+    return proven(candidates, seconds, say)
+
+
+def _of_attention(heads: Heads, context: int, has_bias: bool, device: torch.device) -> list[Candidate]:
+    return [make(heads, min(context, LONGEST), has_bias, device) for make in (_decode, _prefill)]
 
 
 def _decode(heads: Heads, length: int, has_bias: bool, device: torch.device) -> Candidate:

@@ -289,13 +289,17 @@ def pack(network: PreTrainedModel, layout: type[PackedLinear]) -> bool:
 
 def agree_now(network: PreTrainedModel) -> bool:
     """Whether as many threads as there are now give a packed network's layers the bits of the number at start."""
-    layers = [module for module in network.modules() if isinstance(module, PackedLinear)]
-    return all(padding.agrees_now() for padding in {p for layer in layers for p in (layer.decode, layer.prefill)})
+    paddings = decode_paddings(network) | {layer.prefill for layer in _packed(network)}
+    return all(padding.agrees_now() for padding in paddings)
 
 
-def decode_paddings(network: PreTrainedModel) -> list[RowPadding]:
+def decode_paddings(network: PreTrainedModel) -> set[RowPadding]:
     """Those of a packed network's layers."""
-    return list({module.decode: None for module in network.modules() if isinstance(module, PackedLinear)})
+    return {layer.decode for layer in _packed(network)}
+
+
+def _packed(network: PreTrainedModel) -> Iterator[PackedLinear]:
+    return (module for module in network.modules() if isinstance(module, PackedLinear))
 
 
 def _groups(network: nn.Module) -> Iterator[tuple[nn.Module, list[str]]]:

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llm.devices import attention, forward
@@ -91,8 +90,8 @@ class LlamaLayer:
         turned = (turned * cosine).add_(turned.roll(self.head_size // 2, -1).mul_(sine))
         queries, keys = turned[:, :, None].split([self.query_heads, self.key_heads], 1)
         keys, values = past_key_values.update(keys, values[:, :, None], self.index)
-        attended = attention.attend(queries, keys, values, mask, scale=self.scale).view(rows, 1, -1)
-        return F.pad(attended, (0, 0, 0, 0, 0, pass_.padding)) if pass_.padding else attended
+        attended = attention.attend(queries, keys, values, mask, scale=self.scale)
+        return pass_.with_padding(attended.view(rows, 1, -1))
 
 
 class _Norm:

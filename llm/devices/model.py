@@ -3,7 +3,7 @@
 import time
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -84,7 +84,7 @@ class Model:
     """On a GPU with kernels for it, passes are ragged: see forward.Ragged."""
     mixes_starts: bool = False
     """Attention is the CPU's own, so that a prefill pass may read chunks that start at different positions."""
-    row_paddings: Sequence[RowPadding] = ()
+    row_paddings: Collection[RowPadding] = ()
     """Those of its layers in a decode pass, where its attention knows of padding."""
     batch_invariant: bool = False
     """On this processor the bits of a row do not depend on the other rows of a pass. On a GPU only where the user asked
@@ -383,7 +383,7 @@ def _compile_kernels(network: PreTrainedModel, max_context: int | None) -> None:
         kernel_check.compile_ahead(
             network, _heads(network), context or kernel_check.LONGEST, _has_bias(network), device
         )
-        torch.cuda.empty_cache()
+        memory.empty_cuda_cache()
 
 
 def _mega(size: int) -> str:

@@ -8,7 +8,6 @@ To import this imports Triton, which a computer without a GPU may lack.
 """
 
 from bisect import bisect_left
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -86,13 +85,6 @@ class RaggedRunner(Runner):
         """Each token reads as many positions as it sees."""
         return self.slots.context
 
-    def _widths(self, samplings: list[Sampling]) -> list[int]:
-        widths = super()._widths(samplings)
-        if self.model.batch_invariant:
-            # as in a graph: the kernel chooses a row's own of these
-            return [next(width for width in self._graph_widths() if width >= max(widths))]
-        return widths
-
     def _choose(self, rows: int, widths: list[int]) -> None:
         if not (self.chooses_with_kernel and widths[0] <= self._most_sorted):
             super()._choose(rows, widths)
@@ -115,9 +107,8 @@ class RaggedRunner(Runner):
         candidates = [_choosing(self, width) for width in widths]
         if self.model.batch_invariant:
             candidates += [_choosing(self, width, alone=True) for width in widths]
-            candidates = [replace(candidate, only_if_faster=False) for candidate in candidates]
         kernel_check.compile_at_once(candidates, self.model.device)
-        self.chooses_with_kernel = kernel_check.proven(candidates, seconds, say)
+        self.chooses_with_kernel = kernel_check.proven(candidates, None if self.model.batch_invariant else seconds, say)
         return self.chooses_with_kernel
 
     def capture_graphs(self) -> int:

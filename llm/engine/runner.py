@@ -294,8 +294,7 @@ class Runner:
         ids = self.history[:rows].gather(1, positions)
         padding = self.model.padding(rows)
         pass_ = forward.Pass(length, length - 1, slice(rows), positions, padding=padding, tile=self.model.tile)
-        if padding:
-            ids, positions = (torch.nn.functional.pad(x, (0, 0, 0, padding)) for x in (ids, positions))
+        ids, positions = pass_.with_padding(ids), pass_.with_padding(positions)
         logits = self._logits(pass_, ids, positions, mask=self.columns[:length] <= positions)
         self.logits[:rows] = logits[:rows]
 
@@ -341,7 +340,8 @@ class Runner:
         """How many of the likeliest tokens each row sorts. On a GPU all rows sort as many as the row that needs most: a
         graph has one width, and to sort rows by width would make the host wait."""
         widths = [sampling_width(sampling, self.model.vocabulary) for sampling in samplings]
-        if self.capture:
+        # batch-invariant too: one kernel chooses for all rows, by each row's own width
+        if self.capture or (self.model.ragged and self.model.batch_invariant):
             return [next(width for width in self._graph_widths() if width >= max(widths))]
         return [max(widths)] if self.cuda else widths
 

@@ -27,6 +27,16 @@ SIZE: dict[str, Any] = {
 }
 
 
+FALCON: dict[str, Any] = {
+    "alibi": True,
+    "bias": True,
+    "multi_query": False,
+    "parallel_attn": False,
+    "new_decoder_architecture": False,
+}
+"""What falcon-rw-1b has that a FalconConfig has not by itself."""
+
+
 def save(folder: Path, network: PreTrainedModel) -> Path:
     network.save_pretrained(folder)
     words = Tokenizer(WordLevel({str(number): number for number in range(WORDS)}, unk_token="0"))
