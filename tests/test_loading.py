@@ -390,6 +390,8 @@ def test_a_tokenizer_of_two_files_loads(llama: Path) -> None:
         RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried"),
         RuntimeError("unable to mmap 9 bytes from file <x>: Cannot allocate memory (12)"),
         RuntimeError("std::bad_alloc"),
+        SystemError("error return without exception set"),
+        SystemError("<function from_pretrained at 0x7f1be24ff240> returned NULL without setting an exception"),
         MemoryError(),
         OSError(12, "Cannot allocate memory"),
         ImportError("libx.so: failed to map segment from shared object"),
@@ -431,10 +433,11 @@ for more in sys.argv[2:]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="macOS does not enforce this limit")
 def test_a_process_with_too_little_memory_ends_in_one_line(llama: Path) -> None:
-    """Too little for the loading thread, for the file of weights, or for the weights in float32."""
-    config = LlamaConfig(**TINY | {"hidden_size": 512, "intermediate_size": 8192})
+    """Too little for the loading thread, or for the file of weights, which safetensors maps and then torch."""
+    config = LlamaConfig(**TINY | {"hidden_size": 512, "intermediate_size": 16384})
     LlamaForCausalLM(config).bfloat16().save_pretrained(llama)
-    limits = [10**6, 2 * 10**7, 8 * 10**7]
+    # far from a megabyte more or less, where Python cannot always say that memory ran out
+    limits = [10**6, 7 * 10**7, 19 * 10**7]
     command = [sys.executable, "-c", LOADING, str(llama), *map(str, limits)]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     line = f"Falta memoria para cargar {llama}: cierre otros programas o elija un modelo más pequeño"

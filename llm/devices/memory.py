@@ -21,8 +21,8 @@ from llm.devices.cgroups import ROOT
 STACK_BYTES = 32 * (8 << 20)
 """Of the threads that start later, one for each prediction: a limit on addresses counts a stack whole, used or not."""
 
-# What torch, cuBLAS, the C++ library, the system's loader, Python (of a stack) and transformers say where there is no
-# errno.
+# What torch, cuBLAS, the C++ library, the system's loader, Python (of a stack, and where no memory was left for a
+# MemoryError) and transformers say where there is no errno.
 _NO_MEMORY = (
     "out of memory",
     "allocate memory",
@@ -31,6 +31,8 @@ _NO_MEMORY = (
     "bad_alloc",
     "failed to map segment",
     "can't start new thread",
+    "without exception set",
+    "without setting an exception",
     "offload_folder",
 )
 
