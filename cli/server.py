@@ -29,7 +29,7 @@ from llm.weights.settings import ROOT
 from llm.words import reason
 
 HOST = "127.0.0.1"
-LIBRARIES = {"GOMP_SPINCOUNT": "10000", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}
+LIBRARIES = {"GOMP_SPINCOUNT": "10000", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "THP_MEM_ALLOC_ENABLE": "1"}
 """Variables that libraries below torch read once, when they load. cog.yaml sets the same ones.
 
 GOMP_SPINCOUNT, which only GNU's OpenMP knows: how many turns a thread spins for the others before it sleeps. With the
