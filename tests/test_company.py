@@ -23,7 +23,7 @@ from tests.support import company
 
 slow = pytest.mark.slow
 HEADS = attention.Heads(number=4, group=2, size=64, dtype=torch.float32)
-each_layout = pytest.mark.parametrize("layout", [linear.BFloat16Linear, linear.Float16Linear])
+each_layout = pytest.mark.parametrize("layout", [linear.BFloat16Linear, linear.Float32Linear])
 
 
 def assert_bits_do_not_depend_on_company(
@@ -98,7 +98,7 @@ def padding(sums: Callable[[int, int], int], numbers: tuple[int, ...], reference
             rows.append(total.bfloat16())
         return torch.stack(rows)
 
-    layer = SimpleNamespace(buffer=torch.zeros(1, 1, 512), product=product)
+    layer = SimpleNamespace(buffer=torch.zeros(1, 1, 512), of_all=product)
     return RowPadding(layer, numbers, [reference])
 
 
@@ -152,7 +152,7 @@ def test_setup_says_where_company_can_change_a_text(
     if not linear.layout(chosen=None):
         pytest.skip("this processor has no layout of its own")
     monkeypatch.setattr(RowPadding, "_agrees", lambda self, rows: agrees)
-    monkeypatch.setattr(attention, "agrees", lambda *args: True)
+    monkeypatch.setattr(attention, "agrees", lambda *args: agrees)
     settings = Settings(bfloat16_folder.name, None, bfloat16_folder.parent, None, None)
     model = Model.load(checkpoint.verify(settings), settings, print)
     assert model.batch_invariant == agrees

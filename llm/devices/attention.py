@@ -22,7 +22,7 @@ MULTIPLES = (8, 32)
 LENGTH_STEP = 64
 """A tile, and a decode pass, read a multiple of so many keys: for other numbers MKL sums in other orders."""
 BLOCK = 128
-"""Values that a tile sums at once in float32: MKL splits longer sums at places that depend on their length."""
+"""Values that are summed at once in float32: MKL splits longer sums at places that depend on their length."""
 
 
 def in_steps(length: int) -> int:
@@ -104,7 +104,7 @@ def attend(
     if prefill:
         assert attn_mask is not None
         return _in_tiles(query, key, value, attn_mask, scale, prefill)
-    return _weighted(query, key, value, attn_mask, scale, block=length)
+    return _weighted(query, key, value, attn_mask, scale)
 
 
 def _in_tiles(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, pass_: forward.Pass) -> Tensor:
@@ -118,8 +118,6 @@ def _in_tiles(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: fl
     values = value.new_empty(groups, padded, value.shape[-1])
     mask = F.pad(mask, (0, padded - length), value=-torch.inf)
     mask = mask.expand(rows, *(mask.shape[1:] if mask.dim() == 4 else (1, queries, padded)))
-    # a sum of bfloat16 in parts would be rounded at each
-    block = BLOCK if value.dtype == torch.float32 else padded
     assert pass_.tile
     for row, (start, count) in enumerate(zip(pass_.starts, pass_.counts, strict=True)):
         end, held = start + count, pass_.shared if row else 0
@@ -139,19 +137,19 @@ def _in_tiles(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: fl
                 sees = mask[row, :, -1:, :seen] + hidden
             if missing := -size % pass_.tile:
                 part, sees = F.pad(part, (0, 0, 0, missing)), F.pad(sees, (0, 0, 0, missing))
-            part = _weighted(part, keys[:, :seen], values[:, :seen], sees, scale, block)
+            part = _weighted(part, keys[:, :seen], values[:, :seen], sees, scale)
             result[row, :, first : first + size] = part[:, :size]
     return result
 
 
-def _weighted(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, block: int) -> Tensor:
-    """block: how many values are summed at once."""
-
+def _weighted(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     keys, values = (x.reshape(-1, *x.shape[-2:]) for x in (key, value))
     # the heads that read the same keys as one head with more queries
     scores = torch.bmm(query.reshape(len(keys), -1, query.shape[-1]), keys.mT).float().view(*query.shape[:-1], -1)
     scores = scores * scale if mask is None else torch.add(mask, scores, alpha=scale, out=scores)
     weights = F.softmax(scores, -1).to(value.dtype).view(len(values), -1, values.shape[1])
+    # a sum of bfloat16 in parts would be rounded at each
+    block = BLOCK if value.dtype == torch.float32 else values.shape[1]
     result = torch.bmm(weights[..., :block], values[:, :block])
     for first in range(block, values.shape[1], block):
         torch.baddbmm(result, weights[..., first : first + block], values[:, first : first + block], out=result)
@@ -181,6 +179,7 @@ def batch_invariant_tile(heads: Heads) -> int | None:
 def agrees(tile: int, heads: Heads, threads: int) -> bool:
     """Whether a query has the same bits in several passes of this number of threads as in one pass of `threads`."""
     most = 576
+    positions = 40, 263, 400
     shape = (3, 1, heads.number, most, heads.size)
     query, key, value = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(heads.dtype)
     key, value = key[:, :: heads.group], value[:, :: heads.group]
@@ -200,12 +199,12 @@ def agrees(tile: int, heads: Heads, threads: int) -> bool:
         result = attended(len(chunks), start + width, queries, sees[start : start + width], pass_)
         return [row[:, :count] for row, count in zip(result, counts, strict=True)]
 
-    def decode(length: int, rows: int) -> Tensor:
-        return attended(rows, length, query[:, :, :1].expand(rows, -1, -1, -1), sees[40:41], None)
+    def decode(position: int, length: int, rows: int) -> Tensor:
+        return attended(rows, length, query[:, :, :1].expand(rows, -1, -1, -1), sees[position : position + 1], None)
 
     now = torch.get_num_threads()
     torch.set_num_threads(threads)
-    (whole,), decoded = prefill((0, most)), decode(LENGTH_STEP, 1)
+    (whole,), decoded = prefill((0, most)), [decode(position, in_steps(position + 1), 1) for position in positions]
     torch.set_num_threads(now)
     passes = [[(0, 2)], [(0, 5)], 4 * [(0, 11)], [(3, 17)], 3 * [(0, 45)], 2 * [(5, 133)], [(160, 240)]]
     passes += [3 * [(500, most)], [(5, 45), (160, 240), (0, 2)]]
@@ -214,5 +213,9 @@ def agrees(tile: int, heads: Heads, threads: int) -> bool:
         for chunks in passes
         for row, (first, end) in zip(prefill(*chunks), chunks, strict=True)
     ]
-    checks += [(decode(length, rows) == decoded).all() for length, rows in [(2 * LENGTH_STEP, 3), (most, 4)]]
+    checks += [
+        (decode(position, length, rows) == result).all()
+        for position, result in zip(positions, decoded, strict=True)
+        for length, rows in [(in_steps(position + 1) + LENGTH_STEP, 3), (most, 4)]
+    ]
     return all(map(bool, checks))

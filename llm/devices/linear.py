@@ -1,7 +1,7 @@
 """Linear layers for the CPU: weights laid out as the processor reads them fastest, and batch-invariant products.
 
-How a product is summed, and so its last bits, may depend on how many rows are computed together. Packed layers pad
-their input to numbers of rows for which the processor, asked at start, gives every row the same bits: see padding.py.
+How a product is summed, and so its last bits, may depend on how many rows are computed together. In bfloat16 layers
+pad their input to numbers of rows that agree (padding.py); the kernels for float32 compute any number alike (x86.py).
 """
 
 import ctypes
@@ -23,7 +23,7 @@ from llm.devices import forward, memory
 from llm.devices.padding import RowPadding
 
 BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16"}
-FLOAT16_FLAGS = {"avx2", "fma", "f16c"}
+FLOAT32_FLAGS = {"avx2", "fma", "f16c"}
 
 JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Layers of one module that read the same inputs in nearly all architectures: one product computes all of them."""
@@ -41,25 +41,15 @@ class PackedLinear(nn.Module, ABC):
     """Of inputs, biases and products."""
     read_as: ClassVar[torch.dtype | None]
     """What a checkpoint is loaded in, to be packed; None: in its own dtype."""
-    precision: ClassVar[str]
+
+    precision: str
     """In Spanish, for the log."""
-    decode_rows: ClassVar[tuple[int, ...]]
-    prefill_rows: ClassVar[tuple[int, ...]]
-    """What the rows of a decode pass and the tokens of a prefill pass are padded to, where they have to be."""
+    out_features: int
 
-    decode: RowPadding
-    """In a decode pass, and in the last layer of a prefill pass, which reads one token of each prompt."""
-    prefill: RowPadding
-    """In every other layer of a prefill pass."""
-
+    @abstractmethod
     def __init__(self, weight: Tensor, bias: Tensor | None):
         """weight (out features, in features); bias (out features,)."""
         super().__init__()
-        self.out_features = len(weight)
-        self.bias = None if bias is None else bias.detach().to(self.dtype)
-        self.buffer = torch.zeros(self.prefill_rows[-1], weight.shape[1], dtype=self.dtype)
-        """Where rows are padded. The padding's values do not matter."""
-        self.packed = self.pack(weight.contiguous())
 
     @staticmethod
     @abstractmethod
@@ -68,40 +58,28 @@ class PackedLinear(nn.Module, ABC):
 
     @staticmethod
     @abstractmethod
-    def fits(weight: Tensor) -> bool:
-        """Whether the layout holds a weight, (out features, in features), as precisely as the products need."""
-
-    @staticmethod
-    @abstractmethod
-    def pack(weight: Tensor) -> Any:
-        """A copy of a weight, (out features, in features), in the layout."""
+    def prepare(layers: list["PackedLinear"], last: nn.Module | None) -> bool:
+        """Once all layers of a network are packed, make them ready for their passes. last: the layer that computes the
+        logits. Returns whether all are batch-invariant on this processor."""
 
     @abstractmethod
-    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """With all rows of x (..., in features) at once, contiguous."""
+    def product(self, x: Tensor, rows: int, decodes: bool) -> Tensor:
+        """x (..., in features), of so many rows; decodes: as a decode pass computes, for which a layer may have other
+        numbers of rows. Returns (..., out features)."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in features) of `dtype`. Returns (..., out features), 0 for padding."""
         tokens = x.numel() // x.shape[-1]
         pass_ = forward.current()
+        # the last layer reads one token of each prompt
         if pass_ is None or tokens != pass_.tokens:
-            return self._product(x, tokens, self.decode)
+            return self.product(x, tokens, decodes=True)
         indices = pass_.prompt_tokens
         if indices is None:
-            return self._product(x, tokens, self.prefill)
+            return self.product(x, tokens, decodes=False)
         result = x.new_zeros(tokens, self.out_features)
-        result[indices] = self._product(x.flatten(0, -2)[indices], len(indices), self.prefill)
+        result[indices] = self.product(x.flatten(0, -2)[indices], len(indices), decodes=False)
         return result.view(*x.shape[:-1], -1)
-
-    def _product(self, x: Tensor, rows: int, padding: RowPadding) -> Tensor:
-        if rows > padding.most:
-            parts = x.reshape(rows, -1).split(padding.most)
-            return torch.cat([self._product(part, len(part), padding) for part in parts]).view(*x.shape[:-1], -1)
-        padded = padding[rows]
-        if padded == rows:
-            return self.product(x.contiguous(), self.bias)
-        self.buffer[:rows] = x.reshape(rows, -1)
-        return self.product(self.buffer[:padded], self.bias)[:rows].view(*x.shape[:-1], -1)
 
 
 class JoinedLinear(nn.Module):
@@ -134,71 +112,106 @@ class JoinedLinear(nn.Module):
 
 
 class BFloat16Linear(PackedLinear):
-    """Weights, inputs and products in bfloat16: oneDNN's blocked layout."""
+    """Weights, inputs and products in bfloat16: oneDNN's blocked layout.
+
+    How a product is summed depends on how many rows are computed together: a layer pads its input to numbers of rows
+    for which the processor, asked at start, gives every row the same bits.
+    """
 
     dtype = read_as = torch.bfloat16
     precision = "bfloat16"
     # oneDNN reads the weights a fifth faster for four rows than for one (Zen 4)
     decode_rows = (4, 8, 16, 32)
     prefill_rows = (*decode_rows, 64, 128, 256)
+    """What the rows of a decode pass and the tokens of a prefill pass are padded to, where they have to be."""
+
+    decode: RowPadding
+    """In a decode pass, and in the last layer of a prefill pass, which reads one token of each prompt."""
+    prefill: RowPadding
+    """In every other layer of a prefill pass."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        super().__init__(weight, bias)
+        self.out_features = len(weight)
+        self.bias = None if bias is None else bias.detach().to(self.dtype)
+        self.buffer = torch.zeros(self.prefill_rows[-1], weight.shape[1], dtype=self.dtype)
+        """Where rows are padded. The padding's values do not matter."""
+        self.packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
 
     @staticmethod
     def is_fast() -> bool:
         return not BFLOAT16_FLAGS.isdisjoint(_flags())
 
     @staticmethod
-    def fits(weight: Tensor) -> bool:
-        return weight.dtype == torch.bfloat16
+    def prepare(layers: list[Any], last: nn.Module | None) -> bool:
+        first: dict[tuple[int, int], BFloat16Linear] = {}
+        buffers: dict[int, Tensor] = {}
+        for layer in layers:
+            in_features = layer.buffer.shape[-1]
+            layer.buffer = buffers.setdefault(in_features, layer.buffer)
+            of_this_shape = first.setdefault((layer.out_features, in_features), layer)
+            if of_this_shape is layer:
+                layer.decode = RowPadding(layer, layer.decode_rows, layer.decode_rows)
+                # of a prompt the last layer reads no more than the end
+                if layer is last:
+                    layer.prefill = layer.decode
+                else:
+                    layer.prefill = RowPadding(layer, layer.prefill_rows, reversed(layer.prefill_rows))
+            layer.decode, layer.prefill = of_this_shape.decode, of_this_shape.prefill
+        return all(layer.decode.batch_invariant and layer.prefill.batch_invariant for layer in first.values())
 
-    @staticmethod
-    def pack(weight: Tensor) -> Tensor:
-        packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight)
-        return packed
+    def product(self, x: Tensor, rows: int, decodes: bool) -> Tensor:
+        return self._padded(x, rows, self.decode if decodes else self.prefill)
 
-    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+    def _padded(self, x: Tensor, rows: int, padding: RowPadding) -> Tensor:
+        if rows > padding.most:
+            parts = x.reshape(rows, -1).split(padding.most)
+            return torch.cat([self._padded(part, len(part), padding) for part in parts]).view(*x.shape[:-1], -1)
+        padded = padding[rows]
+        if padded == rows:
+            return self.of_all(x.contiguous(), self.bias)
+        self.buffer[:rows] = x.reshape(rows, -1)
+        return self.of_all(self.buffer[:padded], self.bias)[:rows].view(*x.shape[:-1], -1)
+
+    def of_all(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Of all rows of x (..., in features) at once, contiguous."""
         product: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, bias, "none", [], "")
         return product
 
 
-class Float16Linear(PackedLinear):
-    """Weights in float16, inputs, sums and products in float32: FBGEMM's layout, for processors without bfloat16."""
+class Float32Linear(PackedLinear):
+    """Inputs and products in float32, weights as narrow as they can be: for x86 processors without bfloat16.
+
+    The kernels of x86.py are batch-invariant for any number of rows.
+    """
 
     dtype = torch.float32
     read_as = None
-    precision = "float16, con las cuentas en float32"
-    # with kernels for two rows and for one, alone or as the rest of more rows, FBGEMM sums in other orders
-    decode_rows = (3, 4, 6, 8, 12, 16, 18, 24, 30, 33, 36)
-    prefill_rows = (*decode_rows, *range(48, 253, 12), 256)
 
-    # a call by way of the overload looks for fake tensors first, which takes as long as a small product
-    _product_of: ClassVar = torch.ops.quantized.linear_dynamic_fp16.default._op
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        from llm.devices import x86  # imports llvmlite, which is there for Linux on x86 alone
 
-    LARGEST_CHANGED_SHARE: ClassVar = 0.01
-    """Of a layer's weights, those that may be rounded: 0.02 % in a usual layer, by 3e-8 at most."""
-    CHECKED_AT_ONCE: ClassVar = 2**17
-    """Weights, so that they stay in the processor's cache."""
+        super().__init__(weight, bias)
+        self.packed = x86.PackedWeight(weight, bias)
+        self.out_features = self.packed.out_features
+        narrow = self.packed.dtype != torch.float32
+        name = str(self.packed.dtype).removeprefix("torch.")
+        self.precision = f"{name}, con las cuentas en float32" if narrow else name
 
     @staticmethod
     def is_fast() -> bool:
-        return FLOAT16_FLAGS.issubset(_flags()) and "fbgemm" in torch.backends.quantized.supported_engines
-
-    @staticmethod
-    def fits(weight: Tensor) -> bool:
-        low, high = weight.aminmax()
-        if max(-low, high) > torch.finfo(torch.float16).max:
+        if sys.platform != "linux" or not FLOAT32_FLAGS.issubset(_flags()):
             return False
-        rows = max(1, Float16Linear.CHECKED_AT_ONCE // weight.shape[1])
-        parts = (part.float() for part in weight.split(rows))
-        changed = sum(int((part.half() != part).count_nonzero()) for part in parts)
-        return changed <= Float16Linear.LARGEST_CHANGED_SHARE * weight.numel()
+        from llm.devices import x86
+
+        return x86.openmp() is not None
 
     @staticmethod
-    def pack(weight: Tensor) -> Any:
-        return torch.ops.quantized.linear_prepack_fp16(weight.float(), None)
+    def prepare(layers: list[Any], last: nn.Module | None) -> bool:
+        return True
 
-    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        product: Tensor = Float16Linear._product_of(x, self.packed)
-        return product if bias is None else product.add_(bias)
+    def product(self, x: Tensor, rows: int, decodes: bool) -> Tensor:
+        return self.packed.product(x)
 
 
 def _flags() -> set[str]:
@@ -214,19 +227,14 @@ def layout(chosen: torch.dtype | None) -> type[PackedLinear] | None:
         return None
     if BFloat16Linear.is_fast():
         return BFloat16Linear if chosen in (None, torch.bfloat16) else None
-    return Float16Linear if chosen is None and Float16Linear.is_fast() else None
-
-
-class UnfitWeightError(Exception):
-    """A weight that a layout does not hold as precisely as the products need."""
+    return Float32Linear if chosen is None and Float32Linear.is_fast() else None
 
 
 def pack(network: PreTrainedModel, layout: type[PackedLinear]) -> bool:
     """Replace every linear layer of a network on the CPU, in place. All else then computes in `layout.dtype`.
 
     Each weight is dropped as soon as it is packed: packing needs memory for the weights and PACKED_AT_ONCE more layers.
-    Returns whether the network's products are batch-invariant on this processor. Raises UnfitWeightError; the network
-    is then of no use.
+    Returns whether the network's products are batch-invariant on this processor.
     """
     users = Counter(p.data_ptr() for _, p in network.named_parameters(remove_duplicate=False))
     threads = torch.get_num_threads()
@@ -234,8 +242,6 @@ def pack(network: PreTrainedModel, layout: type[PackedLinear]) -> bool:
     def replace(parent: nn.Module, names: list[str]) -> PackedLinear:
         linears: list[Any] = [getattr(parent, name) for name in names]
         weights: list[Any] = [_weight(linear) for linear in linears]
-        if not all(map(layout.fits, weights)):
-            raise UnfitWeightError
         biases = [linear.bias for linear in linears if linear.bias is not None]
         whole = layout(_joined(weights), _joined(biases) if biases else None)
         start = 0
@@ -266,39 +272,33 @@ def pack(network: PreTrainedModel, layout: type[PackedLinear]) -> bool:
         # OLMo's norms have no weights: then nothing is left of which transformers reads the network's dtype
         network.register_parameter("of_its_dtype", nn.Parameter(torch.empty(0, dtype=layout.dtype)))
 
-    last = network.get_output_embeddings()
-    first: dict[tuple[int, int], PackedLinear] = {}
-    buffers: dict[int, Tensor] = {}
-    for layer in layers:
-        in_features = layer.buffer.shape[-1]
-        layer.buffer = buffers.setdefault(in_features, layer.buffer)
-        of_this_shape = first.setdefault((layer.out_features, in_features), layer)
-        if of_this_shape is layer:
-            layer.decode = RowPadding(layer, layout.decode_rows, layout.decode_rows)
-            # of a prompt the last layer reads no more than the end
-            if layer is last:
-                layer.prefill = layer.decode
-            else:
-                layer.prefill = RowPadding(layer, layout.prefill_rows, reversed(layout.prefill_rows))
-        layer.decode, layer.prefill = of_this_shape.decode, of_this_shape.prefill
+    agree = layout.prepare(layers, network.get_output_embeddings())
     memory.trim()
-    agree = all(layer.decode.batch_invariant and layer.prefill.batch_invariant for layer in first.values())
     return agree and not any(_has_products(module) for module in network.modules())
+
+
+def precision(network: PreTrainedModel) -> str:
+    """Of a packed network's products, in Spanish, for the log."""
+    return " y ".join(sorted({layer.precision for layer in _packed(network)}))
 
 
 def agree_now(network: PreTrainedModel) -> bool:
     """Whether as many threads as there are now give a packed network's layers the bits of the number at start."""
-    paddings = decode_paddings(network) | {layer.prefill for layer in _packed(network)}
+    paddings = decode_paddings(network) | {layer.prefill for layer in _padded(network)}
     return all(padding.agrees_now() for padding in paddings)
 
 
 def decode_paddings(network: PreTrainedModel) -> set[RowPadding]:
     """Those of a packed network's layers."""
-    return {layer.decode for layer in _packed(network)}
+    return {layer.decode for layer in _padded(network)}
 
 
 def _packed(network: PreTrainedModel) -> Iterator[PackedLinear]:
     return (module for module in network.modules() if isinstance(module, PackedLinear))
+
+
+def _padded(network: PreTrainedModel) -> Iterator[BFloat16Linear]:
+    return (layer for layer in _packed(network) if isinstance(layer, BFloat16Linear))
 
 
 def _groups(network: nn.Module) -> Iterator[tuple[nn.Module, list[str]]]:

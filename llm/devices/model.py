@@ -143,7 +143,7 @@ class Model:
         """Read a folder onto one GPU, or onto the devices that accelerate chooses.
 
         dtype: what the model computes in. max_context: tokens of prompt and answer together, where the model's own
-        context is longer. layout: of the linear layers, for a model on the CPU, where the layout holds the weights.
+        context is longer. layout: of the linear layers, for a model on the CPU.
         kernels: whether a GPU may use those of this project. batch_invariant: whether a GPU has to be that, if it can.
         Raises UserError where the folder does not hold a whole causal language model that this project can
         serve.
@@ -159,14 +159,7 @@ class Model:
             loaded, layers_agree = time.perf_counter(), False
             parameters = network.num_parameters()
             if layout:
-                try:
-                    layers_agree = linear.pack(network, layout)
-                except linear.UnfitWeightError:
-                    say("float16 cambiaría los pesos: el modelo va en float32, más despacio")
-                    layout = None
-                    del network
-                    tokenizer, network = loading.load(folder, dtype)
-                    loaded = time.perf_counter()
+                layers_agree = linear.pack(network, layout)
             packed = time.perf_counter()
             cached = _probe(network)
         devices = {torch.device(d if d != "disk" else "cpu") for d in getattr(network, "hf_device_map", {}).values()}
@@ -184,7 +177,7 @@ class Model:
             stop_ids=_stop_ids(network, tokenizer),
             layers=len(cached),
             parameters=parameters,
-            precision=layout.precision if layout else str(dtype).removeprefix("torch."),
+            precision=linear.precision(network) if layout else str(dtype).removeprefix("torch."),
             token_bytes=_token_bytes(cached),
             seconds={"load": loaded - start} | ({"pack": packed - loaded} if layout else {}),
         )

@@ -11,7 +11,7 @@ class Layer(Protocol):
     buffer: Tensor
     """(rows, in features), of the dtype of its inputs."""
 
-    def product(self, x: Tensor, bias: Tensor | None) -> Tensor: ...
+    def of_all(self, x: Tensor, bias: Tensor | None) -> Tensor: ...
 
 
 class RowPadding:
@@ -72,4 +72,4 @@ class RowPadding:
         return self._agreeing[key]
 
     def _bits(self, rows: int, bias: Tensor | None) -> Tensor:
-        return self._layer.product(self._row.expand(rows, -1).contiguous(), bias)
+        return self._layer.of_all(self._row.expand(rows, -1).contiguous(), bias)
