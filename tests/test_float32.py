@@ -31,7 +31,7 @@ from transformers import (
     XGLMForCausalLM,
 )
 
-from llm.devices import activation, forward, linear, x86
+from llm.devices import activation, forward, linear, processor
 from llm.devices.linear import Float32Linear
 from llm.devices.model import Model
 from llm.engine.engine import Engine
@@ -189,9 +189,10 @@ def test_elsewhere_models_are_in_float32(missing: str, bfloat16_folder: Path, mo
     monkeypatch.setattr(linear.BFloat16Linear, "is_fast", lambda: False)
     assert linear.layout(chosen=None) is Float32Linear
     if missing == "flags":
-        monkeypatch.setattr(linear, "_flags", lambda: {"fp", "asimd", "avx2"})
+        monkeypatch.setattr(processor, "flags", lambda: {"fp", "asimd", "avx2"})
     else:
-        monkeypatch.setattr(x86, "openmp", lambda: None)
+        monkeypatch.setattr(processor, "openmp", lambda: None)
+    monkeypatch.setattr(processor, "runs_kernels", processor.runs_kernels.__wrapped__)
     lines: list[str] = []
     settings = Settings(bfloat16_folder.name, None, bfloat16_folder.parent, None, None)
     model = Model.load(checkpoint.verify(settings), settings, lines.append)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llm.devices import forward
+from llm.devices import forward, processor
 from llm.weights.settings import set_for_libraries
 
 TILE = 64
@@ -104,6 +104,11 @@ def attend(
     if prefill:
         assert attn_mask is not None
         return _in_tiles(query, key, value, attn_mask, scale, prefill)
+    if processor.runs_kernels():
+        from llm.devices import decode_attention  # imports llvmlite, which is there for Linux on x86 alone
+
+        if attn_mask is not None and decode_attention.fits(query):
+            return decode_attention.attend(query, key, value, attn_mask, scale)
     return _weighted(query, key, value, attn_mask, scale)
 
 

@@ -1,7 +1,7 @@
 """Linear layers for the CPU: weights laid out as the processor reads them fastest, and batch-invariant products.
 
 How a product is summed, and so its last bits, may depend on how many rows are computed together. In bfloat16 layers
-pad their input to numbers of rows that agree (padding.py); the kernels for float32 compute any number alike (x86.py).
+pad their input to numbers of rows that agree (padding.py); in float32 the kernels of products.py compute all alike.
 """
 
 import ctypes
@@ -11,7 +11,6 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -19,11 +18,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from llm.devices import forward, memory
+from llm.devices import forward, memory, processor
 from llm.devices.padding import RowPadding
-
-BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16"}
-FLOAT32_FLAGS = {"avx2", "fma", "f16c"}
 
 JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Layers of one module that read the same inputs in nearly all architectures: one product computes all of them."""
@@ -140,7 +136,7 @@ class BFloat16Linear(PackedLinear):
 
     @staticmethod
     def is_fast() -> bool:
-        return not BFLOAT16_FLAGS.isdisjoint(_flags())
+        return processor.computes_bfloat16()
 
     @staticmethod
     def prepare(layers: list[Any], last: nn.Module | None) -> bool:
@@ -182,17 +178,17 @@ class BFloat16Linear(PackedLinear):
 class Float32Linear(PackedLinear):
     """Inputs and products in float32, weights as narrow as they can be: for x86 processors without bfloat16.
 
-    The kernels of x86.py are batch-invariant for any number of rows.
+    The kernels of products.py are batch-invariant for any number of rows.
     """
 
     dtype = torch.float32
     read_as = None
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
-        from llm.devices import x86  # imports llvmlite, which is there for Linux on x86 alone
+        from llm.devices import products  # imports llvmlite, which is there for Linux on x86 alone
 
         super().__init__(weight, bias)
-        self.packed = x86.PackedWeight(weight, bias)
+        self.packed = products.PackedWeight(weight, bias)
         self.out_features = self.packed.out_features
         narrow = self.packed.dtype != torch.float32
         name = str(self.packed.dtype).removeprefix("torch.")
@@ -200,11 +196,7 @@ class Float32Linear(PackedLinear):
 
     @staticmethod
     def is_fast() -> bool:
-        if sys.platform != "linux" or not FLOAT32_FLAGS.issubset(_flags()):
-            return False
-        from llm.devices import x86
-
-        return x86.openmp() is not None
+        return processor.runs_kernels()
 
     @staticmethod
     def prepare(layers: list[Any], last: nn.Module | None) -> bool:
@@ -212,12 +204,6 @@ class Float32Linear(PackedLinear):
 
     def product(self, x: Tensor, rows: int, decodes: bool) -> Tensor:
         return self.packed.product(x)
-
-
-def _flags() -> set[str]:
-    """What /proc/cpuinfo says that the processor can; nothing where there is none, as on macOS."""
-    cpuinfo = Path("/proc/cpuinfo")
-    return set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
 
 
 def layout(chosen: torch.dtype | None) -> type[PackedLinear] | None:

@@ -12,7 +12,7 @@ from llm.devices import forward, linear
 if not linear.Float32Linear.is_fast():
     pytest.skip("this is no x86 processor with AVX2, or no Linux", allow_module_level=True)
 
-from llm.devices import x86
+from llm.devices import jit, products
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 SHAPES = [(64, 32), (1, 7), (50, 33), (576, 576), (333, 129)]
@@ -26,17 +26,17 @@ def random(*shape: int) -> Tensor:
 @pytest.fixture(params=[8, 16])
 def lanes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     """Kernels as for AVX2 and for AVX-512. LLVM splits vectors that the processor does not have."""
-    monkeypatch.setattr(x86, "lanes", lambda: request.param)
-    x86.compiled.cache_clear()
+    monkeypatch.setattr(jit, "lanes", lambda: request.param)
+    products.compiled.cache_clear()
     yield request.param
-    x86.compiled.cache_clear()
+    products.compiled.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_products_are_float32s(shape: tuple[int, int], dtype: torch.dtype, lanes: int) -> None:
     weight, bias = random(*shape).to(dtype), random(shape[0])
-    packed = x86.PackedWeight(weight, bias)
+    packed = products.PackedWeight(weight, bias)
     assert packed.dtype == dtype
     for rows in (1, 2, 5, 6, 7, 12, 13, 29, 100):
         x = random(rows, shape[1])
@@ -50,7 +50,7 @@ def test_products_are_float32s(shape: tuple[int, int], dtype: torch.dtype, lanes
 def test_a_rows_bits_depend_on_no_other_row_and_on_no_number_of_threads(
     dtype: torch.dtype, lanes: int, thread_count: None
 ) -> None:
-    packed = x86.PackedWeight(random(333, 129).to(dtype), None)
+    packed = products.PackedWeight(random(333, 129).to(dtype), None)
     x = random(61, 129)
     alone = torch.cat([packed.product(row) for row in x.split(1)])
     for threads in (1, 2, 3, 7):
@@ -60,19 +60,19 @@ def test_a_rows_bits_depend_on_no_other_row_and_on_no_number_of_threads(
 
 
 def test_nor_on_how_many_values_a_vector_holds(monkeypatch: pytest.MonkeyPatch) -> None:
-    products = []
+    results = []
     for lanes in (8, 16):
-        monkeypatch.setattr(x86, "lanes", lambda lanes=lanes: lanes)
-        x86.compiled.cache_clear()
-        products.append(x86.PackedWeight(random(333, 129).bfloat16(), random(333)).product(random(9, 129)))
-    x86.compiled.cache_clear()
-    assert torch.equal(*products)
+        monkeypatch.setattr(jit, "lanes", lambda lanes=lanes: lanes)
+        products.compiled.cache_clear()
+        results.append(products.PackedWeight(random(333, 129).bfloat16(), random(333)).product(random(9, 129)))
+    products.compiled.cache_clear()
+    assert torch.equal(*results)
 
 
 def test_a_weight_takes_16_bits_where_they_hold_its_values() -> None:
     for dtype in DTYPES:
         weight = random(40, 30).to(dtype).float()
-        narrow = x86.narrowest(weight)
+        narrow = products.narrowest(weight)
         assert narrow.dtype == dtype
         assert torch.equal(narrow.float(), weight)
 
@@ -91,4 +91,4 @@ def test_a_layer_takes_any_shape_and_skips_padding(shape: tuple[int, ...]) -> No
 
 
 def test_no_rows_have_no_product() -> None:
-    assert x86.PackedWeight(random(40, 30), None).product(torch.empty(2, 0, 30)).shape == (2, 0, 40)
+    assert products.PackedWeight(random(40, 30), None).product(torch.empty(2, 0, 30)).shape == (2, 0, 40)
