@@ -89,6 +89,16 @@ def test_each_head_may_hide_other_keys() -> None:
     torch.testing.assert_close(ours, F.scaled_dot_product_attention(query, key, value, mask, enable_gqa=True))
 
 
+@pytest.mark.parametrize("which", range(3))
+def test_what_is_not_a_number_shows(which: int, lanes: int) -> None:
+    inputs = cache(2, (4, 2, 64))
+    inputs[which][1, 1, 0, 5] = torch.nan
+    mask = torch.zeros(2, 1, 1, LONGEST)
+    isnan = decode_attention.attend(*inputs, mask, scale=0.125).isnan()
+    assert not isnan[0].any()
+    assert isnan[1].any()
+
+
 def test_what_it_is_not_made_for_is_left_to_pytorch() -> None:
     assert not decode_attention.fits(torch.zeros(1, 2, 1, 64).bfloat16())
     assert not decode_attention.fits(torch.zeros(1, 2, 3, 64))

@@ -13,15 +13,9 @@ from llvmlite import ir
 from torch import Tensor
 
 from llm.devices import jit
-from llm.devices.jit import FLOAT, I32, I64, POINTER, at, loop, part
+from llm.devices.jit import FLOAT, I64, POINTER, at, loop, part
 
 Attend = Callable[..., None]
-
-# Of exp, from Cephes (S. Moshier): ln 2 in two parts, and the polynomial's coefficients from the highest power on.
-LN2 = 0.693359375, -2.12194440e-4
-POLYNOMIAL = 1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1
-LEAST = -87.0
-"""Below it, exp is 0."""
 
 
 def fits(query: Tensor) -> bool:
@@ -154,7 +148,7 @@ class _Code(jit.Code):
                 products = b.fmul(of_query[0], keys[0])
                 for x, y in zip(of_query[1:], keys[1:], strict=True):
                     products = self.multiply_add(b, x, y, products)
-                score = self._reduced(b, "fadd", products)
+                score = self.reduced(b, "fadd", products)
                 score = self.multiply_add(b, score, scale, b.load(at(b, mask, position), typ=FLOAT))
                 b.store(score, at(b, target, position))
 
@@ -164,16 +158,16 @@ class _Code(jit.Code):
         # the last vector's rest
         with loop(b, end, b.mul(vectors, I64(self.lanes))) as (position, _):
             b.store(ir.Constant(FLOAT, -math.inf), at(b, scores, position))
-        with loop(b, I64(0), vectors, [self._constant(-math.inf)]) as (index, largest):
+        with loop(b, I64(0), vectors, [self.constant(-math.inf)]) as (index, largest):
             score = self.load(b, scores, b.mul(index, I64(self.lanes)))
             largest[0] = b.select(b.fcmp_ordered(">", score, largest[0]), score, largest[0])
-        most = self.repeated(b, self._reduced(b, "fmax", largest[0]))
-        with loop(b, I64(0), vectors, [self._constant(0)]) as (index, sums):
+        most = self.repeated(b, self.reduced(b, "fmax", largest[0]))
+        with loop(b, I64(0), vectors, [self.constant(0)]) as (index, sums):
             place = at(b, scores, b.mul(index, I64(self.lanes)))
-            weight = self._exp(b, b.fsub(self.load(b, place), most))
+            weight = self.exp(b, b.fsub(self.load(b, place), most))
             b.store(weight, place, align=4)
             sums[0] = b.fadd(sums[0], weight)
-        return self._reduced(b, "fadd", sums[0])
+        return self.reduced(b, "fadd", sums[0])
 
     def _sum(
         self,
@@ -185,7 +179,7 @@ class _Code(jit.Code):
         end: ir.Value,
     ) -> None:
         parts = self.size // self.lanes
-        with loop(b, I64(0), end, [self._constant(0)] * (parts * self.together)) as (position, totals):
+        with loop(b, I64(0), end, [self.constant(0)] * (parts * self.together)) as (position, totals):
             of_position = at(b, value, b.mul(position, I64(self.size)))
             values = [self.load(b, of_position, p * self.lanes) for p in range(parts)]
             for i, of_query in enumerate(weights):
@@ -198,32 +192,3 @@ class _Code(jit.Code):
             for p in range(parts):
                 place = at(b, result, i * self.size + p * self.lanes)
                 b.store(b.fdiv(totals[i * parts + p], divisor), place, align=4)
-
-    def _exp(self, b: ir.IRBuilder, x: ir.Value) -> ir.Value:
-        """exp of values up to 0, within two units in the last place."""
-        bounded = b.select(b.fcmp_ordered(">", x, self._constant(LEAST)), x, self._constant(LEAST))
-        rint = self.function(f"llvm.rint.v{self.lanes}f32", self.vector, [self.vector])
-        power = b.call(rint, [b.fmul(bounded, self._constant(1 / math.log(2)))])
-        rest = bounded
-        for part_of_ln2 in LN2:
-            rest = self.multiply_add(b, power, self._constant(-part_of_ln2), rest)
-        result = self._constant(POLYNOMIAL[0])
-        for coefficient in POLYNOMIAL[1:]:
-            result = self.multiply_add(b, result, rest, self._constant(coefficient))
-        result = b.fadd(self.multiply_add(b, result, b.fmul(rest, rest), rest), self._constant(1))
-        integers = ir.VectorType(I32, self.lanes)
-        exponent = b.shl(b.fptosi(power, integers), ir.Constant(integers, [23] * self.lanes))
-        result = b.bitcast(b.add(b.bitcast(result, integers), exponent), self.vector)
-        return b.select(b.fcmp_ordered(">", x, self._constant(LEAST)), result, self._constant(0))
-
-    def _constant(self, value: float) -> ir.Constant:
-        return ir.Constant(self.vector, [float(torch.tensor(value))] * self.lanes)
-
-    def _reduced(self, b: ir.IRBuilder, operation: str, vector: ir.Value) -> ir.Value:
-        """The sum of a vector's values, two by two, or the largest."""
-        name = f"llvm.vector.reduce.{operation}.v{self.lanes}f32"
-        if operation == "fmax":
-            return b.call(self.function(name, FLOAT, [self.vector]), [vector])
-        # the order is the processor's: the same for each vector
-        function = self.function(name, FLOAT, [FLOAT, self.vector])
-        return b.call(function, [ir.Constant(FLOAT, -0.0), vector], fastmath=("reassoc",))

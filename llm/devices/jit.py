@@ -3,6 +3,7 @@ processor at hand; torch's own threads run them."""
 
 import ctypes
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +18,13 @@ FLOAT, HALF = ir.FloatType(), ir.HalfType()
 POINTER = ir.PointerType()
 
 AS_ARGUMENT = {POINTER: ctypes.c_void_p, I64: ctypes.c_int64, FLOAT: ctypes.c_float}
+
+
+# Of exp, from Cephes (S. Moshier): ln 2 in two parts, and the polynomial's coefficients from the highest power on.
+LN2 = 0.693359375, -2.12194440e-4
+POLYNOMIAL = 1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1
+LEAST = -87.0
+"""Below it, exp is 0."""
 
 
 @functools.cache
@@ -55,6 +63,38 @@ class Code:
     def load(self, b: ir.IRBuilder, pointer: ir.Value, index: ir.Value | int = 0) -> ir.Value:
         """The vector from the float at an index on."""
         return b.load(at(b, pointer, index), typ=self.vector, align=4)
+
+    def exp(self, b: ir.IRBuilder, x: ir.Value) -> ir.Value:
+        """exp of values up to 0, within two units in the last place."""
+        bounded = b.select(b.fcmp_ordered(">", x, self.constant(LEAST)), x, self.constant(LEAST))
+        rint = self.function(f"llvm.rint.v{self.lanes}f32", self.vector, [self.vector])
+        power = b.call(rint, [b.fmul(bounded, self.constant(1 / math.log(2)))])
+        rest = bounded
+        for part_of_ln2 in LN2:
+            rest = self.multiply_add(b, power, self.constant(-part_of_ln2), rest)
+        result = self.constant(POLYNOMIAL[0])
+        for coefficient in POLYNOMIAL[1:]:
+            result = self.multiply_add(b, result, rest, self.constant(coefficient))
+        result = b.fadd(self.multiply_add(b, result, b.fmul(rest, rest), rest), self.constant(1))
+        integers = ir.VectorType(I32, self.lanes)
+        exponent = b.shl(b.fptosi(power, integers), ir.Constant(integers, [23] * self.lanes))
+        result = b.bitcast(b.add(b.bitcast(result, integers), exponent), self.vector)
+        # a NaN stays one
+        without = b.select(b.fcmp_ordered("<=", x, self.constant(LEAST)), self.constant(0), x)
+        return b.select(b.fcmp_ordered(">", x, self.constant(LEAST)), result, without)
+
+    def constant(self, value: float) -> ir.Constant:
+        """A vector of it, rounded to float32."""
+        return ir.Constant(self.vector, [ctypes.c_float(value).value] * self.lanes)
+
+    def reduced(self, b: ir.IRBuilder, operation: str, vector: ir.Value) -> ir.Value:
+        """The sum of a vector's values, two by two, or the largest."""
+        name = f"llvm.vector.reduce.{operation}.v{self.lanes}f32"
+        if operation == "fmax":
+            return b.call(self.function(name, FLOAT, [self.vector]), [vector])
+        # the order is the processor's: the same for each vector
+        function = self.function(name, FLOAT, [FLOAT, self.vector])
+        return b.call(function, [ir.Constant(FLOAT, -0.0), vector], fastmath=("reassoc",))
 
     def parallel(self, arguments: Sequence[ir.Type], write: Callable[..., None]) -> None:
         """The function "run", with these arguments and a number of threads, each of which runs what `write` writes.

@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.activations import SiLUActivation
 
 from llm.devices import attention, forward
-from llm.devices.linear import JoinedLinear
+from llm.devices.activation import BatchInvariantActivation
+from llm.devices.linear import Float32Linear, JoinedLinear, PackedLinear
 
 Function = Callable[[Tensor], Tensor]
 
@@ -53,13 +55,18 @@ class LlamaLayer:
         self.scale = self_attn.scaling
         self.query_heads = self_attn.q_proj.outputs // self_attn.head_dim
         self.key_heads = self_attn.k_proj.outputs // self_attn.head_dim
-        self.before_attention, self.before_mlp = _Norm(layer.input_layernorm), _Norm(layer.post_attention_layernorm)
-        self.head_norms = (_Norm(self_attn.q_norm), _Norm(self_attn.k_norm)) if hasattr(self_attn, "q_norm") else None
+        kernels = _kernels(self_attn.q_proj.whole)
+        self.before_attention = _Norm(layer.input_layernorm, kernels)
+        self.before_mlp = _Norm(layer.post_attention_layernorm, kernels)
+        has_norms = hasattr(self_attn, "q_norm")
+        self.head_norms = [_Norm(norm, kernels) for norm in (self_attn.q_norm, self_attn.k_norm)] if has_norms else None
         self.queries_keys_values: Function = self_attn.q_proj.whole
         self.output: Function = self_attn.o_proj
         self.gate_and_up: Function = mlp.gate_proj.whole
         self.activation: Function = mlp.act_fn
         self.down: Function = mlp.down_proj
+        is_silu = isinstance(mlp.act_fn, BatchInvariantActivation) and isinstance(mlp.act_fn.function, SiLUActivation)
+        self.kernels = kernels if kernels and is_silu and kernels.fits(mlp.gate_proj.outputs) else None
 
     def __call__(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         """hidden_states (rows, tokens, width). Returns the same shape."""
@@ -68,8 +75,14 @@ class LlamaLayer:
             return self.transformers(hidden_states, **kwargs)
         attended = self._attend(self.before_attention(hidden_states), pass_, **kwargs)
         hidden_states = self.output(attended).add_(hidden_states)
-        gate, up = self.gate_and_up(self.before_mlp(hidden_states)).chunk(2, -1)
-        return self.down(self.activation(gate).mul_(up)).add_(hidden_states)
+        return self.down(self._gated(self.gate_and_up(self.before_mlp(hidden_states)))).add_(hidden_states)
+
+    def _gated(self, gate_and_up: Tensor) -> Tensor:
+        if self.kernels:
+            gated: Tensor = self.kernels.gated(gate_and_up)
+            return gated
+        gate, up = gate_and_up.chunk(2, -1)
+        return self.activation(gate).mul_(up)
 
     def _attend(
         self,
@@ -97,15 +110,29 @@ class LlamaLayer:
 class _Norm:
     """An RMSNorm, rounded once."""
 
-    def __init__(self, norm: Any):
+    def __init__(self, norm: Any, kernels: Any):
         width = len(norm.weight)
         self.weight = norm.weight.detach().float() * width**0.5
         self.least = width * norm.variance_epsilon
+        self.kernels = kernels if kernels and kernels.fits(width) else None
 
     def __call__(self, x: Tensor) -> Tensor:
+        normed: Tensor
+        if self.kernels:
+            normed = self.kernels.norm(x, self.weight, self.least)
+            return normed
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        normed: Tensor = (x / length.mul_(length).add_(self.least).sqrt_()).mul_(self.weight)
+        normed = (x / length.mul_(length).add_(self.least).sqrt_()).mul_(self.weight)
         return normed.to(x.dtype)
+
+
+def _kernels(packed: PackedLinear) -> Any:
+    """The module with the kernels for what is computed beside these products; None where there are none."""
+    if not isinstance(packed, Float32Linear):
+        return None
+    from llm.devices import rowwise  # imports llvmlite, which is there for Linux on x86 alone
+
+    return rowwise
 
 
 def _for_all_layers(
