@@ -166,6 +166,10 @@ def test_a_float32_checkpoint_of_bfloat16_values_takes_their_memory(bfloat16_fol
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     assert read(folder).precision == "bfloat16, con las cuentas en float32"
 
+    weights["transformer.h.1.mlp.dense_h_to_4h.weight"][3, 5] = 1 / 3
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    assert read(folder).precision == "bfloat16 y float32, con las cuentas en float32"
+
 
 def test_the_dtype_is_the_one_of_the_weights_whatever_config_json_says(bfloat16_folder: Path, tmp_path: Path) -> None:
     """In config.json's float16 a weight of 70,000 would be infinite."""

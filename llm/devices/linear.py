@@ -38,8 +38,8 @@ class PackedLinear(nn.Module, ABC):
     read_as: ClassVar[torch.dtype | None]
     """What a checkpoint is loaded in, to be packed; None: in its own dtype."""
 
-    precision: str
-    """In Spanish, for the log."""
+    stored: torch.dtype
+    """Of its weight."""
     out_features: int
 
     @abstractmethod
@@ -114,8 +114,7 @@ class BFloat16Linear(PackedLinear):
     for which the processor, asked at start, gives every row the same bits.
     """
 
-    dtype = read_as = torch.bfloat16
-    precision = "bfloat16"
+    dtype = read_as = stored = torch.bfloat16
     # oneDNN reads the weights a fifth faster for four rows than for one (Zen 4)
     decode_rows = (4, 8, 16, 32)
     prefill_rows = (*decode_rows, 64, 128, 256)
@@ -190,9 +189,7 @@ class Float32Linear(PackedLinear):
         super().__init__(weight, bias)
         self.packed = products.PackedWeight(weight, bias)
         self.out_features = self.packed.out_features
-        narrow = self.packed.dtype != torch.float32
-        name = str(self.packed.dtype).removeprefix("torch.")
-        self.precision = f"{name}, con las cuentas en float32" if narrow else name
+        self.stored = self.packed.dtype
 
     @staticmethod
     def is_fast() -> bool:
@@ -264,8 +261,15 @@ def pack(network: PreTrainedModel, layout: type[PackedLinear]) -> bool:
 
 
 def precision(network: PreTrainedModel) -> str:
-    """Of a packed network's products, in Spanish, for the log."""
-    return " y ".join(sorted({layer.precision for layer in _packed(network)}))
+    """Of a packed network's weights and products, in Spanish, for the log."""
+    layers = [*_packed(network)]
+    stored = " y ".join(sorted({_name(layer.stored) for layer in layers}))
+    computed = _name(layers[0].dtype)
+    return stored if stored == computed else f"{stored}, con las cuentas en {computed}"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def agree_now(network: PreTrainedModel) -> bool:
