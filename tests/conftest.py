@@ -120,6 +120,16 @@ def demo_server(demo_folder: Path) -> Iterator[Client]:
     yield from _client({"MODEL_ID": demo.MODEL_ID, "MODEL_REVISION": "", "WEIGHTS_DIR": str(demo_folder.parent)})
 
 
+@pytest.fixture(params=[8, 16])
+def lanes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Kernels as for AVX2 and for AVX-512. LLVM splits vectors that the processor does not have."""
+    from llm.devices import jit
+
+    number: int = request.param
+    monkeypatch.setattr(jit, "lanes", lambda: number)
+    return number
+
+
 @pytest.fixture
 def registry() -> Iterator[Registry]:
     """An image registry on this computer."""

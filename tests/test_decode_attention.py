@@ -1,7 +1,6 @@
 """Attention of a decode step on an x86 CPU: PyTorch's, with bits that depend on no other row."""
 
 import itertools
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -13,20 +12,11 @@ from llm.devices import processor
 if not processor.runs_kernels():
     pytest.skip("this is no x86 processor with AVX2, or no Linux", allow_module_level=True)
 
-from llm.devices import decode_attention, jit
+from llm.devices import decode_attention
 
 SHAPES = [(9, 3, 64), (32, 32, 64), (8, 1, 128), (4, 2, 80)]
 """Heads, heads of keys, head size."""
 LONGEST = 600
-
-
-@pytest.fixture(params=[8, 16])
-def lanes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
-    """Kernels as for AVX2 and for AVX-512. LLVM splits vectors that the processor does not have."""
-    monkeypatch.setattr(jit, "lanes", lambda: request.param)
-    decode_attention.compiled.cache_clear()
-    yield request.param
-    decode_attention.compiled.cache_clear()
 
 
 def cache(rows: int, shape: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,7 +1,5 @@
 """Products on an x86 CPU: float32's, their bits the same for any number of rows and threads, and any vectors."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,15 +19,6 @@ SHAPES = [(64, 32), (1, 7), (50, 33), (576, 576), (333, 129)]
 
 def random(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
-
-
-@pytest.fixture(params=[8, 16])
-def lanes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
-    """Kernels as for AVX2 and for AVX-512. LLVM splits vectors that the processor does not have."""
-    monkeypatch.setattr(jit, "lanes", lambda: request.param)
-    products.compiled.cache_clear()
-    yield request.param
-    products.compiled.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -63,9 +52,7 @@ def test_nor_on_how_many_values_a_vector_holds(monkeypatch: pytest.MonkeyPatch) 
     results = []
     for lanes in (8, 16):
         monkeypatch.setattr(jit, "lanes", lambda lanes=lanes: lanes)
-        products.compiled.cache_clear()
         results.append(products.PackedWeight(random(333, 129).bfloat16(), random(333)).product(random(9, 129)))
-    products.compiled.cache_clear()
     assert torch.equal(*results)
 
 

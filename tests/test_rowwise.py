@@ -1,7 +1,5 @@
 """Norms and gates of a decode step on an x86 CPU: PyTorch's, row by row."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,25 +9,13 @@ from llm.devices import processor
 if not processor.runs_kernels():
     pytest.skip("this is no x86 processor with AVX2, or no Linux", allow_module_level=True)
 
-from llm.devices import jit, rowwise
+from llm.devices import rowwise
 
 SHAPES = [(1, 1, 64), (5, 1, 576), (200, 1, 1536), (3, 9, 128)]
 
 
-@pytest.fixture(autouse=True, params=[8, 16])
-def lanes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
-    """Kernels as for AVX2 and for AVX-512. LLVM splits vectors that the processor does not have."""
-    monkeypatch.setattr(jit, "lanes", lambda: request.param)
-    kernels = rowwise._norm, rowwise._gated
-    for kernel in kernels:
-        kernel.cache_clear()
-    yield request.param
-    for kernel in kernels:
-        kernel.cache_clear()
-
-
 @pytest.mark.parametrize("shape", SHAPES)
-def test_norms(shape: tuple[int, ...]) -> None:
+def test_norms(shape: tuple[int, ...], lanes: int) -> None:
     x, weight = 3 * torch.randn(shape), torch.randn(shape[-1])
     exact = F.rms_norm(x.double(), shape[-1:], weight.double(), eps=1e-5)
     normed = rowwise.norm(x, weight * shape[-1] ** 0.5, 1e-5 * shape[-1])
@@ -38,7 +24,7 @@ def test_norms(shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_gates(shape: tuple[int, ...]) -> None:
+def test_gates(shape: tuple[int, ...], lanes: int) -> None:
     # from where exp is 0 to where it is infinite
     gate, up = 120 * torch.randn(shape), torch.randn(shape)
     gate[0, 0, :4] = torch.tensor([0, -0.0, 1e-30, -1e-30])

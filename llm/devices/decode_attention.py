@@ -34,7 +34,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float
     query, mask = query.contiguous(), mask.expand(rows, heads, 1, length)
     key, value = (x if x.stride()[2:] == (size, 1) else x.contiguous() for x in (key, value))
     result, scores = torch.empty_like(query), query.new_empty(threads * together * padded)
-    compiled(size, together)(
+    compiled(size, together, jit.lanes())(
         query.data_ptr(),
         key.data_ptr(),
         value.data_ptr(),
@@ -65,9 +65,9 @@ def _together(group: int, vectors: int, lanes: int) -> int:
 
 
 @functools.cache
-def compiled(size: int, together: int) -> Attend:
-    """The attention of heads of a size, so many queries in a task."""
-    run: Attend = _Code(size, together, jit.lanes()).compiled()
+def compiled(size: int, together: int, lanes: int) -> Attend:
+    """The attention of heads of a size, so many queries in a task, for vectors of so many values."""
+    run: Attend = _Code(size, together, lanes).compiled()
     return run
 
 

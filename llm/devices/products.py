@@ -45,7 +45,7 @@ class PackedWeight:
         # of bfloat16, a weight of each vector side by side: see _Code._weights
         order = (0, 3, 2, 1) if self.dtype == torch.bfloat16 else (0, 3, 1, 2)
         self._weight = weight.view(self._panels, 2, jit.lanes(), self.in_features).permute(order).contiguous()
-        self._product = compiled(self.dtype)
+        self._product = compiled(self.dtype, jit.lanes())
 
     def product(self, x: Tensor) -> Tensor:
         """x (..., in features) float32. Returns (..., out features) float32."""
@@ -76,9 +76,9 @@ def narrowest(weight: Tensor) -> Tensor:
 
 
 @functools.cache
-def compiled(dtype: torch.dtype) -> Product:
-    """The product with weights of a dtype."""
-    product: Product = _Code(dtype, jit.lanes()).compiled()
+def compiled(dtype: torch.dtype, lanes: int) -> Product:
+    """The product with weights of a dtype, for vectors of so many values."""
+    product: Product = _Code(dtype, lanes).compiled()
     return product
 
 

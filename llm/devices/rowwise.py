@@ -24,7 +24,7 @@ def norm(x: Tensor, weight: Tensor, least: float) -> Tensor:
     """x / sqrt(sum of its squares + least) * weight. x (..., width), weight (width,): float32, of whole vectors.
     Returns x's shape."""
     x, result = x.contiguous(), torch.empty_like(x)
-    _norm()(*_pointers(x, weight, result), *_size(x), least, _threads(x))
+    _norm(jit.lanes())(*_pointers(x, weight, result), *_size(x), least, _threads(x))
     return result
 
 
@@ -32,7 +32,7 @@ def gated(x: Tensor) -> Tensor:
     """silu(gate) * up. x (..., 2 * width) float32: gate and up, of whole vectors. Returns (..., width)."""
     x = x.contiguous()
     result = x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
-    _gated()(*_pointers(x, result), *_size(result), _threads(x))
+    _gated(jit.lanes())(*_pointers(x, result), *_size(result), _threads(x))
     return result
 
 
@@ -55,8 +55,8 @@ def _threads(x: Tensor) -> int:
 
 
 @functools.cache
-def _norm() -> Kernel:
-    code = jit.Code(jit.lanes())
+def _norm(lanes: int) -> Kernel:
+    code = jit.Code(lanes)
 
     def write(
         b: ir.IRBuilder,
@@ -88,8 +88,8 @@ def _norm() -> Kernel:
 
 
 @functools.cache
-def _gated() -> Kernel:
-    code = jit.Code(jit.lanes())
+def _gated(lanes: int) -> Kernel:
+    code = jit.Code(lanes)
 
     def write(
         b: ir.IRBuilder,
