@@ -6,7 +6,6 @@ on no other row, on no number of threads, and not on how far the cache reaches b
 
 import functools
 import math
-from collections.abc import Callable
 
 import torch
 from llvmlite import ir
@@ -14,8 +13,6 @@ from torch import Tensor
 
 from llm.devices import jit
 from llm.devices.jit import FLOAT, I64, POINTER, at, loop, part
-
-Attend = Callable[..., None]
 
 
 def fits(query: Tensor) -> bool:
@@ -65,10 +62,9 @@ def _together(group: int, vectors: int, lanes: int) -> int:
 
 
 @functools.cache
-def compiled(size: int, together: int, lanes: int) -> Attend:
+def compiled(size: int, together: int, lanes: int) -> jit.Kernel:
     """The attention of heads of a size, so many queries in a task, for vectors of so many values."""
-    run: Attend = _Code(size, together, lanes).compiled()
-    return run
+    return _Code(size, together, lanes).compiled()
 
 
 class _Code(jit.Code):

@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import llvmlite.binding as llvm
 from llvmlite import ir
@@ -17,6 +17,8 @@ VOID, BYTE, I32, I64 = ir.VoidType(), ir.IntType(8), ir.IntType(32), ir.IntType(
 FLOAT, HALF = ir.FloatType(), ir.HalfType()
 POINTER = ir.PointerType()
 
+Kernel = Callable[..., None]
+"""Its arguments are pointers and numbers, and the number of threads."""
 AS_ARGUMENT = {POINTER: ctypes.c_void_p, I64: ctypes.c_int64, FLOAT: ctypes.c_float}
 
 
@@ -120,7 +122,7 @@ class Code:
         b.call(start, [task, values, b.trunc(run.args[-1], I32), I32(0)])
         b.ret_void()
 
-    def compiled(self) -> Any:
+    def compiled(self) -> Kernel:
         """The function "run", for ctypes: it takes a tenth of a second."""
         llvm.initialize_native_target()
         llvm.initialize_native_asmprinter()
@@ -133,7 +135,7 @@ class Code:
         arguments = (AS_ARGUMENT[argument.type] for argument in self._functions["run"].args)
         run: Any = ctypes.CFUNCTYPE(None, *arguments)(engine.get_function_address("run"))
         run.engine = engine  # the code is freed with it
-        return run
+        return cast(Kernel, run)
 
 
 def at(b: ir.IRBuilder, pointer: ir.Value, index: ir.Value | int, kind: ir.Type = FLOAT) -> ir.Value:

@@ -9,7 +9,6 @@ a kernel multiplies a panel by a few rows of inputs, and holds their sums in the
 """
 
 import functools
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -21,10 +20,6 @@ from llm.devices.jit import BYTE, FLOAT, HALF, I32, I64, POINTER, VOID, at, loop
 
 AHEAD = 4096
 """Bytes from the weights that a kernel reads to those that it asks the memory for."""
-
-Product = Callable[[int, int, int, int, int, int, int, int, int], None]
-"""Pointers to inputs, to as much memory for them in another order, to weights, bias and outputs; rows, in features,
-panels; threads."""
 
 
 class PackedWeight:
@@ -45,7 +40,11 @@ class PackedWeight:
         # of bfloat16, a weight of each vector side by side: see _Code._weights
         order = (0, 3, 2, 1) if self.dtype == torch.bfloat16 else (0, 3, 1, 2)
         self._weight = weight.view(self._panels, 2, jit.lanes(), self.in_features).permute(order).contiguous()
-        self._product = compiled(self.dtype, jit.lanes())
+
+    @functools.cached_property
+    def _product(self) -> jit.Kernel:
+        # not where weights are packed side by side: each thread would have it compiled
+        return compiled(self.dtype, jit.lanes())
 
     def product(self, x: Tensor) -> Tensor:
         """x (..., in features) float32. Returns (..., out features) float32."""
@@ -76,10 +75,9 @@ def narrowest(weight: Tensor) -> Tensor:
 
 
 @functools.cache
-def compiled(dtype: torch.dtype, lanes: int) -> Product:
+def compiled(dtype: torch.dtype, lanes: int) -> jit.Kernel:
     """The product with weights of a dtype, for vectors of so many values."""
-    product: Product = _Code(dtype, lanes).compiled()
-    return product
+    return _Code(dtype, lanes).compiled()
 
 
 class _Code(jit.Code):
@@ -139,7 +137,9 @@ class _Code(jit.Code):
         in_features: ir.Value,
         panels: ir.Value,
     ) -> None:
-        """Rows are computed in blocks, as even as can be. The threads first share the blocks, to put the rows' values
+        """reordered: memory for the inputs in another order, or the inputs where there is one row.
+
+        Rows are computed in blocks, as even as can be. The threads first share the blocks, to put the rows' values
         of one input feature side by side, and then the panels."""
         blocks = b.sdiv(b.add(rows, I64(self.most_rows - 1)), I64(self.most_rows))
 

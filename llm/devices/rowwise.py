@@ -5,7 +5,6 @@ other row.
 """
 
 import functools
-from collections.abc import Callable
 
 import torch
 from llvmlite import ir
@@ -13,8 +12,6 @@ from torch import Tensor
 
 from llm.devices import jit
 from llm.devices.jit import FLOAT, I64, POINTER, at, loop, part
-
-Kernel = Callable[..., None]
 
 FOR_A_THREAD = 16384
 """Values that are worth another thread."""
@@ -55,7 +52,7 @@ def _threads(x: Tensor) -> int:
 
 
 @functools.cache
-def _norm(lanes: int) -> Kernel:
+def _norm(lanes: int) -> jit.Kernel:
     code = jit.Code(lanes)
 
     def write(
@@ -83,12 +80,11 @@ def _norm(lanes: int) -> Kernel:
                 b.store(b.fmul(normed, code.load(b, weight, place)), at(b, target, place), align=4)
 
     code.parallel([POINTER] * 3 + [I64] * 2 + [FLOAT], write)
-    run: Kernel = code.compiled()
-    return run
+    return code.compiled()
 
 
 @functools.cache
-def _gated(lanes: int) -> Kernel:
+def _gated(lanes: int) -> jit.Kernel:
     code = jit.Code(lanes)
 
     def write(
@@ -113,5 +109,4 @@ def _gated(lanes: int) -> Kernel:
                 b.store(b.fmul(silu, up), at(b, target, place), align=4)
 
     code.parallel([POINTER] * 2 + [I64] * 2, write)
-    run: Kernel = code.compiled()
-    return run
+    return code.compiled()
