@@ -25,7 +25,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float
     another; mask, additive, (rows or 1, heads or 1, 1, length). Returns query's shape."""
     rows, heads, _, size = query.shape
     key_heads, length = key.shape[1:3]
-    together = _together(heads // key_heads, size // jit.lanes(), jit.lanes())
+    together = queries_together(heads // key_heads, size, jit.lanes())
     padded = -(-length // jit.lanes()) * jit.lanes()
     threads = torch.get_num_threads()
     query, mask = query.contiguous(), mask.expand(rows, heads, 1, length)
@@ -42,6 +42,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float
         heads,
         heads // key_heads,
         length,
+        heads * size,
         key.stride(0),
         key.stride(1),
         value.stride(0),
@@ -55,9 +56,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float
 
 
 @functools.cache
-def _together(group: int, vectors: int, lanes: int) -> int:
+def queries_together(group: int, size: int, lanes: int) -> int:
     """How many queries of a group that reads the same keys one task computes: as many as the registers hold."""
-    most = max(1, (16 if lanes == 16 else 8) // vectors)
+    most = max(1, (16 if lanes == 16 else 8) // (size // lanes))
     return next(number for number in range(min(group, most), 0, -1) if group % number == 0)
 
 
@@ -72,7 +73,7 @@ class _Code(jit.Code):
         super().__init__(lanes)
         self.size = size
         self.together = together
-        self.parallel([POINTER] * 6 + [I64] * 10 + [FLOAT], self._task)
+        self.parallel([POINTER] * 6 + [I64] * 11 + [FLOAT], self._task)
 
     def _task(
         self,
@@ -89,6 +90,7 @@ class _Code(jit.Code):
         heads: ir.Value,
         group: ir.Value,
         length: ir.Value,
+        query_row: ir.Value,
         key_row: ir.Value,
         key_head: ir.Value,
         value_row: ir.Value,
@@ -112,7 +114,8 @@ class _Code(jit.Code):
             end = self._end(b, masks, length)
             start = b.mul(first, I64(self.size))
             place = b.add(b.mul(row, key_row), b.mul(key_number, key_head))
-            self._score(b, at(b, query, start), at(b, key, place), masks, of_query, end, scale)
+            queries = at(b, query, b.add(b.mul(row, query_row), b.mul(head, I64(self.size))))
+            self._score(b, queries, at(b, key, place), masks, of_query, end, scale)
             sums = [self._weigh(b, of_one, end) for of_one in of_query]
             place = b.add(b.mul(row, value_row), b.mul(key_number, value_head))
             self._sum(b, at(b, value, place), of_query, sums, at(b, result, start), end)

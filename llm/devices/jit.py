@@ -6,7 +6,6 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
 
 import llvmlite.binding as llvm
 from llvmlite import ir
@@ -17,9 +16,23 @@ VOID, BYTE, I32, I64 = ir.VoidType(), ir.IntType(8), ir.IntType(32), ir.IntType(
 FLOAT, HALF = ir.FloatType(), ir.HalfType()
 POINTER = ir.PointerType()
 
-Kernel = Callable[..., None]
-"""Its arguments are pointers and numbers, and the number of threads."""
 AS_ARGUMENT = {POINTER: ctypes.c_void_p, I64: ctypes.c_int64, FLOAT: ctypes.c_float}
+
+
+class Kernel:
+    """Compiled code. Called with pointers and numbers, and the number of threads."""
+
+    def __init__(self, engine: llvm.ExecutionEngine, stage: ir.FunctionType):
+        self._engine = engine  # the code is freed with it
+        self.stage = engine.get_function_address("stage"), stage
+        """Where the code of one thread is, for another kernel, which gives each thread's number and their number."""
+        kinds = (AS_ARGUMENT[kind] for kind in stage.args[2:])
+        self._run: Callable[..., None] = ctypes.CFUNCTYPE(None, *kinds, ctypes.c_int64)(
+            engine.get_function_address("run")
+        )
+
+    def __call__(self, *arguments: float) -> None:
+        self._run(*arguments)
 
 
 # Of exp, from Cephes (S. Moshier): ln 2 in two parts, and the polynomial's coefficients from the highest power on.
@@ -98,19 +111,33 @@ class Code:
         function = self.function(name, FLOAT, [FLOAT, self.vector])
         return b.call(function, [ir.Constant(FLOAT, -0.0), vector], fastmath=("reassoc",))
 
+    def call(self, b: ir.IRBuilder, kernel: Kernel, *arguments: ir.Value) -> None:
+        """Have this thread run another kernel's stage: its number and the number of threads come first."""
+        address, stage = kernel.stage
+        b.call(b.inttoptr(I64(address), stage.as_pointer()), arguments)
+
+    def barrier(self, b: ir.IRBuilder) -> None:
+        """Wait for all threads."""
+        b.call(self.function("GOMP_barrier", VOID, []), [])
+
     def parallel(self, arguments: Sequence[ir.Type], write: Callable[..., None]) -> None:
-        """The function "run", with these arguments and a number of threads, each of which runs what `write` writes.
+        """The functions "stage", which is what `write` writes, and "run", which starts threads that run it.
 
         write: called with a builder, the thread's number, the number of threads and the arguments.
         """
+        stage = self.function("stage", VOID, [I64, I64, *arguments])
+        b = ir.IRBuilder(stage.append_basic_block())
+        write(b, *stage.args)
+        b.ret_void()
+
         struct = ir.LiteralStructType(arguments)
         task = self.function("task", VOID, [struct.as_pointer()])
         b = ir.IRBuilder(task.append_basic_block())
-        number, threads = (
+        numbers = (
             b.sext(b.call(self.function(f"omp_get_{name}", I32, []), []), I64) for name in ("thread_num", "num_threads")
         )
         fields = [b.load(b.gep(task.args[0], [I32(0), I32(i)]), typ=kind) for i, kind in enumerate(arguments)]
-        write(b, number, threads, *fields)
+        b.call(stage, [*numbers, *fields])
         b.ret_void()
 
         run = self.function("run", VOID, [*arguments, I64])
@@ -123,7 +150,7 @@ class Code:
         b.ret_void()
 
     def compiled(self) -> Kernel:
-        """The function "run", for ctypes: it takes a tenth of a second."""
+        """It takes a tenth of a second."""
         llvm.initialize_native_target()
         llvm.initialize_native_asmprinter()
         llvm.load_library_permanently(processor.openmp())
@@ -132,10 +159,7 @@ class Code:
         )
         engine = llvm.create_mcjit_compiler(llvm.parse_assembly(str(self.module)), machine)
         engine.finalize_object()
-        arguments = (AS_ARGUMENT[argument.type] for argument in self._functions["run"].args)
-        run: Any = ctypes.CFUNCTYPE(None, *arguments)(engine.get_function_address("run"))
-        run.engine = engine  # the code is freed with it
-        return cast(Kernel, run)
+        return Kernel(engine, self._functions["stage"].function_type)
 
 
 def at(b: ir.IRBuilder, pointer: ir.Value, index: ir.Value | int, kind: ir.Type = FLOAT) -> ir.Value:

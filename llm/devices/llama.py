@@ -1,4 +1,4 @@
-"""Decoder layers like Llama's, in a decode pass on a CPU: a third of the operations of transformers' own forward.
+"""Decoder layers like Llama's, in a decode pass on a CPU: one kernel, or a third of transformers' operations.
 
 A layer of a small model is some 90 operations, and for a few rows they take a CPU longer than the layer's products.
 Prefill passes have enough tokens for each operation, and stay transformers'.
@@ -55,34 +55,66 @@ class LlamaLayer:
         self.scale = self_attn.scaling
         self.query_heads = self_attn.q_proj.outputs // self_attn.head_dim
         self.key_heads = self_attn.k_proj.outputs // self_attn.head_dim
-        kernels = _kernels(self_attn.q_proj.whole)
-        self.before_attention = _Norm(layer.input_layernorm, kernels)
-        self.before_mlp = _Norm(layer.post_attention_layernorm, kernels)
-        has_norms = hasattr(self_attn, "q_norm")
-        self.head_norms = [_Norm(norm, kernels) for norm in (self_attn.q_norm, self_attn.k_norm)] if has_norms else None
+        self.before_attention = _Norm(layer.input_layernorm)
+        self.before_mlp = _Norm(layer.post_attention_layernorm)
+        self.head_norms = [_Norm(self_attn.q_norm), _Norm(self_attn.k_norm)] if hasattr(self_attn, "q_norm") else []
         self.queries_keys_values: Function = self_attn.q_proj.whole
         self.output: Function = self_attn.o_proj
         self.gate_and_up: Function = mlp.gate_proj.whole
         self.activation: Function = mlp.act_fn
         self.down: Function = mlp.down_proj
-        is_silu = isinstance(mlp.act_fn, BatchInvariantActivation) and isinstance(mlp.act_fn.function, SiLUActivation)
-        self.kernels = kernels if kernels and is_silu and kernels.fits(mlp.gate_proj.outputs) else None
+        self.kernel = self._kernel(self_attn.q_proj.whole, self_attn.o_proj, mlp.gate_proj.whole, mlp.down_proj)
 
     def __call__(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         """hidden_states (rows, tokens, width). Returns the same shape."""
         pass_ = forward.current()
         if pass_ is None or pass_.tokens:
             return self.transformers(hidden_states, **kwargs)
+        if self.kernel and kwargs["past_key_values"].layers[self.index].is_initialized:
+            return self._in_one(hidden_states, pass_, **kwargs)
         attended = self._attend(self.before_attention(hidden_states), pass_, **kwargs)
         hidden_states = self.output(attended).add_(hidden_states)
-        return self.down(self._gated(self.gate_and_up(self.before_mlp(hidden_states)))).add_(hidden_states)
+        gate, up = self.gate_and_up(self.before_mlp(hidden_states)).chunk(2, -1)
+        return self.down(self.activation(gate).mul_(up)).add_(hidden_states)
 
-    def _gated(self, gate_and_up: Tensor) -> Tensor:
-        if self.kernels:
-            gated: Tensor = self.kernels.gated(gate_and_up)
-            return gated
-        gate, up = gate_and_up.chunk(2, -1)
-        return self.activation(gate).mul_(up)
+    def _kernel(self, *products: PackedLinear) -> Any:
+        """What computes the layer in one kernel; None where there is none for it."""
+        is_silu = isinstance(self.activation, BatchInvariantActivation) and isinstance(
+            self.activation.function, SiLUActivation
+        )
+        if not is_silu or not all(isinstance(product, Float32Linear) for product in products):
+            return None
+        from llm.devices import decode_layer  # imports llvmlite, which is there for Linux on x86 alone
+
+        norms = self.before_attention, self.before_mlp, *self.head_norms
+        weights: list[Any] = [product.packed for product in products]
+        shape = decode_layer.Shape(
+            width=weights[0].in_features,
+            query_heads=self.query_heads,
+            key_heads=self.key_heads,
+            head_size=self.head_size,
+            inner=weights[3].in_features,
+            scale=self.scale,
+            least=tuple(norm.least for norm in norms),
+            stored=tuple(weight.dtype for weight in weights),
+        )
+        return decode_layer.DecodeLayer(shape, [norm.weight for norm in norms], weights) if shape.fits() else None
+
+    def _in_one(
+        self,
+        x: Tensor,
+        pass_: forward.Pass,
+        attention_mask: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        past_key_values: Any,
+        **kwargs: object,
+    ) -> Tensor:
+        rotation_and_mask = _for_all_layers(pass_, len(x), x.dtype, attention_mask, *position_embeddings)
+        cache = past_key_values.layers[self.index]
+        result: Tensor = self.kernel.step(
+            x, *rotation_and_mask, cache.keys, cache.values, pass_.positions, pass_.length
+        )
+        return result
 
     def _attend(
         self,
@@ -110,29 +142,15 @@ class LlamaLayer:
 class _Norm:
     """An RMSNorm, rounded once."""
 
-    def __init__(self, norm: Any, kernels: Any):
+    def __init__(self, norm: Any):
         width = len(norm.weight)
         self.weight = norm.weight.detach().float() * width**0.5
         self.least = width * norm.variance_epsilon
-        self.kernels = kernels if kernels and kernels.fits(width) else None
 
     def __call__(self, x: Tensor) -> Tensor:
-        normed: Tensor
-        if self.kernels:
-            normed = self.kernels.norm(x, self.weight, self.least)
-            return normed
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        normed = (x / length.mul_(length).add_(self.least).sqrt_()).mul_(self.weight)
+        normed: Tensor = (x / length.mul_(length).add_(self.least).sqrt_()).mul_(self.weight)
         return normed.to(x.dtype)
-
-
-def _kernels(packed: PackedLinear) -> Any:
-    """The module with the kernels for what is computed beside these products; None where there are none."""
-    if not isinstance(packed, Float32Linear):
-        return None
-    from llm.devices import rowwise  # imports llvmlite, which is there for Linux on x86 alone
-
-    return rowwise
 
 
 def _for_all_layers(

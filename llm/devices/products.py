@@ -46,6 +46,11 @@ class PackedWeight:
         # not where weights are packed side by side: each thread would have it compiled
         return compiled(self.dtype, jit.lanes())
 
+    @property
+    def pointers(self) -> tuple[int, int]:
+        """Of the weight and the bias, for another kernel."""
+        return self._weight.data_ptr(), self._bias.data_ptr()
+
     def product(self, x: Tensor) -> Tensor:
         """x (..., in features) float32. Returns (..., out features) float32."""
         x = x.contiguous()
@@ -156,7 +161,7 @@ class _Code(jit.Code):
                     source = at(b, inputs, b.add(b.mul(b.add(first, row), in_features), feature))
                     target = at(b, ordered, b.add(b.mul(feature, count), row))
                     b.store(b.load(source, typ=FLOAT), target)
-            b.call(self.function("GOMP_barrier", VOID, []), [])
+            self.barrier(b)
 
         width = 2 * self.lanes
         stride = b.mul(panels, I64(width))
