@@ -152,7 +152,7 @@ class Server:
         start = time.monotonic()
         while (health := self._look())["status"] == "STARTING":
             tick(time.monotonic() - start)
-            time.sleep(_SECONDS_BETWEEN_LOOKS)
+            self._setup_over.wait(_SECONDS_BETWEEN_LOOKS)
         if health["status"] == "SETUP_FAILED":
             raise _setup_error(health["setup"]["logs"])
         self._setup_over.wait(_SECONDS_FOR_THE_LOG)

@@ -53,6 +53,10 @@ class PackedLinear(nn.Module, ABC):
         """Whether this processor has the instructions."""
 
     @staticmethod
+    def compile_ahead(stored: torch.dtype) -> None:
+        """Compile what products with weights of a dtype need, while the weights are read."""
+
+    @staticmethod
     @abstractmethod
     def prepare(layers: list["PackedLinear"], last: nn.Module | None) -> bool:
         """Once all layers of a network are packed, make them ready for their passes. last: the layer that computes the
@@ -194,6 +198,12 @@ class Float32Linear(PackedLinear):
     @staticmethod
     def is_fast() -> bool:
         return processor.runs_kernels()
+
+    @staticmethod
+    def compile_ahead(stored: torch.dtype) -> None:
+        from llm.devices import products  # imports llvmlite, which is there for Linux on x86 alone
+
+        products.compile_ahead(stored)
 
     @staticmethod
     def prepare(layers: list[Any], last: nn.Module | None) -> bool:

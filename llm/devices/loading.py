@@ -64,13 +64,13 @@ def load(
 
     if before and dtype:
         before(_without_weights(config, dtype))
-    network = network_in(dtype or _stored_dtype(folder))
+    network = network_in(dtype or stored_dtype(folder))
     if dtype is None and not all(buffer.dtype == torch.float32 for buffer in _made_when_loaded(network)):
         network = network_in(torch.float32)
     return tokenizer, network
 
 
-def _stored_dtype(folder: Path) -> torch.dtype:
+def stored_dtype(folder: Path) -> torch.dtype:
     """What all of a checkpoint's weights are stored in; float32 where they differ, or are not in safetensors."""
     names = set()
     for path in folder.glob("model*.safetensors"):

@@ -79,6 +79,11 @@ def narrowest(weight: Tensor) -> Tensor:
     return next((candidate for candidate in narrow if torch.equal(candidate.to(weight.dtype), weight)), weight.float())
 
 
+def compile_ahead(dtype: torch.dtype) -> None:
+    """Compile the product with weights of a dtype. LLVM does not hold Python's lock."""
+    compiled(dtype, jit.lanes())
+
+
 @functools.cache
 def compiled(dtype: torch.dtype, lanes: int) -> jit.Kernel:
     """The product with weights of a dtype, for vectors of so many values."""
