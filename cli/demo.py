@@ -75,7 +75,11 @@ def _download(work: Path) -> Path:
 
 
 def _convert(file: Path, work: Path) -> None:
+    from llm.devices import libraries
+
+    libraries.load()
     import gguf
+    import numpy
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     from transformers.utils import logging
 
@@ -83,6 +87,8 @@ def _convert(file: Path, work: Path) -> None:
     # transformers reads the file three times, and makes the map of names again for each of the model's modules
     for name in ("GGUFReader", "get_tensor_name_map"):
         setattr(gguf, name, functools.cache(getattr(gguf, name)))
+    # the reader slices the file 500,000 times, which takes numpy's map of a file twice as long as an array
+    numpy.memmap = lambda path, **_: numpy.fromfile(path, numpy.uint8)  # type: ignore[misc, assignment]
     # transformers' reader of GGUF shows an English progress bar that no setting turns off.
     with contextlib.redirect_stderr(io.StringIO()):
         # The default depends on the machine, and a model whose weights stay packed cannot be saved.

@@ -57,7 +57,7 @@ class Shape:
 
     @property
     def buffers(self) -> tuple[int, ...]:
-        """Floats that a row has in the workspace, for each of what `_Code.write` keeps there."""
+        """Floats that a row has in the workspace, for each of what `_Code._layer` keeps there."""
         return (
             self.width,
             self.outputs[0],
@@ -157,10 +157,10 @@ class _Code(jit.Code):
         def of_row(row: ir.Value, *buffers: ir.Value) -> list[ir.Value]:
             return [at(b, buffer, b.mul(row, I64(shape.width))) for buffer in buffers]
 
-        vectors = I64(shape.width // self.lanes)
+        vectors, least = I64(shape.width // self.lanes), [ir.Constant(FLOAT, value) for value in shape.least]
         with loop(b, *part(b, rows, threads, number)) as (row, _):
             source, target = of_row(row, x, normed)
-            self._normalize(b, source, target, given["before_attention"], shape.width, shape.least[0])
+            self._normalize(b, source, target, given["before_attention"], shape.width, least[0])
         multiply(0, normed, heads)
         self._rotate(b, number, threads, given, heads)
         self.barrier(b)
@@ -169,7 +169,7 @@ class _Code(jit.Code):
         with loop(b, *part(b, rows, threads, number)) as (row, _):
             added, source, total, target = of_row(row, product, x, result, normed)
             self._add(b, added, source, total, I64(0), vectors)
-            self._normalize(b, total, target, given["before_mlp"], shape.width, shape.least[1])
+            self._normalize(b, total, target, given["before_mlp"], shape.width, least[1])
         multiply(2, normed, gate_and_up)
         with loop(b, I64(0), rows) as (row, _):
             outputs = at(b, gate_and_up, b.mul(row, I64(2 * shape.inner)))
@@ -179,7 +179,7 @@ class _Code(jit.Code):
         self._add(b, product, result, result, start, stop)
 
     def _normalize(
-        self, b: ir.IRBuilder, x: ir.Value, result: ir.Value, weight: ir.Value, width: int, least: float
+        self, b: ir.IRBuilder, x: ir.Value, result: ir.Value, weight: ir.Value, width: int, least: ir.Value
     ) -> None:
         """x / sqrt(sum of its squares + least) * weight."""
         vectors = I64(width // self.lanes)
@@ -187,7 +187,7 @@ class _Code(jit.Code):
             value = self._vector(b, x, index)
             sums[0] = self.multiply_add(b, value, value, sums[0])
         root = self.function("llvm.sqrt.f32", FLOAT, [FLOAT])
-        total = b.fadd(self.reduced(b, "fadd", sums[0]), ir.Constant(FLOAT, least))
+        total = b.fadd(self.reduced(b, "fadd", sums[0]), least)
         length = self.repeated(b, b.call(root, [total]))
         with loop(b, I64(0), vectors) as (index, _):
             normed = b.fdiv(self._vector(b, x, index), length)
@@ -207,7 +207,8 @@ class _Code(jit.Code):
             with b.if_then(b.not_(is_value)):
                 if len(shape.least) > 2:
                     weight = b.select(is_query, given["of_queries"], given["of_keys"])
-                    self._normalize(b, here, here, weight, shape.head_size, shape.least[2])
+                    least = b.select(is_query, *(ir.Constant(FLOAT, value) for value in shape.least[2:]))
+                    self._normalize(b, here, here, weight, shape.head_size, least)
                 cosine, sine = (at(b, given[name], b.mul(row, size)) for name in ("cosine", "sine"))
                 half = shape.head_size // (2 * self.lanes)
                 parts = [self.load(b, here, i * self.lanes) for i in range(2 * half)]
