@@ -37,9 +37,10 @@ class PackedWeight:
             weight = F.pad(weight, (0, 0, 0, missing))
             bias = None if bias is None else F.pad(bias, (0, missing))
         self._bias = torch.zeros(self._padded) if bias is None else bias.detach().float()
-        # of bfloat16, a weight of each vector side by side: see _Code._weights
-        order = (0, 3, 2, 1) if self.dtype == torch.bfloat16 else (0, 3, 1, 2)
-        self._weight = weight.view(self._panels, 2, jit.lanes(), self.in_features).permute(order).contiguous()
+        weight = weight.contiguous()
+        self._weight = torch.empty(self._panels, self.in_features, width, dtype=self.dtype)
+        pack = _packing(self.dtype, jit.lanes())
+        pack(weight.data_ptr(), self._weight.data_ptr(), self.in_features, self._panels, torch.get_num_threads())
 
     @functools.cached_property
     def _product(self) -> jit.Kernel:
@@ -80,7 +81,8 @@ def narrowest(weight: Tensor) -> Tensor:
 
 
 def compile_ahead(dtype: torch.dtype) -> None:
-    """Compile the product with weights of a dtype. LLVM does not hold Python's lock."""
+    """Compile what weights of a dtype need. LLVM does not hold Python's lock."""
+    _packing(dtype, jit.lanes())
     compiled(dtype, jit.lanes())
 
 
@@ -88,6 +90,46 @@ def compile_ahead(dtype: torch.dtype) -> None:
 def compiled(dtype: torch.dtype, lanes: int) -> jit.Kernel:
     """The product with weights of a dtype, for vectors of so many values."""
     return _Code(dtype, lanes).compiled()
+
+
+@functools.cache
+def _packing(dtype: torch.dtype, lanes: int) -> jit.Kernel:
+    """Lays weights out in panels. Arguments: weights, panels' memory; in features, panels."""
+    code, width, block = jit.Code(lanes), 2 * lanes, 32
+    element = ir.IntType(8 * dtype.itemsize)
+
+    def write(
+        b: ir.IRBuilder,
+        number: ir.Value,
+        threads: ir.Value,
+        weights: ir.Value,
+        packed: ir.Value,
+        in_features: ir.Value,
+        panels: ir.Value,
+    ) -> None:
+        def copy(source: ir.Value, target: ir.Value) -> None:
+            b.store(b.load(source, typ=element), target)
+
+        whole = b.sdiv(in_features, I64(block))
+        with loop(b, *part(b, panels, threads, number)) as (panel, _):
+            first = b.mul(b.mul(panel, I64(width)), in_features)
+            # in blocks that stay in the processor's cache, of which a line is read once
+            with loop(b, I64(0), b.add(whole, I64(1))) as (index, _), loop(b, I64(0), I64(width)) as (row, _):
+                column, feature = row, b.mul(index, I64(block))
+                if dtype == torch.bfloat16:
+                    # a weight of each vector side by side: see _Code._weights
+                    column = b.add(b.mul(b.srem(row, I64(lanes)), I64(2)), b.sdiv(row, I64(lanes)))
+                source = at(b, weights, b.add(b.add(first, b.mul(row, in_features)), feature), element)
+                target = at(b, packed, b.add(b.add(first, b.mul(feature, I64(width))), column), element)
+                with b.if_else(b.icmp_signed("<", index, whole)) as (is_whole, is_rest):
+                    with is_whole:
+                        for i in range(block):
+                            copy(at(b, source, i, element), at(b, target, i * width, element))
+                    with is_rest, loop(b, I64(0), b.sub(in_features, feature)) as (i, _):
+                        copy(at(b, source, i, element), at(b, target, b.mul(i, I64(width)), element))
+
+    code.parallel([POINTER] * 2 + [I64] * 2, write)
+    return code.compiled()
 
 
 class _Code(jit.Code):
