@@ -70,12 +70,29 @@ class LlamaLayer:
         pass_ = forward.current()
         if pass_ is None or pass_.tokens:
             return self.transformers(hidden_states, **kwargs)
-        if self.kernel and kwargs["past_key_values"].layers[self.index].is_initialized:
-            return self._in_one(hidden_states, pass_, **kwargs)
-        attended = self._attend(self.before_attention(hidden_states), pass_, **kwargs)
-        hidden_states = self.output(attended).add_(hidden_states)
-        gate, up = self.gate_and_up(self.before_mlp(hidden_states)).chunk(2, -1)
-        return self.down(self.activation(gate).mul_(up)).add_(hidden_states)
+        return self._decoded(hidden_states, pass_, **kwargs)
+
+    def _decoded(
+        self,
+        x: Tensor,
+        pass_: forward.Pass,
+        attention_mask: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        past_key_values: Any,
+        **kwargs: object,
+    ) -> Tensor:
+        rows = len(x) - pass_.padding
+        rotation_and_mask = _for_all_layers(pass_, rows, x.dtype, attention_mask, *position_embeddings)
+        cache = past_key_values.layers[self.index]
+        result: Tensor
+        if self.kernel and cache.is_initialized:
+            result = self.kernel.step(x, *rotation_and_mask, cache.keys, cache.values, pass_.positions, pass_.length)
+            return result
+        heads = self.queries_keys_values(self.before_attention(x)).view(len(x), -1, self.head_size)
+        attended = self._attend(heads[:rows], *rotation_and_mask, past_key_values)
+        x = self.output(pass_.with_padding(attended)).add_(x)
+        gate, up = self.gate_and_up(self.before_mlp(x)).chunk(2, -1)
+        return self.down(self.activation(gate).mul_(up)).add_(x)
 
     def _kernel(self, *products: PackedLinear) -> Any:
         """What computes the layer in one kernel; None where there is none for it."""
@@ -100,34 +117,8 @@ class LlamaLayer:
         )
         return decode_layer.DecodeLayer(shape, [norm.weight for norm in norms], weights) if shape.fits() else None
 
-    def _in_one(
-        self,
-        x: Tensor,
-        pass_: forward.Pass,
-        attention_mask: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
-        past_key_values: Any,
-        **kwargs: object,
-    ) -> Tensor:
-        rotation_and_mask = _for_all_layers(pass_, len(x), x.dtype, attention_mask, *position_embeddings)
-        cache = past_key_values.layers[self.index]
-        result: Tensor = self.kernel.step(
-            x, *rotation_and_mask, cache.keys, cache.values, pass_.positions, pass_.length
-        )
-        return result
-
-    def _attend(
-        self,
-        x: Tensor,
-        pass_: forward.Pass,
-        attention_mask: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
-        past_key_values: Any,
-        **kwargs: object,
-    ) -> Tensor:
-        rows = len(x) - pass_.padding
-        cosine, sine, mask = _for_all_layers(pass_, rows, x.dtype, attention_mask, *position_embeddings)
-        heads = self.queries_keys_values(x).view(len(x), -1, self.head_size)[:rows]
+    def _attend(self, heads: Tensor, cosine: Tensor, sine: Tensor, mask: Tensor, past_key_values: Any) -> Tensor:
+        """heads (rows, query heads and those of keys and of values, head size). Returns (rows, 1, width of all)."""
         turned, values = heads.split([self.query_heads + self.key_heads, self.key_heads], 1)
         if self.head_norms:
             parts = turned.split([self.query_heads, self.key_heads], 1)
@@ -135,8 +126,7 @@ class LlamaLayer:
         turned = (turned * cosine).add_(turned.roll(self.head_size // 2, -1).mul_(sine))
         queries, keys = turned[:, :, None].split([self.query_heads, self.key_heads], 1)
         keys, values = past_key_values.update(keys, values[:, :, None], self.index)
-        attended = attention.attend(queries, keys, values, mask, scale=self.scale)
-        return pass_.with_padding(attended.view(rows, 1, -1))
+        return attention.attend(queries, keys, values, mask, scale=self.scale).view(len(heads), 1, -1)
 
 
 class _Norm:

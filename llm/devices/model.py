@@ -156,7 +156,7 @@ class Model:
 
             before = compile_meanwhile if kernels and torch.cuda.is_available() else None
             if layout:
-                thread.submit(layout.compile_ahead, loading.stored_dtype(folder))
+                thread.submit(lambda: layout.compile_ahead(loading.stored_dtype(folder)))
             tokenizer, network = loading.load(folder, layout.read_as if layout else dtype, before)
             loaded, layers_agree = time.perf_counter(), False
             parameters = network.num_parameters()
