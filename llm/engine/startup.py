@@ -44,10 +44,10 @@ def warm_up(runner: Runner, prefix: list[int], chunk: int, say: Say) -> dict[str
     """Compute the first tokens, read the prefix that many prompts begin with, and capture graphs where the device has
     them. Returns the seconds of `warm_up` and, with graphs, of `capture`."""
     start = time.perf_counter()
-    sequence = Sequence(Request([0, 0], 5, Sampling(temperature=1, top_k=50)), budget=5)
+    sequence = Sequence(Request([0, 0], 3, Sampling(temperature=1, top_k=50)), budget=3)
     runner.put(sequence)
     runner.prefill([Chunk(sequence, 0, sequence.prefill_end)])
-    for _ in range(4):
+    for _ in range(2):
         runner.decode().read()
     runner.release(sequence)
     model, rows = runner.model, runner.slots.rows
