@@ -12,10 +12,9 @@ import json
 import os
 import re
 import shutil
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from stat import S_ISREG
@@ -69,31 +68,6 @@ def verify(settings: Settings, *, thorough: bool = False) -> Weights:
         raise UserError(
             f"No se puede leer {shown(settings.folder)}, {reason(error)}: arréglelo, o cambie WEIGHTS_DIR"
         ) from error
-
-
-@contextmanager
-def read_ahead() -> Iterator[None]:
-    """Within it, a thread has the system read the settings' weights from the disk, for whoever loads them next.
-
-    What is wrong with settings or weights, whoever loads them says.
-    """
-    over = threading.Event()
-    thread = threading.Thread(target=_read, args=(over,), daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
-
-
-def _read(over: threading.Event) -> None:
-    buffer = bytearray(1 << 24)
-    with suppress(OSError, UserError):
-        for path in filter(Path.is_file, sorted(Settings.read().folder.glob("*.safetensors"))):
-            with path.open("rb", buffering=0) as file:
-                while not over.is_set() and file.readinto(buffer):
-                    pass
 
 
 def check_links(*paths: Path) -> None:
