@@ -13,6 +13,7 @@ import sys
 import time
 import zipfile
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 from llm.errors import UserError
@@ -75,9 +76,8 @@ def _download(work: Path) -> Path:
 
 
 def _convert(file: Path, work: Path) -> None:
-    from llm.devices import libraries
-
-    libraries.load()
+    # which imports less of torch and transformers than they import by themselves
+    import_module("llm.devices")
     import gguf
     import numpy
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig

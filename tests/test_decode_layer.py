@@ -109,6 +109,16 @@ def test_a_step_is_pytorchs(shape: Shape, lanes: int) -> None:
         torch.testing.assert_close(result.double(), exact, rtol=2e-5, atol=2e-5)
 
 
+def test_gates_go_from_where_exp_is_0_to_where_it_is_infinite(lanes: int) -> None:
+    step = Step(SHAPE)
+    gates = 120 * random(SHAPE.inner)
+    gates[:4] = torch.tensor([0, -0.0, 1e-30, -1e-30])
+    step.weights[2].zero_()[-1, 0] = 1 / 3  # no value of 16 bits
+    step.biases[2][: SHAPE.inner] = gates
+    step.weights[3] = torch.eye(SHAPE.width, SHAPE.inner).bfloat16()
+    torch.testing.assert_close(step.computed()[0].double(), step.exact()[0], rtol=2e-6, atol=2e-5)
+
+
 def test_a_rows_bits_depend_on_no_other_row_and_on_no_number_of_threads(lanes: int, thread_count: None) -> None:
     step = Step(SHAPE)
     torch.set_num_threads(1)

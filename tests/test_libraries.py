@@ -23,3 +23,9 @@ print(transformers.models.LlamaConfig is transformers.LlamaConfig, transformers.
 print(torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1)).item())
 """
     assert run(program).splitlines() == ["True transformers.models.falcon", "2.0"]
+
+
+def test_a_package_that_was_imported_before_stays_whole() -> None:
+    program = "import torch._dynamo, llm.devices, torch._dynamo.backends.debugging as module; print(module.__name__)"
+    assert run(program) == "torch._dynamo.backends.debugging"
+    assert run("import torch._dynamo, llm.devices; print(bool(torch._dynamo.__path__))") == "True"

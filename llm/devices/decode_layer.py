@@ -68,6 +68,11 @@ class Shape:
             max(self.inputs),
         )
 
+    @property
+    def together(self) -> int:
+        """Queries that one task of attention computes."""
+        return queries_together(self.query_heads // self.key_heads, self.head_size, jit.lanes())
+
     def fits(self) -> bool:
         """Whether there is a kernel for it: all is whole vectors, and products are whole panels."""
         return all(number % (2 * jit.lanes()) == 0 for number in (*self.outputs, *self.inputs, self.head_size))
@@ -78,11 +83,18 @@ class DecodeLayer:
 
     def __init__(self, shape: Shape, norms: Sequence[Tensor], weights: Sequence[PackedWeight]):
         """norms: the weights of NORMS, times the square root of their width, float32; weights: of PRODUCTS."""
+        assert shape.stored == tuple(weight.dtype for weight in weights)
         self.shape = shape
+        self._together = shape.together
+        self._floats = sum(shape.buffers)
         self._held = norms, weights
         of_norms = [norm.data_ptr() for norm in norms] + [0] * (len(NORMS) - len(norms))
         of_weights, of_biases = zip(*(weight.pointers for weight in weights), strict=True)
         self._pointers = *of_norms, *of_weights, *of_biases
+
+    @functools.cached_property
+    def _kernel(self) -> jit.Kernel:
+        return _compiled(self.shape, jit.lanes())
 
     def step(
         self,
@@ -100,16 +112,15 @@ class DecodeLayer:
         capacity, head size), to which each row writes at its position; positions (rows,) int64. All else is float32.
         Attention reads the first `length` positions. Returns (rows, 1, width).
         """
-        shape, rows, threads = self.shape, len(x), torch.get_num_threads()
-        assert cosine.shape == sine.shape == (rows, 1, shape.head_size)
+        rows, threads = len(x), torch.get_num_threads()
+        assert cosine.shape == sine.shape == (rows, 1, self.shape.head_size)
         x, cosine, sine = x.contiguous(), cosine.contiguous(), sine.contiguous()
-        mask = mask.expand(rows, shape.query_heads, 1, length)
-        together = queries_together(shape.query_heads // shape.key_heads, shape.head_size, jit.lanes())
-        scores = threads * together * -(-length // jit.lanes()) * jit.lanes()
-        workspace = x.new_empty(rows * sum(shape.buffers) + scores)
+        mask = mask.expand(rows, self.shape.query_heads, 1, length)
+        scores = threads * self._together * -(-length // jit.lanes()) * jit.lanes()
+        workspace = x.new_empty(rows * self._floats + scores)
         result = torch.empty_like(x)
         tensors = x, result, cosine, sine, mask, keys, values, positions, workspace
-        _compiled(shape, jit.lanes())(
+        self._kernel(
             *(tensor.data_ptr() for tensor in tensors),
             *self._pointers,
             rows,
@@ -131,7 +142,6 @@ class _Code(jit.Code):
     def __init__(self, shape: Shape, lanes: int):
         super().__init__(lanes)
         self.shape = shape
-        self.together = queries_together(shape.query_heads // shape.key_heads, shape.head_size, lanes)
         self.parallel([*ARGUMENTS.values()], self._layer)
 
     def _layer(self, b: ir.IRBuilder, number: ir.Value, threads: ir.Value, *arguments: ir.Value) -> None:
@@ -239,10 +249,10 @@ class _Code(jit.Code):
         of_head = b.mul(given["capacity"], I64(shape.head_size))
         of_row = b.mul(of_head, I64(shape.key_heads))
         tensors = heads, given["keys"], given["values"], given["mask"], result, scores
-        tasks = b.mul(given["rows"], I64(shape.query_heads // self.together))
+        tasks = b.mul(given["rows"], I64(shape.query_heads // shape.together))
         counts = tasks, I64(shape.query_heads), I64(shape.query_heads // shape.key_heads), given["length"]
         steps = I64(shape.outputs[0]), of_row, of_head, of_row, of_head, given["mask_row"], given["mask_head"]
-        kernel = decode_attention.compiled(shape.head_size, self.together, self.lanes)
+        kernel = decode_attention.compiled(shape.head_size, shape.together, self.lanes)
         self.call(b, kernel, number, threads, *tensors, *counts, *steps, ir.Constant(FLOAT, shape.scale))
 
     def _gate(

@@ -15,14 +15,14 @@ from typing import Any
 class _Deferred(ModuleType):
     """A package whose own file runs once something asks for what its module does not have yet."""
 
-    _has_run = False
+    has_run = False
 
     def __getattr__(self, attribute: str) -> Any:
         # inspect asks every module for such names; without __path__, imports of the package's modules ask for that
         if attribute.startswith("__") and attribute != "__path__":
             raise AttributeError(attribute)
-        if not self._has_run:
-            self._has_run = True
+        if not self.has_run:
+            self.has_run = True
             assert self.__spec__ and self.__spec__.loader and self.__spec__.submodule_search_locations
             self.__path__ = self.__spec__.submodule_search_locations
             self.__spec__.loader.exec_module(self)
@@ -48,21 +48,23 @@ def load() -> None:
         _defer("transformers.models")
         import_module("transformers.generation.utils")
         # the modules of torch._dynamo that transformers imports do without the package; the others may not
-        compiler.__dict__.pop("__path__", None)
+        if compiler and not compiler.has_run:
+            del compiler.__path__
     finally:
         gc.freeze()
         gc.enable()
 
 
-def _defer(package: str, **given: Any) -> ModuleType:
-    """Import a package without running its own file, unless the package has been imported."""
+def _defer(package: str, **given: Any) -> _Deferred | None:
+    """Import a package without running its own file. None where the package has been imported."""
     if package in sys.modules:
-        return sys.modules[package]
+        return None
     spec = find_spec(package)
     assert spec
     module = sys.modules[package] = module_from_spec(spec)
     module.__dict__.update(given)
     module.__class__ = _Deferred
+    assert isinstance(module, _Deferred)
     return module
 
 
